@@ -1,0 +1,15 @@
+"""Which architectures (`model_type` of config.json) can be compressed, and which formats can hold each; no torch."""
+
+from squeeze.steps import Format
+
+HELD_BY: dict[str, tuple[Format, ...]] = {
+    "llama": ("compressed-tensors", "gptq"),
+    "mistral": ("compressed-tensors", "gptq"),
+    "qwen2": ("compressed-tensors", "gptq"),
+    "qwen3": ("compressed-tensors", "gptq"),
+    "opt": ("compressed-tensors", "gptq"),
+    "gpt2": ("gptq",),  # its layers are Conv1D, (in, out): compressed-tensors loads torch.nn.Linear alone
+    "gpt_neox": ("compressed-tensors", "gptq"),
+}
+
+ARCHITECTURES: tuple[str, ...] = tuple(HELD_BY)

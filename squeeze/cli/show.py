@@ -1,0 +1,209 @@
+"""How answers look on a terminal: tables, one line for an event, one line for a job's progress."""
+
+import sys
+from collections.abc import Iterable, Sequence
+
+import click
+from pydantic import BaseModel
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from squeeze.objects import Event, File, Job, Method, Plan
+from squeeze.report import Report
+
+WIDTH_WITHOUT_TERMINAL = 160
+
+
+def console(*, stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else WIDTH_WITHOUT_TERMINAL
+    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
+
+
+def say(text: str) -> None:
+    """A line for the user, beside the results: to standard error."""
+    click.echo(printable(text), err=True)
+
+
+def as_json(answer: BaseModel | Iterable[BaseModel]) -> None:
+    """One answer as JSON, or several as one JSON document a line."""
+    if isinstance(answer, BaseModel):
+        click.echo(answer.model_dump_json(indent=2))
+        return
+    for one in answer:
+        click.echo(one.model_dump_json())
+
+
+def printable(text: str) -> str:
+    """Without control characters: what a service or a model's name holds must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def jobs(some: Iterable[Job]) -> None:
+    rows = (
+        (job.id, progress_text(job), job.model, recipe_text(job), f"{job.created_at:%Y-%m-%d %H:%M}") for job in some
+    )
+    _table(("job", "status", "model", "steps", "created (UTC)"), rows)
+
+
+def job(one: Job) -> None:
+    revision = f" at {one.model_revision}" if one.model_revision else ""
+    lines = [
+        ("job", one.id),
+        ("status", progress_text(one)),
+        ("model", one.model + revision),
+        ("steps", recipe_text(one)),
+        ("formats", ", ".join(one.formats)),
+        ("attempt", str(one.attempt)),
+        ("created", f"{one.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+    ]
+    if one.started_at and one.finished_at:
+        lines.append(("took", seconds_text((one.finished_at - one.started_at).total_seconds())))
+    if one.result:
+        sizes = ", ".join(f"{decimal(size)} as {name}" for name, size in one.result.result_bytes.items())
+        ratio = f"{one.result.compression_ratio:.2f} times smaller"
+        lines.append(("size", f"{decimal(one.result.source_bytes)} -> {sizes} ({ratio})"))
+        lines.append(("bits a weight", f"{one.result.bits_per_weight:.2f}"))
+        if one.result.perplexity_before and one.result.perplexity_after:
+            lines.append(("perplexity", change_text(one.result.perplexity_before, one.result.perplexity_after)))
+        lines += [
+            (f"{name} in {consumer}", outcome)
+            for name, outcomes in one.result.certified.items()
+            for consumer, outcome in outcomes.items()
+        ]
+    if one.error:
+        again = " Trying again may help: squeeze retry " + one.id if one.error.retryable else ""
+        lines.append(("error", f"{one.error.message} ({one.error.code}){again}"))
+    _pairs(lines)
+
+
+def report(one: Report) -> None:
+    revision = f" at {one.source.revision}" if one.source.revision else ""
+    lines = [("model", one.source.model + revision), ("weights", f"{one.source.parameters:,} in {one.source.dtype}")]
+    lines += [(f"step {n}", _step_text(step)) for n, step in enumerate(one.recipe)]
+    for size in one.sizes:
+        lines.append(
+            (f"size as {size.format}", f"{decimal(one.source.bytes)} -> {decimal(size.weight_bytes)} of weights")
+        )
+        lines.append(("", f"{size.ratio:.2f} times smaller, {decimal(size.bytes)} with everything"))
+    lines.append(("bits a weight", f"{one.bits_per_weight:.2f} in the compressed layers, scales counted in"))
+    quality = one.quality
+    if quality and quality.perplexity_before and quality.perplexity_after:
+        lines.append(("perplexity", change_text(quality.perplexity_before, quality.perplexity_after)))
+    if quality and quality.divergence_nats is not None:
+        lines.append(("divergence", f"{quality.divergence_nats:.5f} nats a token from the original"))
+    if quality and quality.top1_agreement is not None:
+        lines.append(("agreement", f"{quality.top1_agreement:.2%} of the likeliest tokens are the same"))
+    if quality:
+        lines.append(("measured on", f"{quality.scored_tokens:,} tokens of {quality.text.origin}"))
+    for certificate in one.certificates:
+        seen = (
+            certificate.outcome if certificate.outcome == "passed" else f"{certificate.outcome}: {certificate.detail}"
+        )
+        lines.append((f"{certificate.format} in {certificate.consumer}", seen))
+    stages = ", ".join(f"{stage} {seconds_text(seconds)}" for stage, seconds in one.spent.seconds.items())
+    lines.append(("took", f"{seconds_text(sum(one.spent.seconds.values()))} ({stages})"))
+    memory = f"{decimal(one.spent.peak_host_bytes)} on the host"
+    if one.spent.peak_gpu_bytes:
+        memory += f", {decimal(one.spent.peak_gpu_bytes)} on the GPU"
+    lines.append(("peak memory", memory))
+    lines += [("warning", warning) for warning in one.warnings]
+    _pairs(lines)
+
+
+def plan(one: Plan) -> None:
+    lines = [("can run", "yes, as far as can be seen" if one.feasible else "no")]
+    lines += [(obstacle.param or "obstacle", f"{obstacle.message} ({obstacle.code})") for obstacle in one.obstacles]
+    if one.parameters is not None:
+        lines.append(("weights", f"{one.parameters:,}"))
+    lines += [(f"size as {name}", f"about {decimal(size)}") for name, size in one.result_bytes.items()]
+    known = (("source", one.source_bytes), ("host memory", one.host_bytes), ("disk", one.disk_bytes))
+    lines += [(name, f"about {decimal(size)}") for name, size in known if size is not None]
+    _pairs(lines)
+
+
+def methods(some: Iterable[Method]) -> None:
+    rows = (
+        (one.kind, one.method, one.description, ", ".join(one.formats), ", ".join(one.needs) or "nothing")
+        for one in some
+    )
+    _table(("kind", "method", "what it does", "formats", "needs"), rows)
+
+
+def files(some: Iterable[File]) -> None:
+    rows = ((one.id, one.filename, decimal(one.bytes), one.purpose, f"{one.created_at:%Y-%m-%d %H:%M}") for one in some)
+    _table(("file", "name", "size", "purpose", "created (UTC)"), rows)
+
+
+def event_line(event: Event) -> str:
+    return printable(f"{event.created_at:%H:%M:%S}  {event.type:<8}  {event.message}")
+
+
+def progress_text(one: Job) -> str:
+    """Where a job stands, in one line: `running: compressing 34 % (3/8 blocks), about 20 s left`."""
+    if one.status != "running":
+        return one.status.value
+    progress = one.progress
+    counted = (
+        f" ({progress.done}/{progress.total} {progress.unit})" if progress.done is not None and progress.unit else ""
+    )
+    left = f", about {seconds_text(progress.eta_seconds)} left" if progress.eta_seconds is not None else ""
+    stage = one.stage.value if one.stage else "starting"
+    return f"running: {stage} {progress.fraction:.0%}{counted}{left}"
+
+
+def recipe_text(one: Job) -> str:
+    return ", then ".join(_step_text(step.model_dump(exclude={"ignore"})) for step in one.steps)
+
+
+def change_text(before: float, after: float) -> str:
+    return f"{before:.3f} -> {after:.3f} ({after / before - 1:+.2%})"
+
+
+def seconds_text(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _step_text(step: dict[str, object]) -> str:
+    told = {
+        name: value for name, value in step.items() if name not in ("kind", "method") and value not in (None, (), [])
+    }
+    return f"{step.get('kind')} by {step.get('method')}" + "".join(f", {name} {value}" for name, value in told.items())
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, no_wrap=number == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*map(printable, row))
+    _print(table)
+
+
+def _pairs(lines: Iterable[tuple[str, str]]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in lines:
+        table.add_row(printable(name), printable(value))
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    out = console()
+    if out.is_terminal:
+        out.print(table)
+        return
+    with out.capture() as capture:
+        out.print(table)
+    for line in capture.get().splitlines():  # in a file or a pipe the cells' padding is only in the way
+        click.echo(line.rstrip())

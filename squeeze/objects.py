@@ -1,0 +1,206 @@
+"""What the service answers: jobs, events, artifacts, files, methods, plans, and the lists that hold them."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from squeeze.specs import Data, Evaluation, Limits
+from squeeze.steps import Format, Step
+
+
+class Status(StrEnum):
+    queued = "queued"
+    running = "running"
+    cancelling = "cancelling"
+    cancelled = "cancelled"
+    succeeded = "succeeded"
+    failed = "failed"
+
+
+FINAL = frozenset({Status.cancelled, Status.succeeded, Status.failed})
+
+
+class Stage(StrEnum):
+    pulling = "pulling"
+    planning = "planning"
+    loading = "loading"
+    calibrating = "calibrating"
+    compressing = "compressing"
+    training = "training"
+    evaluating = "evaluating"
+    exporting = "exporting"
+    certifying = "certifying"
+    uploading = "uploading"
+
+
+class Answer(BaseModel):
+    """Base of all answers: a client ignores fields that a newer server adds."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+
+class Progress(Answer):
+    fraction: float = Field(0.0, ge=0, le=1, description="Of the whole job.")
+    done: int | None = Field(None, description="Units of the present stage that are done.")
+    total: int | None = None
+    unit: str | None = Field(None, description="What is counted: blocks, bytes, files …")
+    eta_seconds: float | None = Field(None, description="Estimated seconds until the job ends.")
+
+
+class JobError(Answer):
+    code: str
+    message: str
+    retryable: bool = False
+
+
+class Usage(Answer):
+    gpu_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_gpu_bytes: int = 0
+    peak_host_bytes: int = 0
+    energy_wh: float | None = Field(None, description="None where the machine doesn't tell.")
+
+
+class Result(Answer):
+    """The headline of the report."""
+
+    source_bytes: int
+    result_bytes: dict[str, int] = Field(description="Bytes of the model directory, by format.")
+    compression_ratio: float = Field(description="Source bytes over the smallest result's.")
+    bits_per_weight: float = Field(description="Of the compressed linears, scales and zeros counted in.")
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    divergence_nats: float | None = Field(None, description="Mean KL(original ‖ result) a token.")
+    top1_agreement: float | None = None
+    certified: dict[str, dict[str, str]] = Field(
+        default_factory=dict, description="format -> consumer -> `passed`, `not checked` or why not."
+    )
+
+
+class Job(Answer):
+    id: str
+    object: Literal["job"] = "job"
+    status: Status
+    stage: Stage | None = None
+    progress: Progress = Progress()
+    attempt: int = 0
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    model: str
+    model_revision: str | None = Field(None, description="Commit that the model's id resolved to.")
+    steps: tuple[Step, ...]
+    data: Data
+    evaluation: Evaluation
+    formats: tuple[Format, ...]
+    limits: Limits
+    seed: int
+    priority: int
+    metadata: dict[str, str]
+    error: JobError | None = None
+    result: Result | None = None
+    usage: Usage | None = None
+
+
+class Event(Answer):
+    id: int = Field(description="Grows within the job; send the last one seen as `after` or `Last-Event-ID`.")
+    object: Literal["event"] = "event"
+    job_id: str
+    attempt: int
+    created_at: datetime
+    type: str = Field(description="status, stage, progress, warning or info.")
+    message: str
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class Artifact(Answer):
+    object: Literal["artifact"] = "artifact"
+    filename: str = Field(description="Relative path, for example `gptq/model.safetensors`.")
+    bytes: int
+    sha256: str
+    format: str
+    download_url: str
+
+
+class File(Answer):
+    id: str
+    object: Literal["file"] = "file"
+    filename: str
+    bytes: int
+    sha256: str
+    purpose: Literal["calibration", "training", "evaluation"]
+    created_at: datetime
+
+
+class Deleted(Answer):
+    id: str
+    object: str
+    deleted: Literal[True] = True
+
+
+class Method(Answer):
+    kind: str
+    method: str
+    object: Literal["method"] = "method"
+    description: str
+    parameters: dict[str, Any] = Field(description="JSON schema of the step.")
+    architectures: list[str]
+    formats: dict[str, dict[str, Any]] = Field(
+        description="format -> what of the method it can hold, and who loads it."
+    )
+    needs: list[str] = Field(description="What it needs: `calibration data`, `gpu` …")
+
+
+class Obstacle(Answer):
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Plan(Answer):
+    """What a spec would need, and what stands in its way; nothing was run."""
+
+    object: Literal["plan"] = "plan"
+    feasible: bool
+    obstacles: list[Obstacle]
+    model_revision: str | None = None
+    parameters: int | None = Field(None, description="Weights of the source model.")
+    source_bytes: int | None = None
+    result_bytes: dict[str, int] = Field(default_factory=dict, description="Estimated bytes by format.")
+    host_bytes: int | None = Field(None, description="Estimated peak host memory of the job.")
+    disk_bytes: int | None = Field(None, description="Estimated scratch and cache space.")
+
+
+Item = TypeVar("Item")
+
+
+class Page(Answer, Generic[Item]):
+    """A page of a list; ask for the next one with `after=last_id`."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+    has_more: bool
+    first_id: str | None = None
+    last_id: str | None = None
+
+
+class ProblemDetail(Answer):
+    """The `error` member, so that OpenAI-style clients read problems too."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str
+
+
+class Problem(Answer):
+    """`application/problem+json` (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str | None = None
+    error: ProblemDetail

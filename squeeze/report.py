@@ -1,0 +1,120 @@
+"""`report.json`: what a job did to size, quality and speed. This module is its schema.
+
+All sizes are bytes, all times seconds, all losses nats. A figure that was not measured is null, never zero.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+
+class Source(Part):
+    model: str
+    revision: str | None = Field(description="Commit that the id resolved to; null for a local directory.")
+    architecture: str = Field(description="`model_type` of its config.")
+    parameters: int
+    bytes: int = Field(description="Of the weight files.")
+    dtype: str
+    license: str | None = None
+
+
+class Text(Part):
+    """Where token batches came from."""
+
+    origin: str = Field(description="`standard library of Python 3.x` or the id of an uploaded file.")
+    generic: bool
+    sequences: int
+    sequence_length: int
+    tokens: int
+    sha256: str = Field(description="Of the token ids, int64 little-endian.")
+
+
+class Quality(Part):
+    """Measured in the same pass as the compression, on `text`; before is the original, after the result."""
+
+    text: Text
+    stride: int
+    protocol: str
+    scored_tokens: int
+    perplexity_before: float | None
+    perplexity_after: float | None
+    divergence_nats: float | None = Field(description="Mean over scored tokens of KL(original ‖ result).")
+    top1_agreement: float | None
+
+
+class Layer(Part):
+    """One compressed linear."""
+
+    name: str
+    bits: int
+    group_size: int
+    relative_error: float = Field(description="tr(ΔW H ΔWᵀ) / tr(W H Wᵀ); H = identity where no data was used.")
+    damping: float | None = None
+    damping_escalations: int = 0
+
+
+class Block(Part):
+    index: int
+    seconds: float
+    peak_host_bytes: int
+    peak_gpu_bytes: int
+    relative_error: float | None = Field(
+        description="‖after − before‖² / ‖before‖² of the block's outputs on the evaluation text."
+    )
+    layers: list[Layer]
+
+
+class Size(Part):
+    format: str
+    bytes: int = Field(description="Of the whole directory.")
+    weight_bytes: int
+    ratio: float = Field(description="Weight bytes of the source over weight bytes of the result.")
+
+
+class Certificate(Part):
+    """What a fresh process of a consumer said of one written directory."""
+
+    format: str
+    consumer: str
+    version: str | None
+    outcome: Literal["passed", "failed", "not checked"]
+    detail: str
+    perplexity: float | None = None
+    expected_perplexity: float | None = None
+    tolerance: float | None = Field(None, description="Allowed relative difference of the two.")
+    sample: str | None = Field(None, description="What it generated.")
+    seconds: float | None = None
+    peak_host_bytes: int | None = Field(None, description="Largest resident size of the consumer's process.")
+
+
+class Spent(Part):
+    seconds: dict[str, float] = Field(description="Wall time by stage.")
+    cpu_seconds: float
+    gpu_seconds: float
+    peak_host_bytes: int = Field(description="Largest resident size of the job's process; the certifier's is apart.")
+    peak_gpu_bytes: int
+    certifier_peak_host_bytes: int | None = None
+
+
+class Report(Part):
+    schema_version: Literal[1] = 1
+    job: str | None = None
+    squeeze: str = Field(description="Version of Squeeze.")
+    libraries: dict[str, str]
+    device: str
+    source: Source
+    recipe: list[dict[str, Any]] = Field(description="The steps as they ran, with every default written out.")
+    seed: int
+    calibration: Text | None
+    quality: Quality | None
+    bits_per_weight: float
+    sizes: list[Size]
+    blocks: list[Block]
+    damping_escalations: int = Field(description="How often a factorisation failed and was tried with more damping.")
+    certificates: list[Certificate]
+    warnings: list[str]
+    spent: Spent

@@ -1,0 +1,122 @@
+"""What a user asks for: `JobSpec` and its parts, validated whole before anything runs.
+
+Importable without torch. Every check that needs no look at the model is made here, so that the service and the client
+refuse the same things with the same words.
+"""
+
+import re
+from typing import Annotated, Self
+
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from squeeze.steps import Format, Quantize, Step, Wire
+
+HUB_ID = re.compile(r"^(?P<repo>[\w.-]{1,96}/[\w.-]{1,96}|[\w.-]{1,96})(@(?P<revision>[\w./-]{1,128}))?$", re.ASCII)
+OWN_ID = re.compile(r"^(job|file)-[0-9a-z]{8,64}$")
+
+Metadata = dict[
+    Annotated[str, StringConstraints(min_length=1, max_length=64)], Annotated[str, StringConstraints(max_length=512)]
+]
+
+
+class Data(Wire):
+    """The text that calibration and, unless `evaluation` names its own, evaluation look at."""
+
+    source: str | None = Field(
+        None,
+        pattern=r"^file-[0-9a-z]{8,64}$",
+        description="An uploaded file (`file-…`). Left out: a generic text that comes with the installation; figures "
+        "on it say little about your own text, and the report says so.",
+    )
+    samples: int = Field(128, ge=1, le=65536, description="Calibration sequences.")
+    sequence_length: int = Field(
+        2048,
+        ge=16,
+        le=131072,
+        description="Tokens in a sequence; cut to what the model's positions allow, which the report then says.",
+    )
+
+
+class Evaluation(Wire):
+    """What is measured, on held-out text, in the same pass as the compression."""
+
+    perplexity: bool = Field(True, description="Perplexity of the original and of the result.")
+    divergence: bool = Field(
+        True, description="Kullback–Leibler divergence (nats a token) and top-1 agreement against the original."
+    )
+    source: str | None = Field(
+        None,
+        pattern=r"^file-[0-9a-z]{8,64}$",
+        description="An uploaded file to evaluate on; left out: a held-out part of `data`.",
+    )
+    samples: int = Field(32, ge=1, le=65536, description="Evaluation windows.")
+    stride: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens that a window advances; its last `stride` tokens are scored. Left out: the whole window.",
+    )
+
+
+class Limits(Wire):
+    """What the job may use."""
+
+    max_runtime_seconds: int = Field(86400, ge=1, le=30 * 86400, description="Of one attempt; then it fails.")
+    gpus: int = Field(0, ge=0, le=1, description="0: whatever the worker has (a GPU, or the CPU). 1: a GPU only.")
+
+
+class JobSpec(Wire):
+    """One request: a model, an ordered list of steps, what to evaluate, which formats to write."""
+
+    model: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="A Hub id (`org/name` or `org/name@revision`), an earlier job (`job-…`) or, where the operator "
+        "allows it, an absolute directory under an allowed root.",
+        examples=["HuggingFaceTB/SmolLM2-135M"],
+    )
+    steps: tuple[Step, ...] = Field(min_length=1, max_length=16)
+    data: Data = Data()
+    evaluation: Evaluation = Evaluation()
+    formats: tuple[Format, ...] = Field(
+        ("compressed-tensors",), min_length=1, description="One directory is written for each."
+    )
+    limits: Limits = Limits()
+    seed: int = Field(0, ge=0, lt=2**63, description="Of the calibration draw.")
+    priority: int = Field(0, ge=-3, le=6, description="Larger runs first; jobs of equal priority in order of arrival.")
+    metadata: Metadata = Field(default_factory=dict, max_length=16, description="Yours; lists can be filtered by it.")
+
+    @field_validator("model")
+    @classmethod
+    def _names_a_model(cls, value: str) -> str:
+        if value.startswith("/"):
+            if "\0" in value:
+                raise ValueError("a directory's name can't hold a zero byte")
+            return value
+        if OWN_ID.match(value):
+            if value.startswith("file-"):
+                raise ValueError("uploaded models are not taken yet; name a Hub id, a job or a directory")
+            return value
+        if not HUB_ID.match(value) or ".." in value:
+            raise ValueError(
+                "name a Hub id (org/name or org/name@revision), an earlier job (job-…) or an absolute directory"
+            )
+        return value
+
+    @field_validator("formats")
+    @classmethod
+    def _names_each_format_once(cls, value: tuple[Format, ...]) -> tuple[Format, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("name each format once")
+        return value
+
+    @model_validator(mode="after")
+    def _quantizes_once_and_last(self) -> Self:
+        quantizing = [n for n, step in enumerate(self.steps) if isinstance(step, Quantize)]
+        if len(quantizing) > 1:
+            raise ValueError(
+                f"steps {quantizing} all quantize; quantized weights can't be compressed again: keep one of them"
+            )
+        stride = self.evaluation.stride
+        if stride is not None and stride > self.data.sequence_length:
+            raise ValueError(f"evaluation.stride is {stride}, more than data.sequence_length allows")
+        return self
