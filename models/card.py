@@ -1,0 +1,157 @@
+"""The model card: `README.md` of a written directory, with the front matter that the Hub reads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from squeeze.report import Quality, Report, Text
+from squeeze.steps import Format
+
+LOADING = {
+    "compressed-tensors": "pip install transformers compressed-tensors",
+    "gptq": "pip install transformers optimum gptqmodel",
+}
+
+
+def write_card(directory: Path, format_name: Format, report: Report) -> None:
+    """Writes the card of one format of a report's result."""
+    parts = [
+        _front_matter(format_name, report),
+        f"# {_short_name(report)}, {_recipe_in_short(report)} ({format_name})\n",
+        _origin(report),
+        _recipe(report),
+        _figures(format_name, report),
+        _loading(directory, format_name, report),
+    ]
+    (directory / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _front_matter(format_name: Format, report: Report) -> str:
+    fields: dict[str, Any] = {}
+    if _is_hub_id(report.source.model):
+        fields["base_model"] = report.source.model.partition("@")[0]
+        fields["base_model_relation"] = "quantized"
+    if report.source.license:
+        fields["license"] = report.source.license
+    fields["library_name"] = "transformers"
+    fields["pipeline_tag"] = "text-generation"
+    bits = sorted({f"{step['bits']}-bit" for step in report.recipe if "bits" in step})
+    fields["tags"] = ["squeeze", format_name, *dict.fromkeys(step["method"] for step in report.recipe), *bits]
+    fields["tags"] = list(dict.fromkeys(fields["tags"]))
+    # JSON is YAML, and quoted strings can't be mistaken for anything else.
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _origin(report: Report) -> str:
+    source = report.source
+    revision = f", revision `{source.revision}`" if source.revision else ""
+    terms = f" License of the original: `{source.license}`." if source.license else ""
+    return (
+        f"Made from `{_public_name(report)}`{revision} ({source.architecture}, {source.parameters:,} parameters, "
+        f"{source.dtype}) by Squeeze {report.squeeze}.{terms}\n"
+    )
+
+
+def _recipe(report: Report) -> str:
+    lines = ["## Recipe", ""]
+    for number, step in enumerate(report.recipe, start=1):
+        settings = ", ".join(
+            f"{name} {json.dumps(value)}" for name, value in step.items() if name not in {"kind", "method"}
+        )
+        lines.append(f"{number}. **{step['kind']}** by `{step['method']}`: {settings}")
+    lines.append("")
+    if report.calibration is not None:
+        lines += [f"Calibrated on {_text(report.calibration)}, drawn with seed {report.seed}.", ""]
+    if report.damping_escalations:
+        lines += [f"{report.damping_escalations} factorisations needed more damping than asked for.", ""]
+    return "\n".join(lines)
+
+
+def _figures(format_name: Format, report: Report) -> str:
+    rows: list[tuple[str, str, str]] = []
+    for size in report.sizes:
+        if size.format == format_name:
+            before, after = _megabytes(report.source.bytes), _megabytes(size.weight_bytes)
+            rows.append(("Weights", before, f"{after} ({size.ratio:.2f} times smaller)"))
+    rows.append(("Bits a weight of the quantized layers", _bits(report.source.dtype), f"{report.bits_per_weight:.2f}"))
+    lines = ["## Figures", ""]
+    if report.quality is not None:
+        rows += _quality_rows(report.quality)
+    lines += ["| | original | this model |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows), ""]
+    if report.quality is not None:
+        lines += [f"Measured on {_text(report.quality.text)}; {report.quality.protocol}.", ""]
+        if report.quality.text.generic:
+            lines += ["That text is generic: figures on it say little about yours.", ""]
+    return "\n".join(lines)
+
+
+def _quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
+    rows = []
+    if quality.perplexity_before is not None and quality.perplexity_after is not None:
+        rows.append(("Perplexity", f"{quality.perplexity_before:.4g}", f"{quality.perplexity_after:.4g}"))
+    if quality.divergence_nats is not None:
+        rows.append(("Divergence from the original, nats a token", "0", f"{quality.divergence_nats:.3g}"))
+    if quality.top1_agreement is not None:
+        rows.append(("Same most likely token", "100 %", f"{quality.top1_agreement:.1%}".replace("%", " %")))
+    return rows
+
+
+def _loading(directory: Path, format_name: Format, report: Report) -> str:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    lines = [
+        "## Loading",
+        "",
+        f"```sh\n{LOADING[format_name]}\n```",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'directory = "…"  # where this file lies',
+        f'model = AutoModelForCausalLM.from_pretrained(directory, dtype="{dtype}")',
+        "tokenizer = AutoTokenizer.from_pretrained(directory)",
+        "```",
+        "",
+    ]
+    for one in report.certificates:
+        if one.format == format_name:
+            version = f" {one.version}" if one.version else ""
+            lines.append(f"- {one.consumer}{version}: {one.outcome}; {one.detail}")
+    if any(
+        one.format == format_name and one.consumer == "vllm" and one.outcome == "passed" for one in report.certificates
+    ):
+        lines += ["", "```sh", "vllm serve <directory>", "```"]
+    return "\n".join([*lines, ""])
+
+
+def _is_hub_id(name: str) -> bool:
+    return "/" in name and not name.startswith("/")
+
+
+def _public_name(report: Report) -> str:
+    """A directory of this machine is told by its last part alone."""
+    name = report.source.model
+    return _short_name(report) if name.startswith("/") else name
+
+
+def _short_name(report: Report) -> str:
+    return report.source.model.partition("@")[0].rstrip("/").rpartition("/")[2]
+
+
+def _recipe_in_short(report: Report) -> str:
+    return ", then ".join(
+        f"{step['method']} at {step['bits']} bits" if "bits" in step else str(step["method"]) for step in report.recipe
+    )
+
+
+def _text(text: Text) -> str:
+    return f"{text.sequences} sequences of {text.sequence_length} tokens of {text.origin}"
+
+
+def _bits(dtype: str) -> str:
+    return {"float32": "32"}.get(dtype, "16")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,127 @@
+"""The program of the certifying process: loads a written directory with transformers alone, generates, and scores.
+
+    python -m models.certify_process REQUEST.json ANSWER.json
+
+A fresh process, so that nothing of the one that wrote the directory helps it to load.
+"""
+
+import ctypes
+import importlib.metadata
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+LOGIT_BYTES = 256 << 20  # of one float32 slice of logits
+
+
+def main(request_path: str, answer_path: str) -> None:
+    request = json.loads(Path(request_path).read_text(encoding="utf-8"))
+    die_with(request["parent"])
+    began = time.monotonic()
+    answer: dict[str, Any] = {"version": importlib.metadata.version("transformers")}
+    try:
+        answer |= check(request)
+    except Exception as error:  # noqa: BLE001 - whatever a library raises is the finding
+        answer["error"] = f"{type(error).__name__}: {error}"
+    answer["seconds"] = round(time.monotonic() - began, 3)
+    answer["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path(answer_path).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def die_with(parent: int) -> None:
+    """Has the kernel end this process when its parent ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)
+
+
+def check(request: dict[str, Any]) -> dict[str, Any]:
+    """Loads, generates greedily, and scores the windows. Returns `sample` and `nll`, a mean for each window."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = request["directory"]
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, request["dtype"]), trust_remote_code=False, **placement(request)
+    ).eval()
+    # What accelerate keeps on disk is on no device; its hooks move the inputs.
+    device = torch.device(request["device"])
+    with torch.inference_mode():
+        nll = [
+            score(model, torch.tensor(ids, device=device), first)
+            for ids, first in zip(request["ids"], request["first_scored"], strict=True)
+        ]
+        sample = generate(model, tokenizer, request, device)
+    return {"nll": nll, "sample": sample}
+
+
+def placement(request: dict[str, Any]) -> dict[str, Any]:
+    """Where `from_pretrained` is to put the weights: on the device, or as far as they don't fit, on disk."""
+    if not request["offload"]:
+        return {} if request["device"] == "cpu" else {"device_map": {"": request["device"]}}
+    arguments: dict[str, Any] = {
+        "device_map": "auto",
+        "offload_folder": request["scratch"],
+        "max_memory": {"cpu": request["host_weight_bytes"]},
+    }
+    if request["device"] != "cpu":
+        arguments["max_memory"][0] = request["device_weight_bytes"]
+    if request["format"] == "compressed-tensors":
+        from transformers import CompressedTensorsConfig
+
+        # Unpacked at the first forward pass, as is the default, the weights would all be in memory at once.
+        arguments["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    return arguments
+
+
+def score(model: Any, ids: Any, first: int) -> float:
+    """Mean negative log-likelihood in nats of ids[first:]. ids: (T,) int64.
+
+    The window goes through the model in pieces, with its cache, so that the logits of one piece bound the memory.
+    """
+    import torch
+
+    length, vocabulary = len(ids), model.config.get_text_config().vocab_size
+    rows = max(16, LOGIT_BYTES // (4 * vocabulary))
+    cache, total = None, 0.0
+    for start in range(0, length - 1, rows):
+        stop = min(start + rows, length - 1)
+        out = model(input_ids=ids[None, start:stop], past_key_values=cache, use_cache=rows < length - 1)
+        cache = out.past_key_values
+        skipped = max(first - 1 - start, 0)  # the logits at position t predict token t + 1
+        logits = out.logits[0, skipped:].float()
+        targets = ids[start + 1 + skipped : stop + 1].to(logits.device)
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")) if len(targets) else 0.0
+    mean = total / (length - first)
+    if not math.isfinite(mean):
+        raise ValueError("the logits are not finite")
+    return mean
+
+
+def generate(model: Any, tokenizer: Any, request: dict[str, Any], device: Any) -> str:
+    """What the model continues the first window's opening with, greedily."""
+    import torch
+
+    prompt = request["ids"][0][: request["prompt_tokens"]] if request["ids"] else tokenizer("The")["input_ids"]
+    ids = torch.tensor([prompt], device=device)
+    made = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=request["new_tokens"],
+        min_new_tokens=1,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    return str(tokenizer.decode(made[0, len(prompt) :], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

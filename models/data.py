@@ -1,0 +1,227 @@
+"""From text to token batches: calibration sequences and evaluation windows."""
+
+import hashlib
+import heapq
+import json
+import platform
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.text import HELD_OUT_SHARE, Split, standard_library
+from squeeze.errors import DataUnusable
+from squeeze.report import Text
+
+LEAST_TOKENS = 16  # a sequence shorter than this tells nothing
+CHARACTERS_PER_TOKEN = 6  # first guess of how much text is wanted; raised where a tokenizer packs more
+EVALUATION_SEED = 0  # the evaluation text does not move with the calibration draw
+
+Documents = Callable[[], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """ids: (n, T) int64. first_scored: of each window, the first position whose token is scored; 0 never is."""
+
+    ids: Tensor
+    first_scored: tuple[int, ...]
+    stride: int
+    text: Text
+
+    @property
+    def scored_tokens(self) -> int:
+        return sum(self.ids.shape[1] - first for first in self.first_scored)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """ids: (n, T) int64."""
+
+    ids: Tensor
+    text: Text
+
+
+def calibration_batches(
+    tokenizer: Any, source: Path | None, origin: str | None, samples: int, length: int, seed: int
+) -> Calibration:
+    """`samples` sequences of `length` tokens, drawn by `seed` from a file's training part or the generic text.
+
+    Fewer or shorter ones where the text doesn't give more. Raises DataUnusable where it gives next to nothing.
+    """
+    stream = _token_stream(tokenizer, _documents(source, "train"), samples * length, seed)
+    length = min(length, len(stream))
+    if length < LEAST_TOKENS:
+        raise DataUnusable(
+            f"the calibration text has {len(stream)} tokens; at least {LEAST_TOKENS} are needed, some "
+            f"{samples * 512:,} do well. Give a longer file.",
+            param="data.source",
+        )
+    count = min(samples, len(stream) // length)
+    ids = stream[: count * length].view(count, length)
+    return Calibration(ids, _text(ids, source, origin))
+
+
+def evaluation_windows(
+    tokenizer: Any,
+    source: Path | None,
+    origin: str | None,
+    held_out: bool,
+    samples: int,
+    length: int,
+    stride: int | None,
+) -> Windows:
+    """`samples` windows of `length` tokens, each `stride` after the one before; its last `stride` tokens are scored.
+
+    held_out: take the part of the file that calibration never sees; False: the whole file, given for evaluation alone.
+    """
+    stride = min(stride or length, length)
+    wanted = (samples - 1) * stride + length
+    stream = _token_stream(tokenizer, _documents(source, "held_out" if held_out else None), wanted, EVALUATION_SEED)
+    if len(stream) < LEAST_TOKENS:
+        raise DataUnusable(
+            f"the evaluation text has {len(stream)} tokens; at least {LEAST_TOKENS} are needed. Give a longer file, "
+            "name another one as evaluation.source, or switch evaluation off.",
+            param="evaluation.source",
+        )
+    length = min(length, len(stream))
+    stride = min(stride, length)
+    count = min(samples, (len(stream) - length) // stride + 1)
+    ids = torch.stack([stream[n * stride : n * stride + length] for n in range(count)])
+    first_scored = tuple(1 if n == 0 else max(1, length - stride) for n in range(count))
+    return Windows(ids, first_scored, stride, _text(ids, source, origin))
+
+
+def digest(ids: Tensor) -> str:
+    """SHA-256 of token ids, int64 little-endian."""
+    return hashlib.sha256(ids.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _text(ids: Tensor, source: Path | None, origin: str | None) -> Text:
+    return Text(
+        origin=origin or (f"standard library of Python {platform.python_version()}" if source is None else source.name),
+        generic=source is None,
+        sequences=ids.shape[0],
+        sequence_length=ids.shape[1],
+        tokens=ids.numel(),
+        sha256=digest(ids),
+    )
+
+
+def _token_stream(tokenizer: Any, documents: Documents, wanted: int, seed: int) -> Tensor:
+    """At least `wanted` tokens, if the documents have them, of passages in an order drawn by `seed`: (N,) int64."""
+    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    budget = wanted * CHARACTERS_PER_TOKEN
+    while True:
+        passages, more = _draw(documents, budget, seed)
+        ids: list[int] = []
+        for passage in passages:
+            if separator is not None:
+                ids.append(separator)
+            ids.extend(tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"])
+            if len(ids) >= wanted:
+                return torch.tensor(ids, dtype=torch.int64)
+        if not more:
+            return torch.tensor(ids, dtype=torch.int64)
+        budget *= 4
+
+
+def _draw(documents: Documents, budget: int, seed: int) -> tuple[list[str], bool]:
+    """Passages drawn evenly, some `budget` characters in all, in random order; whether others were left behind.
+
+    Each passage gets a random priority; those with the least are kept. Memory stays near the budget, whatever the
+    size of the source.
+    """
+    dice = random.Random(seed)
+    heap: list[tuple[float, int, str]] = []  # the largest priority on top, hence negated
+    characters, dropped = 0, False
+    for number, passage in enumerate(_passages(documents())):
+        heapq.heappush(heap, (-dice.random(), number, passage))
+        characters += len(passage)
+        while characters - len(heap[0][2]) >= budget:
+            characters -= len(heapq.heappop(heap)[2])
+            dropped = True
+    return [passage for _, _, passage in sorted(heap, reverse=True)], dropped
+
+
+def _passages(documents: Iterator[str], limit: int = 16_384) -> Iterator[str]:
+    """Long documents in pieces of some `limit` characters, cut at line ends where there are any."""
+    for document in documents:
+        start = 0
+        while len(document) - start > limit:
+            cut = document.rfind("\n", start + limit // 2, start + limit)
+            end = cut + 1 if cut >= 0 else start + limit
+            yield document[start:end]
+            start = end
+        if document[start:].strip():
+            yield document[start:]
+
+
+def _documents(source: Path | None, split: Split | None) -> Documents:
+    if source is None:
+        return lambda: (text for _, text in standard_library(split or "held_out"))
+    if split is None:
+        return lambda: _file_documents(source)
+    return lambda: (passage for passage in _passages(_file_documents(source), 4096) if _split_of(passage) == split)
+
+
+def _split_of(passage: str) -> Split:
+    """A passage's side of the split, by its own hash, so that calibration and evaluation agree without a list."""
+    first = hashlib.sha256(passage.encode()).digest()
+    return "held_out" if int.from_bytes(first[:4], "big") % HELD_OUT_SHARE == 0 else "train"
+
+
+def _file_documents(source: Path) -> Iterator[str]:
+    with source.open("rb") as file:
+        head = file.read(4096).lstrip()
+    if head.startswith(b"PAR1"):
+        yield from _parquet_documents(source)
+    elif head.startswith(b"{"):
+        yield from _jsonl_documents(source)
+    else:
+        yield from _plain_documents(source)
+
+
+def _plain_documents(source: Path, block: int = 1 << 20) -> Iterator[str]:
+    with source.open(encoding="utf-8", errors="replace") as file:
+        while text := file.read(block):
+            yield text + file.readline()
+
+
+def _jsonl_documents(source: Path) -> Iterator[str]:
+    with source.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataUnusable(f"line {number} of the file is not JSON: {error}", param="data.source") from error
+            yield _text_of(row, f"line {number}")
+
+
+def _parquet_documents(source: Path) -> Iterator[str]:
+    from pyarrow import parquet  # only where such a file is given: it costs 60 MB
+
+    file = parquet.ParquetFile(source)
+    for batch in file.iter_batches(batch_size=256):
+        for number, row in enumerate(batch.to_pylist(), 1):
+            yield _text_of(row, f"row {number}")
+
+
+def _text_of(row: object, where: str) -> str:
+    """The text of a record: `text`, or `prompt` and `completion`, or the contents of chat `messages`."""
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return str(row["text"])
+        if isinstance(row.get("prompt"), str):
+            return f"{row['prompt']}{row.get('completion') or ''}"
+        if isinstance(row.get("messages"), list):
+            return "\n".join(str(m.get("content") or "") for m in row["messages"] if isinstance(m, dict))
+    raise DataUnusable(
+        f"{where} of the file has none of `text`, `prompt` and `completion`, or `messages`", param="data.source"
+    )

@@ -1,0 +1,30 @@
+"""How codes and scales are laid out on disk, one file a format, found by the format's wire name."""
+
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from models.checkpoint import SourceModel
+from models.codes import Codes
+from models.progress import Notify
+from models.quantized import QuantizedModel, Site
+from squeeze.steps import Format, Quantize
+
+
+class Layout(Protocol):
+    """What every format's module offers."""
+
+    def refuse(self, sites: Iterable[Site], step: Quantize) -> None:
+        """Raises, naming the layer and what would do, where the format can't hold one of these layers."""
+
+    def write(self, source: SourceModel, quantized: QuantizedModel, out: Path, notify: Notify) -> None:
+        """Writes a whole model directory at `out`; it is there complete or not at all."""
+
+    def read(self, out: Path, module: str) -> Codes:
+        """The codes of one layer, from what `write` wrote."""
+
+
+def layout(name: Format) -> Layout:
+    """The module that writes and reads a format."""
+    return cast(Layout, import_module(f"models.formats.{name.replace('-', '_')}"))

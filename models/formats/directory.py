@@ -1,0 +1,184 @@
+"""What every format shares: the directory around the weights, written beside its final place and moved there whole."""
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from models.checkpoint import SourceModel
+from models.formats.shards import Piece
+from models.quantized import QuantizedModel, Site
+from squeeze.errors import DiskFull
+
+# What stands beside the weights and is taken along: tokenizer, generation settings, chat templates, terms of use.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "tekken.json",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+# Settings that say where a file lay on its author's machine, or ask for code of the repository.
+PRIVATE_KEYS = frozenset(
+    {
+        "auto_map",
+        "_name_or_path",
+        "name_or_path",
+        "tokenizer_file",
+        "vocab_file",
+        "merges_file",
+        "special_tokens_map_file",
+    }
+)
+
+# Causal masks and rotary frequencies that old checkpoints carry and today's model classes compute.
+COMPUTED = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The source as transformers sees it, without weights.
+
+    names: its parameters and stored buffers, in the model's order. linears: all its linear layers by module name.
+    """
+
+    names: tuple[str, ...]
+    linears: tuple[str, ...]
+
+
+def skeleton_of(source: SourceModel) -> Skeleton:
+    config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    linears = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    return Skeleton(tuple(model.state_dict()), linears)
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A fresh directory beside `out` that takes its place at the end; nothing is left behind when something fails."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():  # what an earlier attempt wrote
+            shutil.rmtree(out)
+        partial.rename(out)
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise DiskFull("the disk filled up while the model was written; free space and retry the job") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def pieces_of(
+    source: SourceModel, skeleton: Skeleton, sites: Mapping[str, Site], site_piece: Callable[[Site], Piece]
+) -> list[Piece]:
+    """All tensors of the result in the model's order, under the names that transformers gives them in its files.
+
+    The weight of a quantized linear becomes what `site_piece` says; everything else is copied as it is stored.
+    """
+    pieces: list[Piece] = []
+    copied: set[str] = set()
+    for name in skeleton.names:
+        key = source.file_key(name)
+        if key is None or key in copied:  # a tied weight stands once in the files
+            continue
+        copied.add(key)
+        module, _, leaf = name.rpartition(".")
+        site = sites.get(module)
+        if site and leaf == "weight":
+            pieces.append(site_piece(site))
+        else:
+            alias = source.row.head_alias
+            pieces.append(_copy(source, key, key if alias and key.startswith(f"{alias}.") else name))
+    # A tensor that the model class doesn't know may still mean something to another engine.
+    pieces += [_copy(source, key, key) for key in source.names() if key not in copied and not COMPUTED.search(key)]
+    return pieces
+
+
+def write_companions(source: SourceModel, out: Path) -> None:
+    """Copies tokenizer, generation settings, chat templates and terms of use."""
+    for pattern in COMPANIONS:
+        for file in sorted(source.path.glob(pattern)):
+            if not file.is_file():
+                continue
+            target = out / file.relative_to(source.path)
+            target.parent.mkdir(exist_ok=True)
+            if file.suffix == ".json":
+                _copy_settings(file, target)
+            else:
+                shutil.copyfile(file, target)
+
+
+def write_config(source: SourceModel, quantized: QuantizedModel, quantization: Mapping[str, Any], out: Path) -> None:
+    """`config.json` of the source with the quantization added.
+
+    Where the source names no dtype, its weights' is named: loaders would take it from the first tensor that they meet,
+    which may now be a scale.
+    """
+    config = without_private(source.config)
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["dtype"] = str(quantized.dtype).removeprefix("torch.")
+    config["quantization_config"] = dict(quantization)
+    write_json(out / "config.json", config)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def without_private(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without paths of a machine and without references to code."""
+    return {key: value for key, value in settings.items() if key not in PRIVATE_KEYS}
+
+
+def weight_bytes(directory: Path) -> int:
+    """Bytes of a written directory's weight files."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def _copy(source: SourceModel, key: str, name: str) -> Piece:
+    entry = source.entries[key]
+
+    def make() -> dict[str, Tensor]:
+        return {name: source.tensor(key)}
+
+    return Piece({name: (entry.dtype, entry.shape)}, make)
+
+
+def _copy_settings(file: Path, target: Path) -> None:
+    """Byte for byte, unless something in it must stay behind."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(settings, dict) and PRIVATE_KEYS.intersection(settings):
+        write_json(target, without_private(settings))
+    else:
+        shutil.copyfile(file, target)

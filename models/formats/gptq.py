@@ -1,0 +1,135 @@
+"""GPTQ's layout (`checkpoint_format: gptq`, version 1): gptqmodel, transformers (through optimum) and vLLM load it.
+
+A linear has `qweight` int32 (in·bits/32, out), codes packed along `in`; `qzeros` int32 (groups, out·bits/32), each zero
+point less one, packed along `out`; `scales` float16 (groups, out); `g_idx` int32 (in,), the group of each input.
+
+Readers add the one back to whole words. A zero point of 0 would stand as all ones, the addition would carry into the
+neighbour, and the file would be read wrong without a word: zero points must be at least 1.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.checkpoint import SourceModel, read_config, tensor_entries
+from models.codes import Codes
+from models.formats.directory import pieces_of, skeleton_of, write_companions, write_config, write_json, written_whole
+from models.formats.fitness import fused_names, refuse_torn_groups, refuse_torn_words, torn_fusions
+from models.formats.packing import pack, unpack, words_for
+from models.formats.shards import SHARD_BYTES, Piece, write_shards
+from models.progress import Notify
+from models.quantized import QuantizedModel, Site, group_columns
+from models.safetensors_file import read as read_tensor
+from squeeze import __version__
+from squeeze.errors import FormatUnfit
+from squeeze.steps import Quantize
+
+WHOLE_ROW = -1  # what group_size says for one scale a row
+
+
+def refuse(sites: Iterable[Site], step: Quantize) -> None:
+    """Raises FormatUnfit or GroupSizeIndivisible where this format can't hold one of these layers.
+
+    GPT-2 is refused: transformers 5.23 draws fresh values for the weight of every `c_proj` before it loads, whatever
+    stands there, and gptqmodel's layers have none to draw ("has no attribute 'normal_'").
+    """
+    for site in sites:
+        if site.transposed:
+            raise FormatUnfit(
+                f"{site.name} keeps its weight transposed (Conv1D), and transformers can't load such layers from gptq; "
+                "ask for compressed-tensors, which can hold them",
+                param="formats",
+            )
+        refuse_torn_groups(site, step)
+        refuse_torn_words(site, step, "gptq")
+
+
+def write(
+    source: SourceModel, quantized: QuantizedModel, out: Path, notify: Notify, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes a directory that gptqmodel, transformers with optimum and gptqmodel, and vLLM load as it is."""
+    refuse(quantized.sites.values(), quantized.step)
+    for fusion in torn_fusions(quantized.sites, quantized.ignored):
+        notify.event("warning", f"vLLM will not load the result: it fuses {fusion}, of which only a part is quantized")
+
+    def site_piece(site: Site) -> Piece:
+        return _piece(quantized, site)
+
+    with written_whole(out) as partial:
+        write_companions(source, partial)
+        config = _config(quantized)
+        write_config(source, quantized, config, partial)
+        write_json(partial / "quantize_config.json", config)
+        write_shards(partial, pieces_of(source, skeleton_of(source), quantized.sites, site_piece), notify, shard_bytes)
+
+
+def read(out: Path, module: str) -> Codes:
+    """The codes of one layer, from what `write` wrote."""
+    entries, config = tensor_entries(out), read_config(out)["quantization_config"]
+    bits = config["bits"]
+
+    def tensor(part: str) -> Tensor:
+        return read_tensor(entries[f"{module}.{part}"])
+
+    columns = len(tensor("g_idx"))
+    scale = tensor("scales").t().contiguous().float()  # (out, groups)
+    rows, groups = scale.shape
+    codes = unpack(tensor("qweight").t(), bits, columns)
+    zero = unpack(tensor("qzeros"), bits, rows).t().contiguous() + 1
+    return Codes(codes, scale, zero, bits, columns // groups, config["sym"])
+
+
+def _config(quantized: QuantizedModel) -> dict[str, Any]:
+    """Settings for every reader: gptqmodel and vLLM take `dynamic`, optimum takes `modules_in_block_to_quantize`."""
+    step = quantized.step
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": step.bits,
+        "group_size": WHOLE_ROW if step.group_size == "channel" else step.group_size,
+        "sym": step.symmetric,
+        # Groups are of neighbouring columns, in whatever order these were rounded.
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"squeeze:{__version__}"], "method": step.method},
+    }
+    if step.bits == 4 and step.group_size == "channel" and not step.symmetric:
+        # On a CPU gptqmodel 7.6 would choose a kernel that takes every zero point for 8 (`TorchFusedLinear`).
+        config["backend"] = "torch"
+    if quantized.ignored:
+        left = [*quantized.ignored, *fused_names(quantized.ignored)]
+        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left}
+        config["modules_in_block_to_quantize"] = [list(quantized.sites)]
+    return config
+
+
+def _piece(quantized: QuantizedModel, site: Site) -> Piece:
+    step = quantized.step
+    group_size = group_columns(step, site)
+    groups = site.columns // group_size
+    shapes = {
+        f"{site.name}.qweight": (torch.int32, (words_for(site.columns, step.bits), site.rows)),
+        f"{site.name}.qzeros": (torch.int32, (groups, words_for(site.rows, step.bits))),
+        f"{site.name}.scales": (torch.float16, (groups, site.rows)),
+        f"{site.name}.g_idx": (torch.int32, (site.columns,)),
+    }
+
+    def make() -> dict[str, Tensor]:
+        codes = quantized.codes(site.name)
+        if int(codes.zero.min()) < 1:
+            raise FormatUnfit(
+                f"{site.name} has a zero point of 0, which gptq can't hold; the least is 1", param="formats"
+            )
+        return {
+            f"{site.name}.qweight": pack(codes.codes, step.bits).t(),
+            f"{site.name}.qzeros": pack(codes.zero.t() - 1, step.bits),
+            f"{site.name}.scales": codes.scale.to(torch.float16).t(),
+            f"{site.name}.g_idx": torch.arange(site.columns, dtype=torch.int32) // group_size,
+        }
+
+    return Piece(shapes, make)

@@ -1,0 +1,46 @@
+"""What this process uses: memory and processor time, and how its heap gives memory back."""
+
+import ctypes
+import resource
+from pathlib import Path
+
+import torch
+
+
+def peak_host_bytes() -> int:
+    """The largest resident size so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def peak_gpu_bytes() -> int:
+    """The most that torch had allocated on the GPU so far; 0 where none was used."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def cpu_seconds() -> float:
+    """Of this process and its ended children, user and system."""
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    )
+
+
+def return_free_memory() -> None:
+    """Hands freed heap pages back to the system, so that fragments don't pile up from block to block.
+
+    Without it a job of 64 blocks of width 512 peaked 40 % above one of 8 blocks, all of it freed memory. glibc only;
+    other allocators have no need of it.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def available_host_bytes() -> int:
+    """Memory that this process could still take: the machine's, or its container's where that has a lower limit."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return max(free, 0)
