@@ -1,0 +1,64 @@
+# Everything that a person or CI runs. Needs Python >= 3.11 with pip and venv, and make; nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+# For a machine without a GPU: make install TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_INDEX ?=
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-for-squeeze
+LOCKS := $(wildcard requirements/*.lock requirements/*.txt)
+PACKAGES := squeeze storage jobs models api workers
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart serve test test-long check format fuzz bench-service bench-quality clean
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+install: $(INSTALLED) ## make .venv with everything, once
+
+# torch first: gptqmodel's build looks at the torch that is installed, hence also --no-build-isolation.
+$(INSTALLED): $(LOCKS) pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) $(TORCH)
+	$(BIN)/python -m pip install --quiet -r requirements/dev.lock
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -r requirements/gptqmodel.txt
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+quickstart: $(INSTALLED) ## compress the bundled model over HTTP, with no network, and look at the result
+	$(BIN)/python scripts/quickstart.py
+
+serve: $(INSTALLED) ## run the whole service on this machine until Ctrl-C
+	$(BIN)/python scripts/serve.py
+
+test: $(INSTALLED) ## the test suite; Redis and PostgreSQL take part where they are installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-long: $(INSTALLED) ## the test suite with what takes long
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED) ## formatting, lint, types, who imports whom
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+fuzz: $(INSTALLED) ## schemathesis against a running service's OpenAPI
+	$(BIN)/python scripts/fuzz.py
+
+bench-service: $(INSTALLED) ## overhead of a job, throughput of submits, polls and downloads
+	$(BIN)/python benchmarks/service.py
+
+bench-quality: $(INSTALLED) ## GPTQ against RTN and against the peers, on the bundled model
+	$(BIN)/python benchmarks/quality.py
+
+clean: ## remove the environment and the caches, keep data
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist

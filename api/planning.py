@@ -1,0 +1,168 @@
+"""What a spec would need and what stands in its way, from the model's config and headers alone: estimates."""
+
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+from api.service import Service
+from api.sources import Files, files_of
+from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
+from jobs import files as uploads
+from squeeze.architectures import ARCHITECTURES, HELD_BY
+from squeeze.errors import (
+    ArchitectureUnsupported,
+    FormatUnfit,
+    GroupSizeIndivisible,
+    ModelAlreadyCompressed,
+    ModelMalformed,
+    ModelUnsafe,
+    SpecInvalid,
+    SqueezeError,
+)
+from squeeze.formats import refuse_unfit
+from squeeze.objects import Obstacle, Plan
+from squeeze.specs import JobSpec
+from squeeze.steps import Quantize
+
+PROCESS_BYTES = 1_200_000_000  # a job's process with its libraries, before it has loaded anything
+ACTIVATION_BYTES = 2  # an element of the activations between two blocks
+WORK_BYTES = 4  # an element of the block that is being worked on
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+def plan(service: Service, project: str, spec: JobSpec) -> Plan:
+    """Everything that can be found at once: one obstacle does not hide the others."""
+    obstacles = [_obstacle(error) for error in _before_the_model(service, project, spec)]
+    try:
+        files = files_of(service, project, spec.model)
+        config = config_of(files)
+        tensors = tensors_of(files)
+    except SqueezeError as error:
+        return _answer([*obstacles, _obstacle(error)])
+    linears = _compressed(spec, linears_of(tensors, transposed=config.get("model_type") == "gpt2"))
+    obstacles += [_obstacle(error) for error in _in_the_model(spec, config, files, tensors, linears)]
+    source_bytes = sum(tensor.size_bytes for tensor in tensors.values()) or _weight_bytes(files)
+    result_bytes = _result_bytes(spec, tensors, linears) if tensors else {}
+    return _answer(
+        obstacles,
+        model_revision=files.revision,
+        parameters=sum(tensor.elements for tensor in tensors.values()) or None,
+        source_bytes=source_bytes,
+        result_bytes=result_bytes,
+        host_bytes=_host_bytes(spec, config, tensors) if tensors else None,
+        disk_bytes=(source_bytes if files.pulled else 0)
+        + sum(result_bytes.values())
+        + max([0, *result_bytes.values()]),
+    )
+
+
+def _answer(obstacles: list[Obstacle], **estimates: Any) -> Plan:
+    return Plan(feasible=not obstacles, obstacles=obstacles, **estimates)
+
+
+def _obstacle(error: SqueezeError) -> Obstacle:
+    return Obstacle(code=error.code, message=error.message, param=error.param)
+
+
+def _before_the_model(service: Service, project: str, spec: JobSpec) -> Iterator[SqueezeError]:
+    try:
+        refuse_unfit(spec)
+    except FormatUnfit as error:
+        yield error
+    for param, file_id in (("data.source", spec.data.source), ("evaluation.source", spec.evaluation.source)):
+        if file_id is None:
+            continue
+        try:
+            with service.database.read() as session:
+                uploads.find(session, project, file_id)
+        except SqueezeError as error:
+            yield SpecInvalid(error.message, param=param)
+
+
+def _in_the_model(
+    spec: JobSpec, config: dict[str, Any], files: Files, tensors: dict[str, Tensor], linears: list[Linear]
+) -> Iterator[SqueezeError]:
+    """What the engine would refuse, in its own words where they are the same."""
+    kind = config.get("model_type")
+    supported = ", ".join(sorted(ARCHITECTURES))
+    if not isinstance(kind, str):
+        yield ModelMalformed("config.json names no model_type, so nobody can tell what kind of model this is.")
+    elif kind not in ARCHITECTURES and "auto_map" in config:
+        yield ModelUnsafe(
+            f"The model ({kind}) needs Python code of its own, which is never run. Supported: {supported}."
+        )
+    elif kind not in ARCHITECTURES:
+        yield ArchitectureUnsupported(f"model_type {kind!r} is not supported. Supported: {supported}.", param="model")
+    else:
+        for number, name in enumerate(spec.formats):
+            if name not in HELD_BY[kind]:
+                held = ", ".join(HELD_BY[kind])
+                yield FormatUnfit(f"{name} can't hold a {kind} model; take {held}.", param=f"formats.{number}")
+    if config.get("quantization_config"):
+        yield ModelAlreadyCompressed("The model's weights are quantized already; name the model it was made from.")
+    if not tensors and not _weight_bytes(files):
+        yield ModelMalformed("The model has no weights: neither safetensors nor .bin files.", param="model")
+    for number, step in enumerate(spec.steps):
+        if step.group_size == "channel":
+            continue
+        unfit = [linear for linear in linears if linear.columns % step.group_size]
+        if unfit:
+            more = f" (and {len(unfit) - 1} more layers)" if len(unfit) > 1 else ""
+            yield GroupSizeIndivisible(
+                f"group_size={step.group_size} does not divide the {unfit[0].columns} inputs of {unfit[0].name}{more}. "
+                "Take a smaller one, or `channel`, or leave those layers alone with `ignore`.",
+                param=f"steps.{number}.group_size",
+            )
+
+
+def _compressed(spec: JobSpec, linears: list[Linear]) -> list[Linear]:
+    """Those that a step does not ignore."""
+    ignored = [pattern for step in spec.steps for pattern in step.ignore]
+    return [linear for linear in linears if not any(fnmatchcase(linear.name, pattern) for pattern in ignored)]
+
+
+def _weight_bytes(files: Files) -> int:
+    return sum(size for name, size in files.sizes.items() if name.endswith((".safetensors", ".bin")))
+
+
+def _result_bytes(spec: JobSpec, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[str, int]:
+    """Of the weight files, by format: what stays as it is, and the layers in codes, scales and zero points."""
+    step = next(step for step in spec.steps if isinstance(step, Quantize))
+    kept = sum(tensor.size_bytes for tensor in tensors.values()) - sum(linear.size_bytes for linear in linears)
+    return {name: kept + sum(_layer_bytes(linear, step, name) for linear in linears) for name in spec.formats}
+
+
+def _layer_bytes(linear: Linear, step: Quantize, name: str) -> int:
+    groups = 1 if step.group_size == "channel" else -(-linear.columns // step.group_size)
+    codes = linear.rows * linear.columns * step.bits // 8
+    scales = 2 * linear.rows * groups
+    zeros = linear.rows * groups * step.bits // 8 if name == "gptq" or not step.symmetric else 0
+    group_index = 4 * linear.columns if name == "gptq" else 0
+    return codes + scales + zeros + group_index
+
+
+def _host_bytes(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
+    """One block at work, what is between two blocks of every sequence, and the largest matrix outside of the blocks."""
+    blocks: dict[str, int] = {}
+    outside = 0
+    for name, tensor in tensors.items():
+        match = _BLOCK.search(name)
+        if match:
+            blocks[match[1]] = blocks.get(match[1], 0) + tensor.elements
+        else:
+            outside = max(outside, tensor.elements)
+    hidden = _number(config, "hidden_size", "n_embd")
+    positions = _number(config, "max_position_embeddings", "n_positions") or spec.data.sequence_length
+    length = min(spec.data.sequence_length, positions)
+    calibrated = any(step.needs_calibration for step in spec.steps)
+    evaluated = spec.evaluation.perplexity or spec.evaluation.divergence
+    sequences = spec.data.samples * calibrated + 2 * spec.evaluation.samples * evaluated  # before and after
+    widest = max((max(tensor.shape, default=0) for name, tensor in tensors.items() if _BLOCK.search(name)), default=0)
+    statistics = 2 * WORK_BYTES * widest**2 if calibrated else 0
+    activations = sequences * length * hidden * ACTIVATION_BYTES
+    return PROCESS_BYTES + WORK_BYTES * (max([0, *blocks.values()]) + outside) + statistics + activations
+
+
+def _number(config: dict[str, Any], *names: str) -> int:
+    return next((config[name] for name in names if type(config.get(name)) is int and config[name] > 0), 0)

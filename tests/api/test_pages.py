@@ -1,0 +1,66 @@
+"""Pages for people: the report and the docs load nothing from elsewhere and run nothing of a user's."""
+
+import hashlib
+import re
+from base64 import b64encode
+
+import pytest
+
+from tests.api.serving import Running, report
+
+BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+
+
+@pytest.fixture(scope="module")
+def page(shared: Running, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """(the report's page, its content security policy)"""
+    job_id = shared.submit()
+    shared.succeed(job_id, {"gptq/config.json": b"{}"}, tmp_path_factory.mktemp("made"), report())
+    answer = shared.client.get(f"/v1/jobs/{job_id}/report", headers=BROWSER)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    return answer.text, answer.headers["content-security-policy"]
+
+
+def test_the_report_shows_its_figures(page: tuple[str, str]) -> None:
+    text, _ = page
+    for shown in ("2.5 MB", "4.25", "10.5", "93.0 %", "passed", "5.23.0", "0.0123", "org/&lt;b&gt;name&lt;/b&gt;"):
+        assert shown in text, shown
+
+
+def test_what_users_and_models_wrote_is_escaped(page: tuple[str, str]) -> None:
+    text, _ = page
+    for raw in ("<script", "<img", "<b>", "<i>"):
+        assert raw not in text
+
+
+def test_the_policy_allows_the_own_style_and_nothing_else(page: tuple[str, str]) -> None:
+    text, policy = page
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
+    assert style is not None
+    digest = b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert not re.search(r"<[^>]*(src|href|style)=", text)
+
+
+def test_the_docs_load_everything_from_here(shared: Running) -> None:
+    answer = shared.client.get("/docs")
+    assert answer.status_code == 200
+    assert "http" not in answer.text
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    for asset in re.findall(r'(?:src|href)="(docs/[^"]+)"', answer.text):
+        packed = shared.client.get(f"/{asset}")
+        plain = shared.client.get(f"/{asset}", headers={"Accept-Encoding": "identity"})
+        assert packed.status_code == 200
+        assert packed.content == plain.content
+    assert shared.client.get("/docs/other.js").status_code == 404
+
+
+def test_the_vendored_assets_are_what_their_notice_says(shared: Running) -> None:
+    from api.pages import docs
+
+    notice = (docs._ASSETS / "NOTICE").read_text()
+    for digest, name in re.findall(r"^([0-9a-f]{64})  (\S+)$", notice, re.MULTILINE):
+        assert hashlib.sha256(shared.client.get(f"/docs/{name}").content).hexdigest() == digest

@@ -1,0 +1,213 @@
+"""Plans from the Hub (through the real client), from directories and from earlier jobs: figures and every obstacle."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.settings import Settings
+from squeeze.objects import Plan
+from tests.api.serving import SPEC, Running, report, serve
+from tests.hub import FaultyHub
+
+CONFIG = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 640, "max_position_embeddings": 512}
+
+
+def _safetensors(shapes: dict[str, tuple[int, ...]]) -> bytes:
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        size = 2
+        for side in shape:
+            size *= side
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    packed = json.dumps(header).encode()
+    return len(packed).to_bytes(8, "little") + packed + bytes(at)
+
+
+def _shapes(blocks: int = 2) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (1000, 256), "model.norm.weight": (256,)}
+    for block in range(blocks):
+        prefix = f"model.layers.{block}"
+        shapes[f"{prefix}.self_attn.q_proj.weight"] = (256, 256)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (256, 640)
+        shapes[f"{prefix}.input_layernorm.weight"] = (256,)
+    return shapes
+
+
+LLAMA = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": _safetensors(_shapes())}
+SHARDED = {
+    "config.json": LLAMA["config.json"],
+    "a.safetensors": _safetensors(dict(list(_shapes().items())[:3])),
+    "b.safetensors": _safetensors(dict(list(_shapes().items())[3:])),
+    "model.safetensors.index.json": json.dumps({"weight_map": {"x": "b.safetensors", "y": "a.safetensors"}}).encode(),
+}
+CONV = {"transformer.h.0.mlp.c_proj.weight": (96, 64), "wte.weight": (100, 64)}  # (in, out): 96 inputs
+MODELS = {
+    "org/llama": LLAMA,
+    "org/sharded": SHARDED,
+    "org/gated": LLAMA,
+    "org/unknown": {**LLAMA, "config.json": b'{"model_type": "mamba"}'},
+    "org/custom": {**LLAMA, "config.json": b'{"model_type": "own", "auto_map": {}}'},
+    "org/quantized": {**LLAMA, "config.json": json.dumps({**CONFIG, "quantization_config": {"bits": 4}}).encode()},
+    "org/gpt2": {"config.json": b'{"model_type": "gpt2"}', "model.safetensors": _safetensors(CONV)},
+    "org/empty": {"config.json": LLAMA["config.json"]},
+    "org/bare": {"README.md": b"x"},
+    "org/broken": {**LLAMA, "model.safetensors": b"\xff" * 100},
+    "org/nojson": {**LLAMA, "config.json": b"<html>"},
+    "org/pickled": {"config.json": LLAMA["config.json"], "pytorch_model.bin": b"x" * 1000},
+    "org/vast": {**LLAMA, "config.json": b" " * (2 << 20)},
+}
+
+
+@pytest.fixture(scope="module")
+def sick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyHub]:
+    """A Hub that has MODELS, and may be made ill."""
+    with FaultyHub() as hub:
+        for name, files in MODELS.items():
+            directory = tmp_path_factory.mktemp("hub")
+            for file, content in files.items():
+                (directory / file).write_bytes(content)
+            hub.add(name, directory)
+        hub.repos["org/gated"].token = "hf_of_somebody_else"
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory: pytest.TempPathFactory, _valkey: str, sick: FaultyHub) -> Iterator[Callable[..., Plan]]:
+    """Plans a spec against that Hub."""
+    data = tmp_path_factory.mktemp("plan")
+    settings = Settings(data, f"sqlite:///{data}/squeeze.db", _valkey, (data / "storage").as_uri())
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HF_ENDPOINT", sick.url)
+        with serve(settings) as running:
+
+            def plan(model: str, step: dict[str, Any] | None = None, **changes: Any) -> Plan:
+                steps = [{**SPEC["steps"][0], **(step or {})}]
+                answer = running.client.post("/v1/plan", json={"model": model, "steps": steps, **changes})
+                assert answer.status_code == 200, answer.text
+                return Plan.model_validate(answer.json())
+
+            yield plan
+
+
+@pytest.mark.parametrize("model", ["org/llama", "org/sharded", "org/llama@main"])
+def test_a_plan_counts_what_the_headers_say(planner: Callable[..., Plan], sick: FaultyHub, model: str) -> None:
+    plan = planner(model, formats=["compressed-tensors", "gptq"])
+    commit = sick.repos[model.split("@", maxsplit=1)[0]].refs["main"]
+    assert (plan.feasible, plan.obstacles, plan.model_revision) == (True, [], commit)
+    linear = 2 * (256 * 256 + 256 * 640)
+    other = 1000 * 256 + 256 * 3
+    assert plan.parameters == linear + other
+    assert plan.source_bytes == 2 * (linear + other)
+    groups = 2 * 256 * (2 + 5)
+    assert plan.result_bytes["compressed-tensors"] == 2 * other + linear // 2 + 2 * groups
+    assert plan.result_bytes["gptq"] == plan.result_bytes["compressed-tensors"] + groups // 2 + 4 * 2 * (256 + 640)
+    assert plan.host_bytes is not None and plan.host_bytes > 1_000_000_000
+    assert plan.disk_bytes is not None and plan.disk_bytes > plan.source_bytes
+
+
+def test_fewer_bits_and_larger_groups_make_less(planner: Callable[..., Plan]) -> None:
+    sizes = [
+        planner("org/llama", step).result_bytes["compressed-tensors"]
+        for step in (
+            {"bits": 8},
+            {"bits": 4, "group_size": 32},
+            {"bits": 4},
+            {"bits": 4, "group_size": "channel"},
+            {"bits": 2},
+        )
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    ignoring = planner("org/llama", {"ignore": ["*.down_proj"]}).result_bytes["compressed-tensors"]
+    assert ignoring > sizes[2]
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "words"),
+    [
+        ("org/absent", "model_not_found", "org/absent"),
+        ("org/llama@nowhere", "model_not_found", "nowhere"),
+        ("org/gated", "model_gated", "HF_TOKEN"),
+        ("org/unknown", "architecture_unsupported", "mamba"),
+        ("org/custom", "model_unsafe", "Python code"),
+        ("org/quantized", "model_already_compressed", "quantized already"),
+        ("org/gpt2", "format_unfit", "gptq"),
+        ("org/empty", "model_malformed", "no weights"),
+        ("org/bare", "model_malformed", "config.json"),
+        ("org/broken", "model_malformed", "model.safetensors"),
+        ("org/nojson", "model_malformed", "config.json"),
+        ("org/vast", "model_malformed", "config.json"),
+        ("/etc", "model_directory_forbidden", "SQUEEZE_MODEL_ROOTS"),
+        ("job-00000000", "job_not_found", "job-00000000"),
+    ],
+)
+def test_what_stands_in_the_way_is_named(planner: Callable[..., Plan], model: str, code: str, words: str) -> None:
+    plan = planner(model)
+    assert not plan.feasible
+    found = {obstacle.code: obstacle.message for obstacle in plan.obstacles}
+    assert code in found, found
+    assert words in found[code]
+
+
+def test_one_obstacle_does_not_hide_the_others(planner: Callable[..., Plan]) -> None:
+    plan = planner("org/gpt2", data={"source": "file-00000000"})
+    params = {obstacle.param: obstacle for obstacle in plan.obstacles}
+    assert set(params) == {"data.source", "formats.0", "steps.0.group_size"}
+    assert "96 inputs" in params["steps.0.group_size"].message
+    assert planner("org/gpt2", {"group_size": 32}, formats=["gptq"]).feasible
+
+
+def test_legacy_weights_are_no_obstacle_but_tell_less(planner: Callable[..., Plan]) -> None:
+    plan = planner("org/pickled")
+    assert (plan.feasible, plan.source_bytes, plan.parameters, plan.result_bytes) == (True, 1000, None, {})
+
+
+def test_a_mirror_that_tells_little_or_sends_too_much_gives_the_same_plan(
+    planner: Callable[..., Plan], sick: FaultyHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planner("org/llama")
+    monkeypatch.setattr(sick.faults, "bare_listing", True)
+    monkeypatch.setattr(sick.faults, "ignore_range", True)
+    assert planner("org/llama") == plan
+
+
+@pytest.mark.parametrize("status", [500, 429, 403])
+def test_a_hub_that_refuses_is_an_obstacle(
+    planner: Callable[..., Plan], sick: FaultyHub, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(sick.faults, "status", status)
+    assert [obstacle.code for obstacle in planner("org/llama").obstacles] == ["hub_unavailable"]
+
+
+def test_a_hub_that_is_down_is_an_obstacle(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    plan = Plan.model_validate(start().client.post("/v1/plan", json=SPEC).json())
+    assert [obstacle.code for obstacle in plan.obstacles] == ["hub_unavailable"]
+
+
+def test_a_directory_and_an_earlier_job_are_looked_at_too(start: Callable[..., Running], tmp_path: Path) -> None:
+    directory = tmp_path / "models" / "llama"
+    directory.mkdir(parents=True)
+    for name, content in SHARDED.items():
+        (directory / name).write_bytes(content)
+    running = start(model_roots=(tmp_path / "models",))
+    local = Plan.model_validate(running.client.post("/v1/plan", json={**SPEC, "model": str(directory)}).json())
+    assert local.feasible and local.parameters
+    job_id = running.submit()
+    early = Plan.model_validate(running.client.post("/v1/plan", json={**SPEC, "model": job_id}).json())
+    assert [obstacle.code for obstacle in early.obstacles] == ["spec_invalid"]
+    files = {f"compressed-tensors/{name}": content for name, content in MODELS["org/quantized"].items()}
+    running.succeed(job_id, files, tmp_path, report())
+    again = Plan.model_validate(running.client.post("/v1/plan", json={**SPEC, "model": job_id}).json())
+    assert [obstacle.code for obstacle in again.obstacles] == ["model_already_compressed"]
+    assert again.parameters == local.parameters
+
+
+def test_a_wrong_spec_is_refused_as_it_is_at_submit(shared: Running) -> None:
+    body = {**SPEC, "steps": [{**SPEC["steps"][0], "bitz": 4}]}
+    plan, submit = (shared.client.post(path, json=body) for path in ("/v1/plan", "/v1/jobs"))
+    assert plan.status_code == submit.status_code == 422
+    assert plan.json()["detail"] == submit.json()["detail"]

@@ -1,0 +1,170 @@
+"""Whole jobs: a tiny random Llama from a Hub on this machine, through the real pipeline, into the storage."""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import files, listing
+from jobs.records import new_id
+from squeeze.objects import Status
+from storage import open_storage
+from tests.hub import FaultyHub
+from tests.models import tiny
+from workers.forkserver import DEFAULT_ENTRY
+from workers.groups import Ledger
+from workers.spawn import ForkServer
+from workers.worker import Worker
+
+from .conftest import PROJECT, Place, Running, eventually, worker_here, worker_process
+
+SMALL: dict[str, Any] = {
+    "model": "tiny/llama",
+    "data": {"samples": 4, "sequence_length": 64},
+    "evaluation": {"samples": 2},
+}
+RTN = {"kind": "quantize", "method": "rtn", "group_size": 32}
+GPTQ = {"kind": "quantize", "method": "gptq", "group_size": 32}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyHub]:
+    directory = tiny.llama(tmp_path_factory.mktemp("llama"))
+    with FaultyHub() as hub:
+        hub.add("tiny/llama", directory)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def warm_server(tmp_path_factory: pytest.TempPathFactory, hub: FaultyHub) -> Iterator[ForkServer]:
+    with pytest.MonkeyPatch.context() as environ:
+        environ.setenv("HF_ENDPOINT", hub.url)
+        ledger = Ledger(tmp_path_factory.mktemp("warm"), "warm")
+        server = ForkServer(ledger, DEFAULT_ENTRY)
+        server.start()
+    yield server
+    server.close()
+    ledger.close()
+
+
+@pytest.fixture
+def worker(place: Place, warm_server: ForkServer) -> Iterator[Worker]:
+    with worker_here(place, warm_server) as worker:
+        yield worker
+
+
+def test_a_job_from_the_hub_to_artifacts_with_right_digests_that_can_not_be_compressed_again(
+    place: Place, worker: Worker, hub: FaultyHub
+) -> None:
+    job_id = place.submit(steps=[RTN], formats=["gptq"], **SMALL)
+    assert worker.run_job(job_id) == Status.succeeded, place.job(job_id).error
+    job = place.job(job_id)
+    assert job.model_revision == hub.repos["tiny/llama"].refs["main"]
+    assert job.usage is not None
+    assert job.usage["cpu_seconds"] > 0
+    assert job.usage["peak_host_bytes"] > 100 << 20
+    storage = open_storage(place.settings.storage_url)
+    with place.database.read() as session:
+        artifacts = listing.artifacts(session, PROJECT, job_id)
+    assert {artifact.format for artifact in artifacts} == {"gptq", "report"}
+    for artifact in artifacts:
+        content = b"".join(storage.read(artifact.storage_key))
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (artifact.bytes, artifact.sha256)
+    stages = [event.message for event in place.events(job_id) if event.type == "stage"]
+    assert stages[0] == "pulling"
+    assert stages[-1] == "uploading"
+    again = place.submit(steps=[RTN], **(SMALL | {"model": job_id}))
+    assert worker.run_job(again) == Status.failed
+    error = place.job(again).error
+    assert error is not None
+    assert error["code"] == "model_already_compressed"
+
+
+def test_a_job_on_uploaded_text_killed_while_it_compresses_goes_on_and_gives_the_same_bytes(
+    place: Place, worker: Worker
+) -> None:
+    file_id = _upload(place)
+    fields = SMALL | {"data": SMALL["data"] | {"source": file_id}}
+    quiet, disturbed = (place.submit(steps=[GPTQ], formats=["gptq"], **fields) for _ in range(2))
+    assert worker.run_job(quiet) == Status.succeeded, place.job(quiet).error
+    running = Running(worker, disturbed)
+    work = place.scratch(disturbed) / "work"
+    eventually(lambda: work.is_dir() and any(work.rglob("*.safetensors")), "a block is done")
+    _kill_child(worker)
+    assert running.status() == Status.queued
+    assert worker.run_job(disturbed) == Status.succeeded, place.job(disturbed).error
+    assert _weights(place, disturbed) == _weights(place, quiet)
+    with place.database.read() as session:
+        report = listing.report(session, PROJECT, quiet)
+    assert (report["calibration"]["origin"], report["calibration"]["generic"]) == (file_id, False)
+
+
+def test_a_model_that_does_not_fit_the_recipe_fails_before_its_weights_come(
+    place: Place, worker: Worker, hub: FaultyHub, tmp_path: Path
+) -> None:
+    hub.add("tiny/odd", tiny.llama(tmp_path / "odd", intermediate_size=272))
+    hub.sent.clear()
+    job_id = place.submit(steps=[RTN | {"group_size": 128}], **(SMALL | {"model": "tiny/odd"}))
+    assert worker.run_job(job_id) == Status.failed
+    error = place.job(job_id).error
+    assert error is not None
+    assert error["code"] == "group_size_indivisible"
+    assert {name for name, _ in hub.sent} == {"config.json"}
+
+
+def test_a_warm_worker_starts_a_job_at_once(place: Place, hub: FaultyHub, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = []
+    with worker_process(place, entry=DEFAULT_ENTRY, HF_ENDPOINT=hub.url):
+        for _ in range(3):
+            job_id = place.submit(steps=[RTN], **SMALL)
+            began = time.monotonic()
+            place.ring(job_id)
+            eventually(lambda job_id=job_id: place.job(job_id).stage, "it works")
+            seconds.append(time.monotonic() - began)
+            place.cancel(job_id)
+            eventually(lambda job_id=job_id: place.job(job_id).status == Status.cancelled, "it has stopped")
+    log = (place.settings.data / "one.log").read_text()
+    warmed = json.loads(next(line for line in log.splitlines() if "fork server is warm" in line))
+    assert warmed["threads"] == 1, "no thread of a library's may exist when the server forks"
+    with capsys.disabled():
+        shown = ", ".join(f"{second:.2f}" for second in seconds)
+        sys.stdout.write(f"\nseconds from ring to work, the first while the server warms up: {shown}\n")
+
+
+def _upload(place: Place) -> str:
+    """A calibration text whose uploader gave it a name that leads elsewhere."""
+    text = "\n".join(f"def function_{n}(argument):\n    return argument + {n}" for n in range(2000)).encode()
+    file_id = new_id("file")
+    stored = open_storage(place.settings.storage_url).put_stream(files.storage_key(file_id), [text])
+    with place.database.write() as session:
+        files.add(
+            session,
+            file_id=file_id,
+            project=PROJECT,
+            filename="../../evil.txt",
+            size_bytes=stored.size_bytes,
+            sha256=stored.sha256,
+            purpose="calibration",
+        )
+    return file_id
+
+
+def _kill_child(worker: Worker) -> None:
+    """The only child of the fork server."""
+    server = worker.server.pid
+    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+    assert len(children) == 1, children
+    os.kill(int(children[0]), signal.SIGKILL)
+
+
+def _weights(place: Place, job_id: str) -> dict[str, str]:
+    with place.database.read() as session:
+        artifacts = listing.artifacts(session, PROJECT, job_id)
+    return {artifact.filename: artifact.sha256 for artifact in artifacts if artifact.filename.endswith(".safetensors")}

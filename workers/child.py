@@ -1,0 +1,138 @@
+"""What runs in the forked process of one job: pull, compress, upload, tell how it went. Ends with the process."""
+
+import os
+import random
+import resource
+import shutil
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import numpy as np
+import torch
+
+import workers.warm  # noqa: F401 - for its imports
+from models import pipeline
+from squeeze.specs import JobSpec
+from storage import Storage, open_storage
+from workers.alone import take
+from workers.channel import Channel, Teller
+from workers.failures import meaning
+from workers.processors import count
+from workers.pull import pull
+from workers.request import Request
+from workers.results import REPORT, upload
+from workers.sources import uploaded
+
+
+def run(channel: Channel) -> int:
+    """One attempt, from the request that the channel brings; the exit status."""
+    return attempt(Request.of(channel.receive()), channel)
+
+
+def attempt(request: Request, channel: Channel) -> int:
+    """As `run`, with the request already read."""
+    began = time.monotonic()
+    try:
+        lock = take(request.scratch_path)
+        manifest = _work(request, Teller(channel))
+    except BaseException as error:  # noqa: BLE001 - the edge of the job: whatever it was becomes its error
+        failed = meaning(error, request.scratch_path, _peak_host_bytes(), _peak_gpu_bytes(request))
+        channel.send(
+            {
+                "failed": {"code": failed.code, "message": failed.message, "param": failed.param},
+                "traceback": "".join(traceback.format_exception(error)),
+                "figures": _figures(request, began),
+            }
+        )
+        return 1
+    channel.send({"done": manifest, "figures": _figures(request, began)})
+    lock.close()
+    return 0
+
+
+def _work(request: Request, teller: Teller) -> dict[str, Any]:
+    spec = request.parsed()
+    _settle(spec)
+    storage = open_storage(request.storage_url)
+    pulled = pull(request, spec, storage, lambda directory: pipeline.check(spec, directory), teller)
+    texts = _texts(request, spec, storage)
+    _go_offline()
+    outcome = pipeline.run(
+        pipeline.Inputs(
+            spec=spec,
+            model=pulled.directory,
+            model_name=pulled.name,
+            revision=pulled.revision,
+            license=pulled.license,
+            calibration_text=texts.get(spec.data.source),
+            evaluation_text=texts.get(spec.evaluation.source),
+            work=_made(request.scratch_path / "work"),
+            out=_emptied(request.scratch_path / "out"),
+            device=request.device,
+            vllm_python=Path(request.vllm_python) if request.vllm_python else None,
+            job_id=request.job_id,
+        ),
+        teller,
+    )
+    report = request.scratch_path / "out" / REPORT
+    return {
+        "artifacts": upload(storage, request.prefix, outcome.directories, report, teller),
+        "result": outcome.result.model_dump(mode="json"),
+        "report": outcome.report.model_dump(mode="json"),
+    }
+
+
+def _settle(spec: JobSpec) -> None:
+    """The same numbers from the same job, and no more threads than there are processors for us."""
+    torch.set_num_threads(count())
+    torch.manual_seed(spec.seed)
+    random.seed(spec.seed)
+    np.random.seed(spec.seed % 2**32)
+
+
+def _go_offline() -> None:
+    """From here on nothing may come from outside: a library that looks for an optional file would wait for the Hub.
+
+    The token goes too, so that no process that the job starts has it.
+    """
+    os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        os.environ.pop(name, None)
+
+
+def _texts(request: Request, spec: JobSpec, storage: Storage) -> dict[str | None, Path]:
+    """The uploaded texts that the job names, by their ids."""
+    names = {spec.data.source, spec.evaluation.source} - {None}
+    folder = request.scratch_path / "data"
+    return {name: uploaded(request.data[name], folder, storage) for name in names if name is not None}
+
+
+def _made(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _emptied(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    return _made(path)
+
+
+def _figures(request: Request, began: float) -> dict[str, Any]:
+    return {
+        "peak_host_bytes": _peak_host_bytes(),
+        "peak_gpu_bytes": _peak_gpu_bytes(request),
+        "gpu_seconds": time.monotonic() - began if request.device.startswith("cuda") else 0.0,
+    }
+
+
+def _peak_host_bytes() -> int:
+    """Of this process; what it forked off or started counts apart."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def _peak_gpu_bytes(request: Request) -> int:
+    return torch.cuda.max_memory_allocated() if request.device.startswith("cuda") else 0

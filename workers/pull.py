@@ -1,0 +1,106 @@
+"""From what a job names as its model to a directory that holds it; what is unsafe is refused as early as it shows."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from squeeze.objects import Stage
+from squeeze.specs import OWN_ID, JobSpec
+from storage import Storage
+from workers.channel import Teller
+from workers.download import Snapshot
+from workers.hub import Repo, resolve
+from workers.request import Request
+from workers.room import demand
+from workers.sources import directory, earlier_job
+from workers.weights import CONFIG, SMALL_BYTES_MAX, choose, refuse_code, weight_files
+
+Check = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """name: what the report may call the model. revision: the commit of a model from the Hub."""
+
+    directory: Path
+    name: str
+    revision: str | None = None
+    license: str | None = None
+
+
+def pull(request: Request, spec: JobSpec, storage: Storage, check: Check, teller: Teller) -> Pulled:
+    """The job's model on local disk.
+
+    check: is called with the directory as soon as `config.json` is in it, before any weights; raises to refuse it.
+    """
+    teller.stage(Stage.pulling)
+    if spec.model.startswith("/"):
+        path = directory(spec.model, request.model_roots)
+        check(path)
+        weights = sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
+        _demand(request, spec, weights, 0)
+        return Pulled(path, path.name)
+    if OWN_ID.match(spec.model):
+        into = request.scratch_path / "source"
+        size_bytes = sum(file.size_bytes for file in request.source)
+        _demand(request, spec, size_bytes, 0 if into.exists() else size_bytes)
+        path = earlier_job(
+            request.source, into, storage, check, lambda done, total: teller.advance(done, total, "bytes")
+        )
+        return Pulled(path, spec.model)
+    return _from_hub(request, spec, check, teller)
+
+
+def _from_hub(request: Request, spec: JobSpec, check: Check, teller: Teller) -> Pulled:
+    # A branch may move between two attempts of a job; what the first one resolved holds for all of them.
+    note = request.scratch_path / "source.json"
+    repo = Repo.load(note)
+    if repo is None:
+        repo = resolve(spec.model, request.revision)
+        repo.save(note)
+    teller.revision(repo.commit)
+    names = [file.name for file in repo.files]
+    sizes = {file.name: file.size_bytes for file in repo.files}
+    snapshot = Snapshot(Path(request.cache), repo)
+    choice = choose(names)
+    snapshot.fetch(choice.first, _ignore)
+    refuse_code(snapshot.path / CONFIG)
+    check(snapshot.path)
+    weights = weight_files(names, snapshot.path)
+    small = [name for name in choice.small if sizes[name] <= SMALL_BYTES_MAX]
+    _demand(request, spec, snapshot.size_bytes(weights), snapshot.missing_bytes([*weights, *small]))
+    wanted = [*small, *weights]
+    meter = _Meter(teller, snapshot.size_bytes(wanted))
+    snapshot.fetch(wanted, meter)
+    return Pulled(snapshot.path, repo.id, repo.commit, repo.license)
+
+
+class _Meter:
+    """Adds up the bytes that several downloads bring."""
+
+    def __init__(self, teller: Teller, total: int) -> None:
+        self._teller = teller
+        self._total = total
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, size_bytes: int) -> None:
+        with self._lock:
+            self._done += size_bytes
+            self._teller.advance(self._done, self._total, "bytes")
+
+
+def _ignore(size_bytes: int) -> None:
+    """A few kilobytes of configuration are not worth telling of."""
+
+
+def _demand(request: Request, spec: JobSpec, source_bytes: int, missing_bytes: int) -> None:
+    demand(
+        spec,
+        source_bytes=source_bytes,
+        missing_bytes=missing_bytes,
+        cache=Path(request.cache),
+        scratch=request.scratch_path,
+        storage=request.storage_directory,
+    )

@@ -1,0 +1,19 @@
+"""Imports, once and before any fork, what transformers and the pipeline would only import when a job first needs it.
+
+Seconds for every job otherwise. Modules alone: nothing here may run an operation of torch's or look at a GPU.
+"""
+
+import importlib
+
+from squeeze.architectures import ARCHITECTURES
+from squeeze.formats import CAPACITIES
+from squeeze.steps import METHODS, tag_of
+
+importlib.import_module("transformers.models.auto.modeling_auto")
+importlib.import_module("transformers.models.auto.tokenization_auto")
+for _name in ARCHITECTURES:
+    importlib.import_module(f"transformers.models.{_name}.modeling_{_name}")
+for _format in CAPACITIES:
+    importlib.import_module(f"models.formats.{_format.replace('-', '_')}")
+for _method in METHODS:
+    importlib.import_module(f"models.{tag_of(_method)}")
