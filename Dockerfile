@@ -21,8 +21,9 @@ COPY requirements/api.lock requirements/
 RUN python -m venv /opt/squeeze && pip install -r requirements/api.lock
 
 FROM base AS worker-packages
+# pypcre, which gptqmodel needs, comes as source. Debian has one version of each at a time, so none is named.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ libpcre2-dev && rm -rf /var/lib/apt/lists/*
 COPY requirements/worker.lock requirements/gptqmodel.txt requirements/
 RUN python -m venv /opt/squeeze && pip install -r requirements/worker.lock
 # Its build looks at the torch that is there, hence a line of its own and no isolation.
@@ -43,9 +44,9 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
 CMD ["python", "-m", "api"]
 
 FROM base AS worker
-# Triton compiles a small launcher in C for each kernel, at run time. Debian has one version of gcc at a time.
+# pypcre links to PCRE2; Triton compiles a small launcher in C for each kernel, at run time.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev libpcre2-8-0 && rm -rf /var/lib/apt/lists/*
 COPY --from=worker-packages /opt/squeeze /opt/squeeze
 COPY squeeze squeeze
 COPY storage storage

@@ -4,6 +4,7 @@ import fcntl
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from pydantic_core import from_json, to_json
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -62,7 +63,7 @@ class Database:
 
     def check(self) -> None:
         """Raises ServiceUnavailable when the database does not answer or its schema is not this version's."""
-        wanted = ScriptDirectory.from_config(_alembic()).get_current_head()
+        wanted = _newest()
         with _unavailable(), self._reading.connect() as connection:
             known = inspect(connection).has_table("alembic_version")
             found = connection.scalar(text("SELECT version_num FROM alembic_version")) if known else None
@@ -107,6 +108,11 @@ class Database:
             connection.execute(text("SET LOCAL lock_timeout = 0"))  # a peer's migration may take long
             connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _MIGRATION_LOCK})
             _upgrade(connection)
+
+
+@cache
+def _newest() -> str | None:
+    return ScriptDirectory.from_config(_alembic()).get_current_head()
 
 
 def _alembic() -> Config:
@@ -178,7 +184,9 @@ def _unavailable() -> Iterator[None]:
         yield
     except PoolTimeout as error:
         raise ServiceUnavailable(_NO_ANSWER) from error
-    except (OperationalError, InterfaceError) as error:
+    except DBAPIError as error:
         if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
             raise  # a statement that can't be right: our bug, not the weather
+        if not (error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)):
+            raise
         raise ServiceUnavailable(_NO_ANSWER) from error

@@ -19,6 +19,7 @@ from squeeze.report import Text
 
 LEAST_TOKENS = 16  # a sequence shorter than this tells nothing
 CHARACTERS_PER_TOKEN = 6  # first guess of how much text is wanted; raised where a tokenizer packs more
+SPLIT_CHARACTERS = 4096  # the grain in which a file is split into a training and a held-out part
 EVALUATION_SEED = 0  # the evaluation text does not move with the calibration draw
 
 Documents = Callable[[], Iterator[str]]
@@ -53,7 +54,7 @@ def calibration_batches(
 
     Fewer or shorter ones where the text doesn't give more. Raises DataUnusable where it gives next to nothing.
     """
-    stream = _token_stream(tokenizer, _documents(source, "train"), samples * length, seed)
+    stream = _token_stream(tokenizer, _documents(source, "train"), samples * length, length, seed)
     length = min(length, len(stream))
     if length < LEAST_TOKENS:
         raise DataUnusable(
@@ -81,7 +82,8 @@ def evaluation_windows(
     """
     stride = min(stride or length, length)
     wanted = (samples - 1) * stride + length
-    stream = _token_stream(tokenizer, _documents(source, "held_out" if held_out else None), wanted, EVALUATION_SEED)
+    documents = _documents(source, "held_out" if held_out else None)
+    stream = _token_stream(tokenizer, documents, wanted, length, EVALUATION_SEED)
     if len(stream) < LEAST_TOKENS:
         raise DataUnusable(
             f"the evaluation text has {len(stream)} tokens; at least {LEAST_TOKENS} are needed. Give a longer file, "
@@ -112,12 +114,15 @@ def _text(ids: Tensor, source: Path | None, origin: str | None) -> Text:
     )
 
 
-def _token_stream(tokenizer: Any, documents: Documents, wanted: int, seed: int) -> Tensor:
-    """At least `wanted` tokens, if the documents have them, of passages in an order drawn by `seed`: (N,) int64."""
+def _token_stream(tokenizer: Any, documents: Documents, wanted: int, length: int, seed: int) -> Tensor:
+    """At least `wanted` tokens, if the documents have them, of passages in an order drawn by `seed`: (N,) int64.
+
+    A passage is about one sequence of `length` tokens, so that the sequences come from as many places as there are.
+    """
     separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     budget = wanted * CHARACTERS_PER_TOKEN
     while True:
-        passages, more = _draw(documents, budget, seed)
+        passages, more = _draw(documents, budget, max(1024, length * 4), seed)
         ids: list[int] = []
         for passage in passages:
             if separator is not None:
@@ -130,8 +135,8 @@ def _token_stream(tokenizer: Any, documents: Documents, wanted: int, seed: int) 
         budget *= 4
 
 
-def _draw(documents: Documents, budget: int, seed: int) -> tuple[list[str], bool]:
-    """Passages drawn evenly, some `budget` characters in all, in random order; whether others were left behind.
+def _draw(documents: Documents, budget: int, limit: int, seed: int) -> tuple[list[str], bool]:
+    """Passages of up to `limit` characters, some `budget` characters in all, in random order; whether more were left.
 
     Each passage gets a random priority; those with the least are kept. Memory stays near the budget, whatever the
     size of the source.
@@ -139,7 +144,7 @@ def _draw(documents: Documents, budget: int, seed: int) -> tuple[list[str], bool
     dice = random.Random(seed)
     heap: list[tuple[float, int, str]] = []  # the largest priority on top, hence negated
     characters, dropped = 0, False
-    for number, passage in enumerate(_passages(documents())):
+    for number, passage in enumerate(_passages(documents(), limit)):
         heapq.heappush(heap, (-dice.random(), number, passage))
         characters += len(passage)
         while characters - len(heap[0][2]) >= budget:
@@ -148,8 +153,8 @@ def _draw(documents: Documents, budget: int, seed: int) -> tuple[list[str], bool
     return [passage for _, _, passage in sorted(heap, reverse=True)], dropped
 
 
-def _passages(documents: Iterator[str], limit: int = 16_384) -> Iterator[str]:
-    """Long documents in pieces of some `limit` characters, cut at line ends where there are any."""
+def _passages(documents: Iterator[str], limit: int) -> Iterator[str]:
+    """Long documents in pieces of up to `limit` characters, cut at line ends where there are any."""
     for document in documents:
         start = 0
         while len(document) - start > limit:
@@ -166,7 +171,9 @@ def _documents(source: Path | None, split: Split | None) -> Documents:
         return lambda: (text for _, text in standard_library(split or "held_out"))
     if split is None:
         return lambda: _file_documents(source)
-    return lambda: (passage for passage in _passages(_file_documents(source), 4096) if _split_of(passage) == split)
+    return lambda: (
+        passage for passage in _passages(_file_documents(source), SPLIT_CHARACTERS) if _split_of(passage) == split
+    )
 
 
 def _split_of(passage: str) -> Split:

@@ -207,7 +207,7 @@ class _Block:
     def _compress(self, name: str, statistics: Hessian | None) -> None:
         site = self.sites[name]
         weight = cast(Tensor, self.frame.module(site).weight)
-        W = (weight.T if site.transposed else weight).float().contiguous()  # (out, in)
+        W = (weight.T if site.transposed else weight).to(torch.float32, copy=True).contiguous()  # (out, in)
         group_size = group_columns(self.step, site)
         solution = self.method(W, statistics, self.step, group_size, self.frame.source.dtype)
         result = solution.codes.dequantize(self.frame.dtype)

@@ -58,7 +58,7 @@ def measure(
         text=windows.text,
         stride=stride,
         protocol=f"windows of {length} tokens every {stride}; the last {stride} of each are scored, "
-        f"the very first token never; {frame.dtype} on {frame.device.type}".replace("torch.", ""),
+        f"a window's very first token never; {frame.dtype} on {frame.device.type}".replace("torch.", ""),
         scored_tokens=windows.scored_tokens,
         perplexity_before=_perplexity(means[0]),
         perplexity_after=_perplexity(means[1]),

@@ -1,8 +1,8 @@
 """Schemathesis against a running service's contract: `python scripts/fuzz.py`, or `make fuzz`.
 
 Starts the API and its broker on a fresh data directory with a key, a file and a job that has succeeded, then sends it
-what the contract allows and what it forbids: no 5xx, no undocumented status or body. Two runs: the ids of what is there,
-then ids at random. Schemathesis lives in an environment of its own, made on the first call.
+what the contract allows and what it forbids: no 5xx, no undocumented status or body. Two runs: the ids of what is
+there, then ids at random. Schemathesis lives in an environment of its own, made on the first call.
 """
 
 import argparse

@@ -320,12 +320,12 @@ def serve(description: str | None, hub_class: type[Hub]) -> None:
         if not Path(directory).is_dir():
             sys.exit(f"there is no directory {directory}")
         hub.add(name, Path(directory))
-    with hub:
-        print(hub.url, flush=True)
-        try:
-            hub.wait()
-        except KeyboardInterrupt:
-            return
+    hub.start()
+    print(hub.url, flush=True)
+    try:
+        hub.wait()
+    except KeyboardInterrupt:
+        return  # its threads end with the process
 
 
 if __name__ == "__main__":

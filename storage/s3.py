@@ -47,17 +47,34 @@ class Place:
     region: str
     endpoint: str | None
     public_endpoint: str | None
-    allow_http: bool
     presigns: bool
     keys: Keys | None  # None: obstore finds credentials by itself (roles, web identities)
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How long a request may take, how long the server may be silent meanwhile, and how long to try again."""
+
+    request_seconds: int
+    silence_seconds: int
+    retries: int
+    retry_seconds: int
+
+
+_MOVING = Patience(request_seconds=2 * 24 * 3600, silence_seconds=300, retries=6, retry_seconds=60)  # whole objects
+_ASKING = Patience(request_seconds=20, silence_seconds=20, retries=4, retry_seconds=20)
+_PROBING = Patience(request_seconds=3, silence_seconds=3, retries=0, retry_seconds=3)
+
+
 class S3Storage:
+    """Objects under a prefix of a bucket. Parts of uploads that were killed are left to the bucket's lifecycle rule."""
+
     def __init__(self, place: Place) -> None:
         self._place = place
-        self._store = _store(place, place.endpoint, retries=6, patience_seconds=60)
-        self._probe = _store(place, place.endpoint, retries=0, patience_seconds=5)
-        self._public = _store(place, place.public_endpoint or place.endpoint, retries=0, patience_seconds=5)
+        self._mover = _store(place, place.endpoint, _MOVING)
+        self._asker = _store(place, place.endpoint, _ASKING)
+        self._prober = _store(place, place.endpoint, _PROBING)
+        self._signer = _store(place, place.public_endpoint or place.endpoint, _ASKING)
 
     def put_file(self, key: str, path: Path) -> Stored:
         return self._put(check_key(key), Meter(chunks_of(path)), expected_bytes=path.stat().st_size)
@@ -72,7 +89,7 @@ class S3Storage:
         if start >= stop:
             return iter(())
         with _faults(key):
-            found = obstore.get(self._store, key, options={"range": (start, stop)})
+            found = obstore.get(self._mover, key, options={"range": (start, stop)})
         return self._chunks(key, found, stop - start)
 
     def fetch(self, key: str, path: Path, sha256: str | None = None) -> None:
@@ -83,7 +100,7 @@ class S3Storage:
 
     def size(self, key: str) -> int:
         with _faults(check_key(key)):
-            return obstore.head(self._store, key)["size"]
+            return obstore.head(self._asker, key)["size"]
 
     def exists(self, key: str) -> bool:
         try:
@@ -102,7 +119,7 @@ class S3Storage:
         if not place.presigns:
             return None
         with _faults(check_key(key)):
-            url = obstore.sign(self._public, "GET", key, timedelta(seconds=expires_seconds))
+            url = obstore.sign(self._signer, "GET", key, timedelta(seconds=expires_seconds))
         if place.keys is None:
             return url  # of a role; the object itself says "attachment" and its key ends in its name
         return presigned(
@@ -117,25 +134,25 @@ class S3Storage:
 
     def delete(self, key: str) -> None:
         with _faults(check_key(key)):
-            obstore.delete(self._store, key)
+            obstore.delete(self._asker, key)
 
     def delete_prefix(self, prefix: str) -> int:
         keys = list(self.list(check_key(prefix)))
         if keys:
             with _faults(prefix):
-                obstore.delete(self._store, keys)
+                obstore.delete(self._asker, keys)
         return len(keys)
 
     def list(self, prefix: str = "") -> Iterator[str]:
         if prefix and self.exists(prefix):
             yield prefix
         with _faults(prefix):
-            for page in obstore.list(self._store, prefix or None):
+            for page in obstore.list(self._asker, prefix or None):
                 yield from (found["path"] for found in page)
 
     def check(self) -> None:
         with _faults(""):
-            next(iter(obstore.list(self._probe, chunk_size=1)), None)
+            next(iter(obstore.list(self._prober, chunk_size=1)), None)
 
     def _put(self, key: str, meter: Meter, *, expected_bytes: int) -> Stored:
         part_bytes = max(_PART_BYTES_MIN, math.ceil(expected_bytes / _PARTS_MAX / _MIB) * _MIB)
@@ -143,7 +160,7 @@ class S3Storage:
             start = list(_until(meter, part_bytes))
             small = sum(map(len, start)) < part_bytes
             obstore.put(
-                self._store,
+                self._mover,
                 key,
                 b"".join(start) if small else chain(start, meter),
                 attributes={"Content-Disposition": "attachment"},
@@ -185,9 +202,8 @@ def open_url(url: SplitResult, environ: Mapping[str, str]) -> S3Storage:
             bucket=url.hostname,
             prefix=check_key(prefix) if prefix else None,
             region=environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1",
-            endpoint=_reachable(endpoint, allow_http),
-            public_endpoint=public_endpoint and public_endpoint.rstrip("/"),
-            allow_http=allow_http,
+            endpoint=_reachable("AWS_ENDPOINT_URL", endpoint, allow_http),
+            public_endpoint=_reachable("public_endpoint", public_endpoint and public_endpoint.rstrip("/"), allow_http),
             presigns=presign == "yes",
             keys=_keys(environ),
         )
@@ -203,15 +219,15 @@ def _keys(environ: Mapping[str, str]) -> Keys | None:
     return Keys(access, secret, environ.get("AWS_SESSION_TOKEN") or None)
 
 
-def _reachable(endpoint: str | None, allow_http: bool) -> str | None:
+def _reachable(name: str, endpoint: str | None, allow_http: bool) -> str | None:
     if endpoint is None:
         return None
     parts = urlsplit(endpoint)
     if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.query:
-        raise SpecInvalid("AWS_ENDPOINT_URL takes https://host[:port], with no credentials in it.")
+        raise SpecInvalid(f"{name} takes https://host[:port], with no credentials in it.")
     if parts.scheme == "http" and not allow_http and not _is_loopback(parts.hostname):
         raise SpecInvalid(
-            f"AWS_ENDPOINT_URL names {parts.hostname} over plain http: everything would travel in the open. Use https, "
+            f"{name} names {parts.hostname} over plain http: everything would travel in the open. Use https, "
             "or set AWS_ALLOW_HTTP=true if the network between the two is your own."
         )
     return endpoint
@@ -224,7 +240,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _store(place: Place, endpoint: str | None, *, retries: int, patience_seconds: int) -> S3Store:
+def _store(place: Place, endpoint: str | None, patience: Patience) -> S3Store:
     config: S3Config = {"region": place.region}
     if endpoint is not None:
         config["aws_endpoint_url_s3"] = endpoint
@@ -236,11 +252,13 @@ def _store(place: Place, endpoint: str | None, *, retries: int, patience_seconds
     client: ClientConfig = {
         "allow_http": endpoint is not None and endpoint.startswith("http://"),
         "connect_timeout": timedelta(seconds=5),
-        # It covers the whole body, and downloads may last; the next one gives up where nothing moves.
-        "timeout": timedelta(days=2) if retries else timedelta(seconds=patience_seconds),
-        "read_timeout": timedelta(seconds=patience_seconds),
+        "timeout": timedelta(seconds=patience.request_seconds),
+        "read_timeout": timedelta(seconds=patience.silence_seconds),
     }
-    retry: RetryConfig = {"max_retries": retries, "retry_timeout": timedelta(seconds=patience_seconds)}
+    retry: RetryConfig = {
+        "max_retries": patience.retries,
+        "retry_timeout": timedelta(seconds=patience.retry_seconds),
+    }
     return S3Store(place.bucket, prefix=place.prefix, config=config, client_options=client, retry_config=retry)
 
 

@@ -5,16 +5,17 @@ database is down.
 """
 
 import argparse
-import logging
 import os
 import re
+import signal
 import socket
 import sys
 import threading
+from types import FrameType
 from typing import Any
 
 import structlog
-from celery import signals
+from celery.worker import state
 
 from jobs.database import Database
 from jobs.queue import QUEUES, TASK, celery_app
@@ -107,25 +108,23 @@ def _serve(worker: Worker, queues: list[str]) -> int:
     app = worker.app
     app.task(name=TASK)(_task(worker))
 
-    def keep_ours(**_: Any) -> None:
-        """Keeps Celery from setting up logs of its own."""
-
-    def stop(**_: Any) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
         worker.stopping.set()
+        state.should_stop = os.EX_OK  # where Celery's loop looks
 
-    signals.setup_logging.connect(keep_ours, weak=False)
-    signals.worker_shutting_down.connect(stop, weak=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stop)
     sweep = threading.Thread(target=worker.sweep_forever, name="sweep")
     sweep.start()
-    node = app.Worker(
+    # Celery's program, `app.Worker`, would print a banner and set up signals and logs of its own.
+    node = app.WorkController(
         hostname=f"{worker.name}@{socket.gethostname()}",
         pool="threads",
         concurrency=1,
         queues=queues,
-        loglevel=logging.INFO,
         without_gossip=True,
         without_mingle=True,
-        quiet=True,
+        ready_callback=lambda _consumer: log.info("worker is ready", name=worker.name),
     )
     node.start()
     worker.stopping.set()

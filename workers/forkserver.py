@@ -50,6 +50,11 @@ class _Server:
         self._selector = selectors.DefaultSelector()
         self._selector.register(worker, selectors.EVENT_READ)
 
+    def tell(self, message: dict[str, object]) -> None:
+        """To the worker."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the next read says so too, and ends us
+            self._worker.send(json.dumps(message).encode())
+
     def serve(self) -> None:
         """Until the worker is gone."""
         while True:
@@ -81,7 +86,7 @@ class _Server:
         watch = os.pidfd_open(pid)
         self._children[watch] = _Child(token, group)
         self._selector.register(watch, selectors.EVENT_READ)
-        self._tell({"forked": token, "pid": pid, "started": group.started})
+        self.tell({"forked": token, "pid": pid, "started": group.started})
         return True
 
     def _become(self, parent: int, channel: int, errors: int) -> NoReturn:
@@ -119,7 +124,7 @@ class _Server:
         # While the dead leader is not yet waited for, its number can't be anybody else's.
         send(child.group, signal.SIGKILL)
         _, status, usage = os.wait4(child.group.pid, 0)
-        self._tell(
+        self.tell(
             {
                 "exited": child.token,
                 "status": status,
@@ -127,11 +132,6 @@ class _Server:
                 "peak_bytes": usage.ru_maxrss * 1024,
             }
         )
-
-    def _tell(self, message: dict[str, object]) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the next read says so too, and ends us
-            self._worker.send(json.dumps(message).encode())
-
 
 def _die_with(parent: int) -> None:
     if _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
@@ -161,8 +161,9 @@ def main() -> None:
     gc.freeze()  # the collector would touch, hence copy, every page that a child shares with us
     worker = socket.socket(fileno=options.socket)
     threads = len(list(Path("/proc/self/task").iterdir()))
-    worker.send(json.dumps({"ready": os.getpid(), "seconds": time.monotonic() - began, "threads": threads}).encode())
-    _Server(worker, entry).serve()
+    server = _Server(worker, entry)
+    server.tell({"ready": os.getpid(), "seconds": time.monotonic() - began, "threads": threads})
+    server.serve()
 
 
 if __name__ == "__main__":

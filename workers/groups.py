@@ -58,6 +58,14 @@ def send(group: Group, number: signal.Signals) -> bool:
     return True
 
 
+def where() -> list[str]:
+    """The boot and the namespace in which process ids mean something."""
+    return [
+        Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        str(Path("/proc/self/ns/pid").readlink()),
+    ]
+
+
 class Ledger:
     """The groups that a worker of one name has running, on disk. Held by one living worker at a time."""
 
@@ -106,11 +114,3 @@ class Ledger:
         groups = [[group.pid, group.started] for group in self._groups]
         fresh.write_text(json.dumps({"where": where(), "groups": groups}))
         fresh.replace(self._path)
-
-
-def where() -> list[str]:
-    """The boot and the namespace in which process ids mean something."""
-    return [
-        Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        str(Path("/proc/self/ns/pid").readlink()),
-    ]

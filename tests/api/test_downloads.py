@@ -4,13 +4,18 @@ import hashlib
 import io
 import tarfile
 from base64 import b64encode
+from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
+from jobs import lifecycle
+from jobs.lifecycle import NewArtifact
+from squeeze.objects import Usage
 from squeeze.report import Report
 from storage import CHUNK_BYTES
-from tests.api.serving import Running, report
+from tests.api.serving import RESULT, Running, report
 
 CONTENT = bytes(range(256)) * (CHUNK_BYTES // 100)  # some chunks and a bit
 LONG = "gptq/" + "ä" * 60 + "/" + "x" * 90 + ".json"
@@ -147,6 +152,36 @@ def test_bytes_that_have_vanished_are_a_problem_and_no_broken_answer(running: Ru
     for path in (PATH, "archive"):
         answer = running.client.get(f"/v1/jobs/{job_id}/{path}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "artifact_not_found")
+
+
+def test_on_s3_a_download_is_a_redirect_that_needs_no_key(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "AKIATEST",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9",  # signing needs no answer
+    }.items():
+        monkeypatch.setenv(name, value)
+    running = start(storage_url="s3://bucket/prefix")
+    job_id = running.submit()
+    sha256 = hashlib.sha256(b"x").hexdigest()
+    artifact = NewArtifact("gptq/model.safetensors", 1, sha256, "gptq", f"jobs/{job_id}/1/gptq/model.safetensors")
+    with running.service.database.write() as session:
+        lifecycle.claim(session, job_id, worker="w", lease_seconds=60)
+        lifecycle.publish(session, job_id, 1, artifacts=[artifact], result=RESULT, report=report(), usage=Usage())
+    path = f"/v1/jobs/{job_id}/{PATH}"
+    answer = running.client.get(path, headers={"Range": "bytes=0-0"})  # the object storage knows ranges itself
+    assert answer.status_code == 307
+    location = httpx.URL(answer.headers["location"])
+    assert (location.port, location.path) == (9, f"/bucket/prefix/{artifact.storage_key}")
+    assert location.params["X-Amz-Signature"]
+    assert location.params["X-Amz-Expires"] == "3600"
+    assert "secret" not in str(location)
+    assert answer.headers["etag"] == f'"{sha256}"'
+    assert running.client.head(path).headers["content-length"] == "1"
+    assert running.client.get(path, headers={"If-None-Match": f'"{sha256}"'}).status_code == 304
 
 
 def test_the_report_is_json_for_programs(shared: Running, done: str) -> None:

@@ -161,7 +161,7 @@ def test_lists_go_page_by_page_from_the_newest(running: Running) -> None:
 def test_a_wrong_list_parameter_is_refused(shared: Running, query: str, code: str) -> None:
     answer = shared.client.get(f"/v1/jobs?{query}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, code)
-    assert answer.json()["error"]["param"] == query.split("=", maxsplit=1)[0]
+    assert answer.json()["error"]["param"] == query.partition("=")[0].partition("[")[0]
 
 
 def test_cancel_is_idempotent_and_knows_the_end(running: Running, tmp_path: Path) -> None:

@@ -151,6 +151,6 @@ def test_any_long_order_of_deeds_keeps_the_rules(_migrated_sqlite: Path) -> None
     run_state_machine_as_test(
         Life,
         settings=settings(
-            max_examples=300, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=100, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

@@ -8,11 +8,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
-from jobs import keys
+from jobs import keys, lifecycle
 from jobs.database import Database
 from jobs.records import Base, JobRecord
 from squeeze.errors import ServiceUnavailable, SpecInvalid
-from tests.jobs.making import submit
+from squeeze.objects import Status
+from tests import servers
+from tests.jobs.making import bring, submit
 from tests.jobs.racing import migrate, race
 
 
@@ -97,6 +99,33 @@ def test_writers_wait_for_each_other_instead_of_failing(database: Database) -> N
         thread.join()
     with database.read() as session:
         assert (failures, session.query(JobRecord).count()) == ([], 160)
+
+
+def test_a_server_that_drops_its_connections_is_unavailable_for_that_transaction_alone(
+    postgresql_url: str, postgresql_database: Database
+) -> None:
+    drop = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = 'jobs'"
+    with pytest.raises(ServiceUnavailable), postgresql_database.write() as session:
+        submit(session)
+        servers.administer(postgresql_url, drop)
+        submit(session)
+    with postgresql_database.write() as session:
+        submit(session)
+    servers.administer(postgresql_url, drop)
+    with postgresql_database.read() as session:
+        assert session.query(JobRecord).count() == 1
+
+
+def test_a_process_that_stops_within_a_transaction_loses_it_and_its_locks(postgresql_database: Database) -> None:
+    with postgresql_database.write() as session:
+        job_id = bring(session, Status.running).id
+    with pytest.raises(ServiceUnavailable), postgresql_database.write() as stopped:
+        stopped.execute(text("SET LOCAL idle_in_transaction_session_timeout = 1"))
+        lifecycle.renew(stopped, job_id, 1, 60)
+        stopped.flush()
+        with postgresql_database.write() as session:  # waits until the server has ended the other
+            lifecycle.cancel(session, "default", job_id)
+        stopped.execute(text("SELECT 1"))
 
 
 def test_a_session_for_reading_refuses_to_write_on_sqlite(sqlite_database: Database) -> None:

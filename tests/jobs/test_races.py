@@ -151,6 +151,17 @@ def test_a_reader_that_follows_events_misses_none_while_many_write(database: Dat
         assert session.get_one(JobRecord, job_id).last_event == seen[-1]
 
 
+def test_a_record_that_was_read_before_its_lock_is_read_again(postgresql_database: Database) -> None:
+    with postgresql_database.write() as session:
+        job_id = submit(session).id
+    with postgresql_database.write() as session:
+        read = lifecycle.find(session, "default", job_id)
+        assert read.status == Status.queued
+        with postgresql_database.write() as other:
+            claim(other, job_id)
+        assert lifecycle.cancel(session, "default", job_id).status == Status.cancelling
+
+
 def _at_once(runs: list[Callable[[], Any]]) -> list[Any]:
     together = threading.Barrier(len(runs))
 

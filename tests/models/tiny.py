@@ -2,8 +2,7 @@
 
 `FAMILIES[name](directory, dtype=…, **changes)` writes one and returns its directory; `changes` are fields of its
 config. The dimensions are multiples of 128, the head count differs from the key/value head count, and biases and norms
-are
-random too, so that a forgotten bias or a swapped axis shows in the logits.
+are random too, so that a forgotten bias or a swapped axis shows in the logits.
 """
 
 import functools

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import botocore.auth
@@ -134,6 +136,7 @@ def test_no_url_is_given_where_clients_cannot_reach_the_server() -> None:
         ("s3://bucket?unknown=1", {}),
         ("s3://bucket?presign=perhaps", {}),
         ("s3://bucket?public_endpoint=https://host/with/path", {}),
+        ("s3://bucket?public_endpoint=http://files.example.org", {}),
         ("s3://bucket", {"AWS_SECRET_ACCESS_KEY": ""}),
         ("s3://bucket", {"AWS_ENDPOINT_URL": "http://storage.example.org"}),
         ("s3://bucket", {"AWS_ENDPOINT_URL": "https://key:secret@storage.example.org"}),
@@ -174,6 +177,36 @@ def test_a_server_that_does_not_answer_is_unavailable() -> None:
     storage = open_storage("s3://bucket", ENVIRON | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"})
     with pytest.raises(StorageUnavailable, match="AWS_ENDPOINT_URL"):
         storage.check()
+
+
+class NoRanges(BaseHTTPRequestHandler):
+    """Answers a request for a range with the whole object, as some servers do."""
+
+    CONTENT = b"0123456789"
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.CONTENT)))
+        self.send_header("Last-Modified", "Sat, 21 Nov 2026 00:00:00 GMT")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(self.CONTENT)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: the tests' output is not a log."""
+
+
+def test_a_server_that_ignores_ranges_gives_no_wrong_bytes() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), NoRanges) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        environ = ENVIRON | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}
+        with pytest.raises(StorageUnavailable):
+            list(open_storage("s3://bucket", environ).read("object", 3, 5))
+        server.shutdown()
+        thread.join()
 
 
 def test_a_bucket_that_is_not_there_is_named_by_the_check(server: S3Server) -> None:

@@ -1,0 +1,161 @@
+"""The methods on random matrices, against references written the plain way in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from models.codes import Codes
+from models.quantize import gptq, rtn
+from models.statistics import Hessian
+from squeeze.errors import FactorisationFailed
+from squeeze.steps import GPTQ, RTN
+
+CPU = torch.device("cpu")
+
+
+def correlated(n: int, columns: int, seed: int) -> Tensor:
+    """Inputs (n, columns) whose columns are correlated and differ widely in size, as activations do."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
+    return (torch.randn(n, columns, generator=generator) @ mixing) * torch.rand(columns, generator=generator).mul(
+        3
+    ).exp()
+
+
+def hessian_of(X: Tensor) -> Hessian:
+    hessian = Hessian(X.shape[1], CPU)
+    for part in X.split(100):
+        hessian.add(part)
+    return hessian
+
+
+def plain_gptq(W: Tensor, X: Tensor, codes: Codes, damping: float, order: Tensor) -> Tensor:
+    """Algorithm 1 of the paper without blocks, in float64, on the scales and zeros of `codes`. Returns codes."""
+    W, X = W.double()[:, order], X.double()[:, order]
+    H = 2 / len(X) * X.T @ X
+    H += damping * H.diagonal().mean() * torch.eye(len(H))
+    inverse = torch.linalg.inv(H)
+    quantized = torch.zeros_like(W)
+    for i in range(W.shape[1]):
+        group = int(order[i]) // codes.group_size
+        scale, zero = codes.scale[:, group].double(), codes.zero[:, group].double()
+        q = (torch.round(W[:, i] / scale) + zero).clamp(0, 2**codes.bits - 1)
+        quantized[:, order[i]] = q
+        error = (W[:, i] - (q - zero) * scale) / inverse[i, i]
+        W[:, i:] -= error[:, None] * inverse[i, i:]
+        inverse = inverse - inverse[:, i : i + 1] @ inverse[i : i + 1] / inverse[i, i]
+        inverse[i, i] = 1.0  # this column is done; keep the matrix free of zeros on its diagonal
+    return quantized.to(torch.uint8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    symmetric=st.booleans(),
+    group_size=st.sampled_from([32, 64, "channel"]),
+)
+def test_rtn_chooses_the_nearest_code_of_its_grid(seed, bits, symmetric, group_size):
+    W = torch.randn(24, 128, generator=torch.Generator().manual_seed(seed)) * 0.05
+    columns = 128 if group_size == "channel" else group_size
+    step = RTN(method="rtn", bits=bits, symmetric=symmetric, group_size=group_size)
+    codes = rtn.quantize(W, None, step, columns, torch.float32).codes
+    every = torch.arange(2**bits).view(-1, 1, 1, 1)
+    grid = (every - codes.zero.unsqueeze(-1)) * codes.scale.unsqueeze(-1)  # (2^bits, out, groups, 1)
+    best = (grid - W.view(24, -1, columns)).abs().amin(dim=0)
+    chosen = (codes.dequantize(torch.float32) - W).abs().view(24, -1, columns)
+    assert torch.allclose(chosen, best, atol=1e-6)
+    assert codes.zero.min() >= 1
+
+
+@pytest.mark.parametrize("activation_order", [True, False])
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False), (2, True)])
+def test_gptq_gives_the_codes_of_the_paper_s_algorithm(activation_order, bits, symmetric):
+    X = correlated(600, 256, seed=bits)
+    W = torch.randn(32, 256, generator=torch.Generator().manual_seed(1)) * 0.05
+    step = GPTQ(
+        method="gptq", bits=bits, symmetric=symmetric, activation_order=activation_order, group_size=64, damping=0.05
+    )
+    hessian = hessian_of(X)
+    codes = gptq.quantize(W, hessian, step, 64, torch.float32).codes
+    order = (
+        torch.argsort(hessian.matrix.diagonal(), descending=True, stable=True)
+        if activation_order
+        else torch.arange(256)
+    )
+    expected = plain_gptq(W, X, codes, 0.05, order)
+    # float32 and float64 may fall on either side of a rounding edge, and what follows then differs in that row.
+    assert (codes.codes == expected).float().mean() > 0.97
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    bits=st.sampled_from([2, 3, 4]),
+    symmetric=st.booleans(),
+    activation_order=st.booleans(),
+    group_size=st.sampled_from([32, 128, "channel"]),
+)
+def test_gptq_s_output_error_is_below_round_to_nearest_s(seed, bits, symmetric, activation_order, group_size):
+    X = correlated(512, 128, seed)
+    W = torch.randn(48, 128, generator=torch.Generator().manual_seed(seed + 1)) * 0.02
+    columns = 128 if group_size == "channel" else group_size
+    shared = {"bits": bits, "symmetric": symmetric, "group_size": group_size}
+    hessian = hessian_of(X)
+    step = GPTQ(method="gptq", activation_order=activation_order, **shared)
+    ours = gptq.quantize(W, hessian, step, columns, torch.float32).codes
+    nearest = rtn.quantize(W, None, RTN(method="rtn", **shared), columns, torch.float32).codes
+    errors = [((codes.dequantize(torch.float32) - W) @ X.T).square().sum() for codes in (ours, nearest)]
+    assert errors[0] < errors[1]
+    assert hessian.error_of(ours.dequantize(torch.float32) - W, W) == pytest.approx(
+        float(errors[0] / (W @ X.T).square().sum()), rel=1e-3
+    )
+
+
+def test_linears_with_a_shared_input_share_one_factorisation():
+    hessian = hessian_of(correlated(512, 64, 0))
+    step = GPTQ(method="gptq", group_size=32)
+    first = gptq.quantize(torch.randn(16, 64), hessian, step, 32, torch.float32)
+    assert len(hessian.factors) == 1
+    kept = next(iter(hessian.factors.values()))[0]
+    second = gptq.quantize(torch.randn(8, 64), hessian, step, 32, torch.float32)
+    assert len(hessian.factors) == 1 and next(iter(hessian.factors.values()))[0] is kept
+    assert first.damping == second.damping == 0.01
+
+
+def test_a_column_that_was_never_active_is_rounded_to_nearest():
+    X = correlated(512, 64, 3)
+    X[:, 10:20] = 0
+    W = torch.randn(16, 64) * 0.1
+    codes = gptq.quantize(W, hessian_of(X), GPTQ(method="gptq", group_size=32), 32, torch.float32).codes
+    back = codes.dequantize(torch.float32)
+    half_a_step = codes.scale.repeat_interleave(32, dim=1)[:, 10:20] / 2
+    outermost = codes.scale.repeat_interleave(32, dim=1)[:, 10:20] * 7.5
+    inside = W[:, 10:20].abs() <= outermost
+    assert ((back - W)[:, 10:20].abs() <= half_a_step + 1e-6)[inside].all()
+
+
+def test_too_little_text_for_a_definite_hessian_escalates_the_damping_and_counts_it():
+    direction = torch.randn(1, 64).repeat(4, 1) * 1e4  # one direction alone: rank one
+    step = GPTQ(method="gptq", group_size=32, damping=1e-9)
+    solution = gptq.quantize(torch.randn(16, 64), hessian_of(direction), step, 32, torch.float32)
+    assert solution.escalations > 0
+    assert solution.damping == pytest.approx(1e-9 * 10**solution.escalations)
+
+
+def test_a_hessian_with_nan_is_an_error_not_a_silent_fallback():
+    broken = hessian_of(torch.full((8, 32), float("nan")))
+    with pytest.raises(FactorisationFailed, match="calibration text"):
+        gptq.quantize(torch.randn(16, 32), broken, GPTQ(method="gptq", group_size=32), 32, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_survive_the_types_that_formats_store(dtype):
+    W = torch.randn(32, 128) * torch.logspace(-6, 2, 32).unsqueeze(1)
+    scale = rtn.quantize(W, None, RTN(method="rtn", group_size=64), 64, dtype).codes.scale
+    assert torch.equal(scale.half().float(), scale)
+    if dtype == torch.bfloat16:
+        normal = scale >= 2.0**-14
+        assert torch.equal(scale.bfloat16().float()[normal], scale[normal])
