@@ -10,6 +10,7 @@ interpreter given by `--llmcompressor-python`); left out, its rows are missing a
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,8 @@ def quantize(peer: str, python: str, job: dict) -> float:
     file = Path(job["out"]).with_suffix(".json")
     file.write_text(json.dumps(job))
     command = [python, str(HERE / "peers" / f"with_{peer}.py"), str(file)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    # In the temporary directory, because GPTQModel writes its log below wherever it runs.
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=file.parent)
     if ended.returncode:
         raise SystemExit(f"{peer} failed:\n{ended.stderr[-3000:]}")
     return float(json.loads(ended.stdout.strip().splitlines()[-1])["seconds"])
@@ -65,7 +67,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=48)
-    parser.add_argument("--llmcompressor-python")
+    parser.add_argument("--llmcompressor-python", type=os.path.abspath)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     windows = evaluation_windows(tokenizer, options.text, None, True, options.windows, options.length, None).ids

@@ -16,7 +16,8 @@ class Codes:
 
     codes: (out, in) uint8, 0 … 2^bits − 1.
     scale: (out, groups) float32, each value exact in float16 and, where the model is bfloat16, in bfloat16 too.
-    zero: (out, groups) uint8, 0 … 2^bits − 1; 2^(bits−1) everywhere when symmetric.
+    zero: (out, groups) uint8, 1 … 2^bits − 1 (GPTQ's layout stores one less, and can't store −1); 2^(bits−1) everywhere
+    when symmetric.
     group_size: input columns that share a scale; equal to `in` for one scale a row.
     """
 

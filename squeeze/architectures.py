@@ -8,7 +8,7 @@ HELD_BY: dict[str, tuple[Format, ...]] = {
     "qwen2": ("compressed-tensors", "gptq"),
     "qwen3": ("compressed-tensors", "gptq"),
     "opt": ("compressed-tensors", "gptq"),
-    "gpt2": ("gptq",),  # its layers are Conv1D, (in, out): compressed-tensors loads torch.nn.Linear alone
+    "gpt2": ("compressed-tensors",),  # transformers 5.23 can't load its Conv1D layers from gptq
     "gpt_neox": ("compressed-tensors", "gptq"),
 }
 

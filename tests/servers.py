@@ -20,7 +20,7 @@ from sqlalchemy import make_url
 
 from jobs import broker
 
-_PATIENCE_SECONDS = 30.0
+_PATIENCE_SECONDS = 60.0
 
 
 def postgresql_programs() -> Path | None:
@@ -87,21 +87,31 @@ def with_database(url: str, name: str) -> str:
 
 
 @contextmanager
-def redis_server(program: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    """A server on a TCP port of its own choice, keeping nothing; gives its URL and process."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+def redis_server(
+    program: str, *, port: int | None = None, password: str | None = None
+) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """A server on a TCP port, by default of its own choice, keeping nothing; gives its URL and process."""
+    port = port or free_port()
+    url = f"redis://:{password}@127.0.0.1:{port}/0" if password else f"redis://127.0.0.1:{port}/0"
     with tempfile.TemporaryDirectory(prefix="squeeze-redis-") as directory:
         log = Path(directory) / "log"
         server = subprocess.Popen(
-            [program, "--port", str(port), "--bind", "127.0.0.1", "--dir", directory, "--save", "", "--logfile", log]
+            [
+                *(program, "--port", str(port), "--bind", "127.0.0.1", "--dir", directory),
+                *("--save", "", "--logfile", log, "--requirepass", password or ""),
+            ]
         )
         try:
-            _await(server, lambda: _answers_redis(f"redis://127.0.0.1:{port}/0"), log)
-            yield f"redis://127.0.0.1:{port}/0", server
+            _await(server, lambda: _answers_redis(url), log)
+            yield url, server
         finally:
             _end(server)
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
 
 
 @contextmanager

@@ -1,54 +1,26 @@
 """`scripts/serve.py` with its real parts: broker, API and worker as processes of their own."""
 
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from scripts import serve
 from squeeze import Client
-
-ROOT = Path(__file__).resolve().parents[1]
-PATIENCE_SECONDS = 60.0
-READY = re.compile(r"Squeeze is ready at (http://\S+)")
+from tests.launching import PATIENCE_SECONDS, ROOT, launched, ready, settings
+from tests.servers import wait_until
 
 
 @pytest.fixture
 def data() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="squeeze-") as directory:  # short: a socket's path has 107 bytes at most
         yield Path(directory)
-
-
-@contextmanager
-def launched(data: Path, log: Path, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "scripts/serve.py"],
-            cwd=ROOT,
-            env=settings(data, environment),
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-
-
-def settings(data: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SQUEEZE_")}
-    return {**inherited, "SQUEEZE_DATA": str(data), "SQUEEZE_PORT": "0", "SQUEEZE_DEVICE": "cpu", **environment}
 
 
 def test_the_service_starts_whole_mends_itself_and_leaves_nothing_behind(data: Path, tmp_path: Path) -> None:
@@ -74,12 +46,12 @@ def test_the_service_starts_whole_mends_itself_and_leaves_nothing_behind(data: P
         os.kill(parts["api"], signal.SIGKILL)
         with Client(url) as client:
             assert client.jobs.wait(job.id, timeout_seconds=PATIENCE_SECONDS).id == job.id  # outlives the restart
-        until(lambda: parts_of(first.pid).get("api", parts["api"]) != parts["api"])
+        wait_until(lambda: parts_of(first.pid).get("api", parts["api"]) != parts["api"])
 
         everything = descendants(first.pid)
         first.kill()
         first.wait()
-        until(lambda: not any(alive(pid) for pid in everything))
+        wait_until(lambda: not any(alive(pid) for pid in everything))
 
     with launched(data, tmp_path / "again.log") as again:
         with Client(ready(again, tmp_path / "again.log")) as client:
@@ -144,14 +116,6 @@ def test_the_address_is_one_that_this_machine_reaches(host: str, reached: str) -
     assert serve.address(host, 80) == reached
 
 
-def ready(process: "subprocess.Popen[bytes]", log: Path) -> str:
-    """The address that the launcher prints."""
-    until(lambda: process.poll() is not None or READY.search(log.read_text()) is not None)
-    found = READY.search(log.read_text())
-    assert found is not None, log.read_text()
-    return found.group(1)
-
-
 def parts_of(launcher: int) -> dict[str, int]:
     """Process numbers by what the process is."""
     signs = {"api": " -m api ", "worker": " -m workers ", "broker": "valkey-server"}
@@ -192,11 +156,3 @@ def command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return ""
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not holds():
-        if time.monotonic() > deadline:
-            pytest.fail("it did not come about in time")
-        time.sleep(0.05)

@@ -15,6 +15,7 @@ import torch
 
 import workers.warm  # noqa: F401 - for its imports
 from models import pipeline
+from models.engine import SNAPSHOT_SECONDS
 from squeeze.specs import JobSpec
 from storage import Storage, open_storage
 from workers.alone import take
@@ -32,12 +33,13 @@ def run(channel: Channel) -> int:
     return attempt(Request.of(channel.receive()), channel)
 
 
-def attempt(request: Request, channel: Channel) -> int:
+def attempt(request: Request, channel: Channel, snapshot_seconds: float = SNAPSHOT_SECONDS) -> int:
     """As `run`, with the request already read."""
     began = time.monotonic()
     try:
         lock = take(request.scratch_path)
-        manifest = _work(request, Teller(channel))
+        os.chdir(request.scratch_path)  # what a library writes beside itself is not to lie about where we were started
+        manifest = _work(request, Teller(channel), snapshot_seconds)
     except BaseException as error:  # noqa: BLE001 - the edge of the job: whatever it was becomes its error
         failed = meaning(error, request.scratch_path, _peak_host_bytes(), _peak_gpu_bytes(request))
         channel.send(
@@ -53,7 +55,7 @@ def attempt(request: Request, channel: Channel) -> int:
     return 0
 
 
-def _work(request: Request, teller: Teller) -> dict[str, Any]:
+def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str, Any]:
     spec = request.parsed()
     _settle(spec)
     storage = open_storage(request.storage_url)
@@ -74,6 +76,7 @@ def _work(request: Request, teller: Teller) -> dict[str, Any]:
             device=request.device,
             vllm_python=Path(request.vllm_python) if request.vllm_python else None,
             job_id=request.job_id,
+            snapshot_seconds=snapshot_seconds,
         ),
         teller,
     )

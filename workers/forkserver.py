@@ -133,6 +133,7 @@ class _Server:
             }
         )
 
+
 def _die_with(parent: int) -> None:
     if _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")

@@ -134,7 +134,6 @@ def test_fewer_bits_and_larger_groups_make_less(planner: Callable[..., Plan]) ->
         ("org/unknown", "architecture_unsupported", "mamba"),
         ("org/custom", "model_unsafe", "Python code"),
         ("org/quantized", "model_already_compressed", "quantized already"),
-        ("org/gpt2", "format_unfit", "gptq"),
         ("org/empty", "model_malformed", "no weights"),
         ("org/bare", "model_malformed", "config.json"),
         ("org/broken", "model_malformed", "model.safetensors"),
@@ -153,11 +152,12 @@ def test_what_stands_in_the_way_is_named(planner: Callable[..., Plan], model: st
 
 
 def test_one_obstacle_does_not_hide_the_others(planner: Callable[..., Plan]) -> None:
-    plan = planner("org/gpt2", data={"source": "file-00000000"})
+    plan = planner("org/gpt2", data={"source": "file-00000000"}, formats=["gptq"])
     params = {obstacle.param: obstacle for obstacle in plan.obstacles}
     assert set(params) == {"data.source", "formats.0", "steps.0.group_size"}
+    assert params["formats.0"].code == "format_unfit" and "compressed-tensors" in params["formats.0"].message
     assert "96 inputs" in params["steps.0.group_size"].message
-    assert planner("org/gpt2", {"group_size": 32}, formats=["gptq"]).feasible
+    assert planner("org/gpt2", {"group_size": 32}).feasible
 
 
 def test_legacy_weights_are_no_obstacle_but_tell_less(planner: Callable[..., Plan]) -> None:

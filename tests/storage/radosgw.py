@@ -14,7 +14,8 @@ from uuid import uuid4
 
 import httpx
 
-from tests.storage.servers import S3Server, free_port
+from tests.servers import free_port
+from tests.storage.servers import S3Server
 
 PROGRAMS = ("ceph", "ceph-authtool", "ceph-mgr", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 _START_SECONDS = 120.0

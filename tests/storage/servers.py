@@ -3,7 +3,6 @@
 Moto takes any signature, so nothing here proves security with it: that is what `radosgw.py` is for.
 """
 
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -75,10 +74,3 @@ def moto() -> Iterator[S3Server]:
         assert port, "moto's server did not start"
         yield S3Server(f"http://127.0.0.1:{port}", "moto-access", "moto-secret")
         process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

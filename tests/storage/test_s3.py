@@ -17,7 +17,8 @@ from botocore.credentials import Credentials
 from squeeze.errors import SpecInvalid, StorageUnavailable
 from storage import Storage, open_storage
 from storage.signing import Keys, attachment, presigned
-from tests.storage.servers import S3Server, free_port
+from tests.servers import free_port
+from tests.storage.servers import S3Server
 
 SECRET = "a-secret-that-must-not-be-seen"
 ENVIRON = {"AWS_ACCESS_KEY_ID": "the-id", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}

@@ -1,0 +1,139 @@
+"""Peak host memory of a whole job against the number of blocks: `python benchmarks/memory.py [--blocks 8 64]`.
+
+Makes random Llamas of one width, runs the whole pipeline on each (GPTQ, evaluation, writing, certification) in a
+process of its own, and prints the largest resident size that any process of the job had, and the largest sum over all
+of its processes at one moment.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
+
+
+def make(directory: Path, blocks: int, width: int) -> None:
+    """A random bfloat16 Llama with the bundled model's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=blocks,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    for file in BUNDLED.glob("tokenizer*"):
+        shutil.copy(file, directory)
+
+
+def work(model: Path, formats: list[str]) -> None:
+    """The whole pipeline, in this process."""
+    import torch
+
+    from models.pipeline import Inputs, run
+    from models.progress import Silent
+    from squeeze.specs import JobSpec
+
+    torch.set_num_threads(1)
+    spec = JobSpec.model_validate(
+        {
+            "model": "bench/random",
+            "steps": [{"kind": "quantize", "method": "gptq", "bits": 4}],
+            "formats": formats,
+            "data": {"samples": 16, "sequence_length": 256},
+            "evaluation": {"samples": 8},
+        }
+    )
+    folder = model.parent
+    run(
+        Inputs(
+            spec=spec,
+            model=model,
+            model_name="bench/random",
+            revision=None,
+            license=None,
+            calibration_text=None,
+            evaluation_text=None,
+            work=folder / "work",
+            out=folder / "out",
+            device="cpu",
+            vllm_python=None,
+            job_id="job-benchmark",
+        ),
+        Silent(),
+    )
+
+
+def watch(model: Path, formats: list[str]) -> tuple[int, int, float]:
+    """(largest process, largest sum of all processes, seconds); sizes in bytes."""
+    began = time.monotonic()
+    job = subprocess.Popen(
+        [sys.executable, __file__, "--work", str(model), "--formats", *formats],
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    largest = together = 0
+    while job.poll() is None:
+        sizes = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                fields = (process / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == job.pid:  # the session
+                    status = (process / "status").read_text()
+                    sizes.append(_kib(status, "VmRSS"))
+                    largest = max(largest, _kib(status, "VmHWM"))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        together = max(together, sum(sizes))
+        time.sleep(0.05)
+    if job.returncode:
+        raise SystemExit(f"the job ended with status {job.returncode}")
+    return largest * 1024, together * 1024, time.monotonic() - began
+
+
+def _kib(status: str, field: str) -> int:
+    line = next((line for line in status.splitlines() if line.startswith(f"{field}:")), None)
+    return int(line.split()[1]) if line else 0  # a process that has just ended has none
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--formats", nargs="+", default=["compressed-tensors"])
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work, options.formats)
+        return
+    print("blocks   weights MB   largest process MB   all processes MB   seconds")
+    peaks = []
+    for blocks in options.blocks:
+        with tempfile.TemporaryDirectory() as folder:
+            model = Path(folder) / "model"
+            make(model, blocks, options.width)
+            weights = (model / "model.safetensors").stat().st_size
+            largest, together, seconds = watch(model, options.formats)
+        peaks.append(together)
+        print(
+            f"{blocks:<8} {weights / 1e6:<12.0f} {largest / 1e6:<20.0f} {together / 1e6:<18.0f} {seconds:.0f}",
+            flush=True,
+        )
+    print(f"the last takes {peaks[-1] / peaks[0]:.3f} times the memory of the first")
+
+
+if __name__ == "__main__":
+    main()
