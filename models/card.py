@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from models.disk import write_whole
 from squeeze.report import Quality, Report, Text
 from squeeze.steps import Format
 
@@ -23,7 +24,7 @@ def write_card(directory: Path, format_name: Format, report: Report) -> None:
         _figures(format_name, report),
         _loading(directory, format_name, report),
     ]
-    (directory / "README.md").write_text("\n".join(parts), encoding="utf-8")
+    write_whole(directory / "README.md", "\n".join(parts))
 
 
 def _front_matter(format_name: Format, report: Report) -> str:

@@ -22,10 +22,12 @@ import torch
 
 from models.checkpoint import read_config, tensor_entries
 from models.data import Windows
+from models.disk import says_full
 from models.formats.directory import weight_bytes
 from models.progress import Notify
+from models.quoting import quoted
 from models.resources import available_host_bytes, peak_host_bytes
-from squeeze.errors import CertificationFailed, ProcessKilled
+from squeeze.errors import CertificationFailed, DiskFull, ProcessKilled
 from squeeze.report import Certificate
 from squeeze.steps import Format
 
@@ -58,7 +60,6 @@ PASSED_ON = re.compile(
     r"PATH|LANG|LC_\w+|TZ|LD_LIBRARY_PATH|LD_PRELOAD|OMP_NUM_THREADS|MKL_NUM_THREADS|PYTHONDONTWRITEBYTECODE|VIRTUAL_ENV"
     r"|CUDA_\w+|NVIDIA_\w+"
 )
-SECRET_VALUES = re.compile(r"\b(hf_|sk-|sq-|ghp_|AKIA)[\w-]{8,}|://[^/\s:@]+:[^/\s@]+@")
 
 
 def certify(
@@ -162,7 +163,6 @@ def _transformers(
             "dtype": str(dtype).removeprefix("torch."),
             "device": device,
             "offload": offload,
-            "host_weight_bytes": max(limit_bytes - IDLE_BYTES - weight_bytes(directory), 1),
             "device_weight_bytes": _free_device_bytes(device),
             "scratch": scratch,
             "new_tokens": NEW_TOKENS_OFFLOADED if offload else NEW_TOKENS,
@@ -176,6 +176,10 @@ def _transformers(
             raise ProcessKilled(
                 f"the process that loads the {format_name} result was killed ({ended.killed}), most likely for want of "
                 "memory; retry on a machine with more"
+            )
+        if says_full(certificate.detail):
+            raise DiskFull(
+                f"the disk filled up while the {format_name} result was certified; free space and retry the job"
             )
         raise CertificationFailed(f"transformers on the {format_name} result: {certificate.detail}")
     how = " with its weights on disk" if offload else ""
@@ -256,7 +260,7 @@ def _judge(format_name: Format, consumer: str, sample: _Sample, ended: _Ended, t
     perplexity = expected = None
     outcome, detail = "passed", "generated; no perplexity was measured to compare with"
     if "error" in answer or "nll" not in answer:
-        outcome, detail = "failed", _scrub(str(answer.get("error") or ended.killed or ended.last_words))
+        outcome, detail = "failed", quoted(answer.get("error") or ended.killed or ended.last_words)
     elif sample.expected is not None:
         perplexity, expected = sample.perplexity(answer["nll"]), sample.perplexity(sample.expected)
         apart = abs(perplexity / expected - 1)
@@ -335,10 +339,3 @@ def _last_words(noise: Path) -> str:
         line.strip() for line in noise.read_bytes()[-16_384:].decode(errors="replace").splitlines() if line.strip()
     ]
     return lines[-1] if lines else "the process ended without a word"
-
-
-def _scrub(message: str) -> str:
-    """One line, without secrets and without paths of this machine."""
-    line = " ".join(message.split())
-    line = SECRET_VALUES.sub("…", line)
-    return re.sub(r"(?<![\w:/])/(?:[\w.@+-]+/)+", "…/", line)[:1000]

@@ -69,7 +69,8 @@ def placement(request: dict[str, Any]) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "device_map": "auto",
         "offload_folder": request["scratch"],
-        "max_memory": {"cpu": request["host_weight_bytes"]},
+        # None in host memory: the packed files are mapped beside them, and reading costs less than loading did.
+        "max_memory": {"cpu": 1},
     }
     if request["device"] != "cpu":
         arguments["max_memory"][0] = request["device_weight_bytes"]
@@ -109,7 +110,7 @@ def generate(model: Any, tokenizer: Any, request: dict[str, Any], device: Any) -
     """What the model continues the first window's opening with, greedily."""
     import torch
 
-    prompt = request["ids"][0][: request["prompt_tokens"]] if request["ids"] else tokenizer("The")["input_ids"]
+    prompt = request["ids"][0][: request["prompt_tokens"]] if request["ids"] else tokenizer("The")["input_ids"] or [0]
     ids = torch.tensor([prompt], device=device)
     made = model.generate(
         ids,

@@ -1,8 +1,10 @@
 """A model directory as its author published it: config, tensors by name, other files. Nothing is loaded until asked."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from squeeze.errors import ModelMalformed, ModelUnsafe
 
 INDEX = "model.safetensors.index.json"
 LEGACY_INDEX = "pytorch_model.bin.index.json"
+# The same weights in their maker's own layout, and weights that are no model by themselves.
+NOT_THE_MODEL = ("consolidated", "adapter_model", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,15 @@ class SourceModel:
 
 def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of a model directory."""
+    unreadable = [file.name for file in (path, *path.glob("*")) if not os.access(file, os.R_OK) and file.exists()]
+    if unreadable:
+        raise ModelMalformed(f"the service's user may not read {', '.join(unreadable[:5])} of the model directory")
     file = path / "config.json"
     if not file.is_file():
         raise ModelMalformed("the model has no config.json; it must be a transformers model directory")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelMalformed(f"config.json is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelMalformed("config.json is not an object")
@@ -108,8 +115,8 @@ def tensor_entries(path: Path) -> dict[str, Entry]:
 
 
 def has_legacy_weights_only(path: Path) -> bool:
-    """True where the weights are pickled (`pytorch_model*.bin`) and there is no safetensors file."""
-    return not any(path.glob("*.safetensors")) and any(path.glob("pytorch_model*.bin"))
+    """True where the weights are pickled (`pytorch_model*.bin`) and there is no safetensors file of them."""
+    return not _weight_files(path, "*.safetensors") and bool(_weight_files(path, "pytorch_model*.bin"))
 
 
 def convert_legacy(path: Path, out: Path) -> None:
@@ -121,16 +128,8 @@ def convert_legacy(path: Path, out: Path) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
-    for number, shard in enumerate(sorted(path.glob("pytorch_model*.bin"))):
-        try:
-            state = torch.load(shard, map_location="cpu", weights_only=True, mmap=_is_zip(shard))
-        except Exception as error:
-            raise ModelUnsafe(
-                f"{shard.name} can't be read without running code of its author ({type(error).__name__}). "
-                "Ask for the model as safetensors, or convert it yourself."
-            ) from error
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ModelUnsafe(f"{shard.name} holds more than tensors; ask for the model as safetensors")
+    for number, shard in enumerate(_legacy_shards(path)):
+        state = _unpickled(shard)
         tensors = {name: value.clone().contiguous() for name, value in state.items() if name not in seen}
         seen.update(tensors)
         target = out / f"model-{number:05d}.safetensors"
@@ -143,27 +142,61 @@ def convert_legacy(path: Path, out: Path) -> None:
             link.symlink_to(file.resolve())
 
 
+def _unpickled(shard: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(shard, map_location="cpu", weights_only=True, mmap=_is_zip(shard))
+    except UnpicklingError as error:
+        raise ModelUnsafe(
+            f"{shard.name} is no pickle of tensors alone, so it can't be read without running code of its author. "
+            "Ask for the model as safetensors, or convert it yourself."
+        ) from error
+    except Exception as error:
+        raise ModelMalformed(
+            f"{shard.name} can't be read ({type(error).__name__}): it is damaged or cut short, or from a torch too old "
+            "to be read safely. Fetch it again, or ask for the model as safetensors."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelUnsafe(f"{shard.name} holds more than tensors; ask for the model as safetensors")
+    return state
+
+
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(2) == b"PK"
 
 
 def _shards(path: Path) -> list[Path]:
-    index = path / INDEX
-    if not index.is_file():
-        single = path / "model.safetensors"
-        shards = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
-        if not shards:
-            raise ModelMalformed("the model has no safetensors weights")
-        return shards
+    if (path / INDEX).is_file():
+        return _indexed(path, INDEX, ".safetensors")
+    single = path / "model.safetensors"
+    shards = [single] if single.is_file() else _weight_files(path, "*.safetensors")
+    if not shards:
+        raise ModelMalformed("the model has no weights: neither safetensors files nor pytorch_model.bin")
+    return shards
+
+
+def _legacy_shards(path: Path) -> list[Path]:
+    if (path / LEGACY_INDEX).is_file():
+        return _indexed(path, LEGACY_INDEX, ".bin")
+    single = path / "pytorch_model.bin"
+    return [single] if single.is_file() else _weight_files(path, "pytorch_model*.bin")
+
+
+def _weight_files(path: Path, pattern: str) -> list[Path]:
+    found = (file for file in path.glob(pattern) if file.is_file())
+    return sorted(file for file in found if not file.name.startswith(NOT_THE_MODEL))
+
+
+def _indexed(path: Path, index: str, suffix: str) -> list[Path]:
+    """The shards that an index names."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelMalformed(f"{INDEX} can't be read: {error}") from error
+        names = sorted(set(json.loads((path / index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelMalformed(f"{index} can't be read: {error}") from error
     for name in names:
         # A stranger's index must not lead out of the directory.
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelMalformed(f"{INDEX} names {name!r}, which is no weight file of this directory")
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix):
+            raise ModelMalformed(f"{index} names {name!r}, which is no weight file of this directory")
         if not (path / name).is_file():
-            raise ModelMalformed(f"{INDEX} names {name}, which is missing: the download or copy is incomplete")
+            raise ModelMalformed(f"{index} names {name}, which is missing: the download or copy is incomplete")
     return [path / name for name in names]

@@ -2,7 +2,6 @@
 
 import hashlib
 import heapq
-import json
 import platform
 import random
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.documents import documents_of
 from models.text import HELD_OUT_SHARE, Split, standard_library
 from squeeze.errors import DataUnusable
 from squeeze.report import Text
@@ -54,7 +54,8 @@ def calibration_batches(
 
     Fewer or shorter ones where the text doesn't give more. Raises DataUnusable where it gives next to nothing.
     """
-    stream = _token_stream(tokenizer, _documents(source, "train"), samples * length, length, seed)
+    documents = _documents(source, "train", "data.source")
+    stream = _token_stream(tokenizer, documents, samples * length, length, seed)
     length = min(length, len(stream))
     if length < LEAST_TOKENS:
         raise DataUnusable(
@@ -82,11 +83,14 @@ def evaluation_windows(
     """
     stride = min(stride or length, length)
     wanted = (samples - 1) * stride + length
-    documents = _documents(source, "held_out" if held_out else None)
+    documents = (
+        _documents(source, "held_out", "data.source") if held_out else _documents(source, None, "evaluation.source")
+    )
     stream = _token_stream(tokenizer, documents, wanted, length, EVALUATION_SEED)
     if len(stream) < LEAST_TOKENS:
+        what = "the part of the text that is held out for evaluation, a tenth," if held_out else "the evaluation text"
         raise DataUnusable(
-            f"the evaluation text has {len(stream)} tokens; at least {LEAST_TOKENS} are needed. Give a longer file, "
+            f"{what} has {len(stream)} tokens; at least {LEAST_TOKENS} are needed. Give a longer file, "
             "name another one as evaluation.source, or switch evaluation off.",
             param="evaluation.source",
         )
@@ -166,13 +170,14 @@ def _passages(documents: Iterator[str], limit: int) -> Iterator[str]:
             yield document[start:]
 
 
-def _documents(source: Path | None, split: Split | None) -> Documents:
+def _documents(source: Path | None, split: Split | None, param: str) -> Documents:
+    """param: the field of the request that names the source."""
     if source is None:
         return lambda: (text for _, text in standard_library(split or "held_out"))
     if split is None:
-        return lambda: _file_documents(source)
+        return lambda: documents_of(source, param)
     return lambda: (
-        passage for passage in _passages(_file_documents(source), SPLIT_CHARACTERS) if _split_of(passage) == split
+        passage for passage in _passages(documents_of(source, param), SPLIT_CHARACTERS) if _split_of(passage) == split
     )
 
 
@@ -180,55 +185,3 @@ def _split_of(passage: str) -> Split:
     """A passage's side of the split, by its own hash, so that calibration and evaluation agree without a list."""
     first = hashlib.sha256(passage.encode()).digest()
     return "held_out" if int.from_bytes(first[:4], "big") % HELD_OUT_SHARE == 0 else "train"
-
-
-def _file_documents(source: Path) -> Iterator[str]:
-    with source.open("rb") as file:
-        head = file.read(4096).lstrip()
-    if head.startswith(b"PAR1"):
-        yield from _parquet_documents(source)
-    elif head.startswith(b"{"):
-        yield from _jsonl_documents(source)
-    else:
-        yield from _plain_documents(source)
-
-
-def _plain_documents(source: Path, block: int = 1 << 20) -> Iterator[str]:
-    with source.open(encoding="utf-8", errors="replace") as file:
-        while text := file.read(block):
-            yield text + file.readline()
-
-
-def _jsonl_documents(source: Path) -> Iterator[str]:
-    with source.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataUnusable(f"line {number} of the file is not JSON: {error}", param="data.source") from error
-            yield _text_of(row, f"line {number}")
-
-
-def _parquet_documents(source: Path) -> Iterator[str]:
-    from pyarrow import parquet  # only where such a file is given: it costs 60 MB
-
-    file = parquet.ParquetFile(source)
-    for batch in file.iter_batches(batch_size=256):
-        for number, row in enumerate(batch.to_pylist(), 1):
-            yield _text_of(row, f"row {number}")
-
-
-def _text_of(row: object, where: str) -> str:
-    """The text of a record: `text`, or `prompt` and `completion`, or the contents of chat `messages`."""
-    if isinstance(row, dict):
-        if isinstance(row.get("text"), str):
-            return str(row["text"])
-        if isinstance(row.get("prompt"), str):
-            return f"{row['prompt']}{row.get('completion') or ''}"
-        if isinstance(row.get("messages"), list):
-            return "\n".join(str(m.get("content") or "") for m in row["messages"] if isinstance(m, dict))
-    raise DataUnusable(
-        f"{where} of the file has none of `text`, `prompt` and `completion`, or `messages`", param="data.source"
-    )

@@ -52,6 +52,12 @@ class Activations:
     original: list[Tensor] = field(default_factory=list)
     compressed: list[Tensor] = field(default_factory=list)
 
+    def release(self) -> None:
+        """Gives the memory back: what comes after the evaluation, the certifier above all, can use it."""
+        for stream in (self.calibration, self.original, self.compressed):
+            stream.clear()
+        return_free_memory()
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -85,6 +91,7 @@ def quantize(
 
     calibration: (n, T) int64, for methods that want it. fingerprint: of all that decides the result.
     """
+    frame.refuse_misfits()
     kept = _Kept(directory, fingerprint)
     notify.stage(Stage.calibrating)
     calls = _Calls(frame, [ids for ids in (calibration, None if windows is None else windows.ids) if ids is not None])
@@ -109,7 +116,8 @@ def quantize(
         if index + 1 < frame.count and time.monotonic() - saved_at >= snapshot_seconds:
             kept.snapshot(index + 1, blocks, activations)
             saved_at = time.monotonic()
-    kept.snapshot(frame.count, blocks, activations)
+    if start < frame.count:
+        kept.snapshot(frame.count, blocks, activations)
     sites = {site.name: site for n in range(frame.count) for site in frame.sites(n)}
     chosen = {name: site for name, site in sites.items() if not is_ignored(step, name)}
     ignored = tuple(name for name in sites if name not in chosen)
@@ -123,8 +131,7 @@ class _Calls:
     def __init__(self, frame: Frame, streams: list[Tensor]) -> None:
         self._frame = frame
         self._by_shape: dict[tuple[int, ...], list[Call]] = {}
-        if not streams:
-            return
+        # Without streams too: what lies around the blocks is read once, so that damage in it shows.
         with frame.surroundings(), torch.no_grad():
             for ids in streams:
                 for batch in {part.shape: part for part in _batches(ids)}.values():

@@ -9,6 +9,7 @@ from torch import Tensor
 from models.data import Windows
 from models.frame import Frame
 from models.progress import Notify
+from squeeze.errors import NotFinite
 from squeeze.report import Quality
 
 LOGIT_BYTES = 128 << 20  # of one float32 slice of logits; about six such slices live at once
@@ -52,6 +53,11 @@ def measure(
             window_nll.append(float(own[1]) / (len(ids) - first))
             sums += own
             notify.advance(n + 1, len(windows.first_scored), "windows")
+    if not torch.isfinite(sums).all():
+        raise NotFinite(
+            f"the logits are NaN or infinite in {frame.dtype}: the final norm or the output head is damaged, or does "
+            "not fit that type"
+        )
     means = (sums / windows.scored_tokens).tolist()
     length, stride = windows.ids.shape[1], windows.stride
     quality = Quality(
@@ -86,5 +92,5 @@ def _compare(before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
 
 
 def _perplexity(nll: float) -> float:
-    """Infinite where the loss is beyond what a float can hold, which JSON then shows as the largest float."""
+    """At most some 10^304, so that it stays a number whatever the loss."""
     return math.exp(min(nll, 700.0))

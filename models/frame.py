@@ -8,6 +8,7 @@ needs code of its own for that.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from models.checkpoint import SourceModel
 from models.quantized import Site
-from squeeze.errors import ArchitectureUnsupported, ModelMalformed, NotFinite
+from models.quoting import quoted
+from models.safetensors_file import Entry
+from squeeze.errors import ArchitectureUnsupported, ModelAlreadyCompressed, ModelMalformed, NotFinite
+
+COMPUTABLE = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
 class _BlocksReached(Exception):
@@ -52,18 +57,14 @@ class Frame:
     def __init__(self, source: SourceModel, dtype: torch.dtype, device: torch.device) -> None:
         self.source, self.dtype, self.device = source, dtype, device
         row = source.row
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-        config.use_cache = False
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-            )
-        self.model.eval().requires_grad_(False)
+        self.model = weightless(source.path, dtype)
+        self._ties: dict[str, str] = dict(self.model.all_tied_weights_keys)  # the head to the embedding
         self.blocks_path = row.blocks
         try:
             blocks = self.model.get_submodule(row.blocks)
         except AttributeError as error:
-            raise ArchitectureUnsupported(f"{config.model_type}: no list of decoder blocks at {row.blocks}") from error
+            model_type = self.model.config.model_type
+            raise ArchitectureUnsupported(f"{model_type}: no list of decoder blocks at {row.blocks}") from error
         self._skeletons = list(cast(nn.ModuleList, blocks))
         if not self._skeletons:
             raise ModelMalformed("config.json says that the model has no decoder blocks")
@@ -120,6 +121,20 @@ class Frame:
         finally:
             _empty(self.model)
 
+    def refuse_misfits(self) -> None:
+        """Compares what the config asks for with the headers of the weight files, before any tensor is read."""
+        blocks = [(block, f"{self.blocks_path}.{n}") for n, block in enumerate(self._skeletons)]
+        for module, prefix in [(self.model, ""), *blocks]:
+            for name, owner, leaf in _stored(module, prefix):
+                parameter = owner._parameters.get(leaf)
+                if parameter is None:  # a buffer, which the model computes where no file has it
+                    continue
+                key = self.source.file_key(name)
+                if key is not None:
+                    _refuse_misfit(key, self.source.entries[key], tuple(parameter.shape))
+                elif not self._is_tied(name):
+                    raise ModelMalformed(f"the weights hold no tensor {name}, which the config says there is")
+
     def enter(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """What comes before the blocks. ids: (B, T) int64.
 
@@ -159,47 +174,77 @@ class Frame:
         return hidden
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
-        """Loads every parameter and persistent buffer of a module, tied ones once."""
-        for name, target in [*module.named_parameters(), *module.named_buffers()]:
-            full = f"{prefix}.{name}" if prefix else name
-            key = self.source.file_key(full)
-            owner = module.get_submodule(name.rpartition(".")[0])
-            leaf = name.rpartition(".")[2]
-            if key is None:
-                if leaf in owner._buffers:  # computed by the model itself, or not persistent
-                    owner._buffers[leaf] = target.to(self.device)
-                    continue
-                if self._is_tied(full):
-                    continue
-                raise ModelMalformed(f"the weights hold no tensor {full}, which the config says there is")
+        """Loads every tensor of a module that the files have; `refuse_misfits` said that they have what it takes."""
+        for name, owner, leaf in _stored(module, prefix):
+            key = self.source.file_key(name)
+            if key is None:  # tied to one that the files have, or computed by the model itself
+                continue
             tensor = self.source.tensor(key)
-            if tensor.shape != target.shape:
-                raise ModelMalformed(
-                    f"tensor {key} has shape {tuple(tensor.shape)}, but the config asks for {tuple(target.shape)}"
-                )
             if tensor.is_floating_point():
                 if not torch.isfinite(tensor).all():
                     raise NotFinite(f"tensor {key} holds NaN or infinity; the model is damaged at its source")
                 tensor = tensor.to(self.dtype)
+            tensor = tensor.to(self.device)
             if leaf in owner._buffers:
-                owner._buffers[leaf] = tensor.to(self.device)
+                owner._buffers[leaf] = tensor
             else:
-                owner._parameters[leaf] = nn.Parameter(tensor.to(self.device), requires_grad=False)
+                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        for owner in module.modules():
+            for leaf, buffer in owner._buffers.items():
+                owner._buffers[leaf] = buffer if buffer is None else buffer.to(self.device)
         if module is self.model:
-            self._tie_head()
+            self._tie()
+
+    def _tie(self) -> None:
+        """As transformers does: whichever the files have serves as both, and two that differ stay two."""
+        for target, source in self._ties.items():
+            held = [name for name in (source, target) if self.source.file_key(name)]
+            if len(held) == 2 and not torch.equal(self.model.get_parameter(source), self.model.get_parameter(target)):
+                continue
+            shared = self.model.get_parameter(held[0])
+            for name in (source, target):
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), leaf, shared)
 
     def _is_tied(self, name: str) -> bool:
-        head = self.model.get_output_embeddings()
-        return bool(self.model.config.tie_word_embeddings) and head is not None and name == self._head_name()
+        """The files have another parameter that serves as this one."""
+        partners = [*(s for t, s in self._ties.items() if t == name), *(t for t, s in self._ties.items() if s == name)]
+        return any(self.source.file_key(partner) for partner in partners)
 
-    def _head_name(self) -> str:
-        head = self.model.get_output_embeddings()
-        return next(f"{name}.weight" for name, module in self.model.named_modules() if module is head)
 
-    def _tie_head(self) -> None:
-        head = self.model.get_output_embeddings()
-        if self.model.config.tie_word_embeddings and head is not None:
-            head.weight = self.model.get_input_embeddings().weight
+def weightless(path: Path, dtype: torch.dtype) -> Any:
+    """The model that `config.json` describes, without weights; its buffers are real."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config.use_cache = False
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+            )
+    except Exception as error:
+        raise ModelMalformed(
+            f"transformers can't build the model that config.json describes: {quoted(error, 400)}"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def _refuse_misfit(key: str, entry: Entry, shape: tuple[int, ...]) -> None:
+    if entry.dtype not in COMPUTABLE:
+        raise ModelAlreadyCompressed(
+            f"tensor {key} is stored as {str(entry.dtype).removeprefix('torch.')}, so the weights are quantized "
+            "already; name the 16-bit model that they were made from"
+        )
+    if entry.shape != shape:
+        raise ModelMalformed(f"tensor {key} has shape {entry.shape}, but the config asks for {shape}")
+
+
+def _stored(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """What files hold of a module: the full name of each parameter and persistent buffer, its owner, its last name."""
+    for path, owner in module.named_modules(prefix=prefix):
+        for leaf in [*owner._parameters, *owner._buffers]:
+            absent = owner._parameters.get(leaf) is None and owner._buffers.get(leaf) is None
+            if not absent and leaf not in owner._non_persistent_buffers_set:
+                yield (f"{path}.{leaf}" if path else leaf), owner, leaf
 
 
 def _empty(module: nn.Module) -> None:

@@ -3,29 +3,31 @@
 loading -> calibrating -> compressing (evaluating in the same pass) -> evaluating -> exporting -> certifying
 """
 
+import fnmatch
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from torch import nn
 
 from models import engine
 from models.architectures import architecture_of
 from models.card import write_card
 from models.certify import certify
 from models.checkpoint import SourceModel, convert_legacy, has_legacy_weights_only, open_model, read_config
-from models.data import Calibration, Windows, calibration_batches, evaluation_windows
+from models.disk import disk_faults, write_whole
 from models.evaluation import Measured, measure
 from models.formats import layout
-from models.formats.directory import weight_bytes
+from models.formats.directory import refuse_broken_companions, weight_bytes
 from models.frame import Frame
+from models.material import Material, read_tokenizer
 from models.progress import Notify
 from models.quantized import QuantizedModel
 from models.resources import cpu_seconds, peak_gpu_bytes, peak_host_bytes
@@ -38,12 +40,6 @@ from squeeze.specs import JobSpec
 from squeeze.steps import Format, Quantize
 
 LIBRARIES = ("torch", "transformers", "compressed-tensors", "gptqmodel", "safetensors", "tokenizers")
-# On tiny random models at 3 bits GPTQ was worse than round-to-nearest at 3 tokens per input column, a fifth better at 16.
-TOKENS_PER_INPUT = 8
-GENERIC_WARNING = (
-    "measured on generic text (the source of Python's standard library); figures on it say little about your own "
-    "text: upload some and name it as data.source"
-)
 
 
 @dataclass(frozen=True)
@@ -111,6 +107,11 @@ def check(spec: JobSpec, model: Path) -> Facts:
 
 def run(inputs: Inputs, notify: Notify) -> Outcome:
     """Runs all steps of a job. Raises a SqueezeError that says what to do; anything else is a bug."""
+    with disk_faults():
+        return _run(inputs, notify)
+
+
+def _run(inputs: Inputs, notify: Notify) -> Outcome:
     clock = _Clock()
     spec, step = inputs.spec, _quantize_step(inputs.spec)
     notify.stage(Stage.planning)
@@ -119,10 +120,14 @@ def run(inputs: Inputs, notify: Notify) -> Outcome:
     with clock.stage("loading"):
         notify.stage(Stage.loading)
         source = _open(inputs)
+        refuse_broken_companions(source)
         device = torch.device(inputs.device)
         frame = Frame(source, compute_dtype(source.dtype, device), device)
-        texts = _Texts(inputs, frame)
-        warnings = texts.warn(notify)
+        tokenizer = read_tokenizer(inputs.model)
+        texts = Material(spec, step, tokenizer, frame, inputs.calibration_text, inputs.evaluation_text)
+        warnings = [*_idle_patterns(step, frame), *texts.warnings()]
+        for warning in warnings:
+            notify.event("warning", warning)
     with clock.stage("compressing"):
         done = engine.quantize(
             frame,
@@ -139,6 +144,7 @@ def run(inputs: Inputs, notify: Notify) -> Outcome:
         with clock.stage("evaluating"):
             notify.stage(Stage.evaluating)
             measured = measure(frame, texts.windows, done.activations.original, done.activations.compressed, notify)
+    done.activations.release()
     written = _Written(inputs, source, done.model, done.blocks, texts, measured, warnings)
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
@@ -149,15 +155,14 @@ def run(inputs: Inputs, notify: Notify) -> Outcome:
     report = written.report(directories, certificates, clock, frame)
     for name, directory in directories.items():
         write_card(directory, name, report)
-    (inputs.out / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
+    write_whole(inputs.out / "report.json", report.model_dump_json(indent=2) + "\n")
     return Outcome(directories, report, _result(report, directories))
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type that activations are computed in: as stored, but CPUs have no fast float16."""
-    if stored not in {torch.float32, torch.bfloat16, torch.float16}:
-        return torch.bfloat16
-    return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
+    """The type that activations are computed in: as stored; but nobody needs float64, and CPUs have no fast float16."""
+    exact = stored == torch.float64 or (stored == torch.float16 and device.type == "cpu")
+    return torch.float32 if exact else stored
 
 
 def _quantize_step(spec: JobSpec) -> Quantize:
@@ -174,10 +179,24 @@ def _open(inputs: Inputs) -> SourceModel:
     if not has_legacy_weights_only(inputs.model):
         return open_model(inputs.model)
     converted = inputs.work / "source"
-    if not (converted / "complete").exists():
+    mark, files = converted / "complete", [file for file in sorted(inputs.model.glob("*.bin")) if file.is_file()]
+    origin = json.dumps([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != origin:
+        shutil.rmtree(converted, ignore_errors=True)
         convert_legacy(inputs.model, converted)
-        (converted / "complete").touch()
+        write_whole(mark, origin)
     return open_model(converted)
+
+
+def _idle_patterns(step: Quantize, frame: Frame) -> list[str]:
+    """Warnings of `ignore` patterns that no layer's name matches."""
+    names = [site.name for n in range(frame.count) for site in frame.sites(n)]
+    names += [name for name, module in frame.model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    return [
+        f"the `ignore` pattern {pattern!r} matches no layer; their names are like {names[0]}"
+        for pattern in step.ignore
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names)
+    ]
 
 
 @dataclass
@@ -193,72 +212,14 @@ class _Clock:
         self.seconds[name] = round(time.monotonic() - began, 3)
 
 
-class _Texts:
-    """The token batches of a job."""
-
-    def __init__(self, inputs: Inputs, frame: Frame) -> None:
-        spec, step = inputs.spec, _quantize_step(inputs.spec)
-        tokenizer: Any = AutoTokenizer.from_pretrained(inputs.model, trust_remote_code=False)
-        self.asked = spec.data.sequence_length
-        self.length = min(self.asked, frame.max_positions or self.asked)
-        self.samples = spec.data.samples
-        self.calibration: Calibration | None = None
-        self.windows: Windows | None = None
-        if step.needs_calibration:
-            self.calibration = calibration_batches(
-                tokenizer, inputs.calibration_text, spec.data.source, spec.data.samples, self.length, spec.seed
-            )
-        if spec.evaluation.perplexity or spec.evaluation.divergence:
-            own = inputs.evaluation_text is not None
-            self.windows = evaluation_windows(
-                tokenizer,
-                inputs.evaluation_text if own else inputs.calibration_text,
-                spec.evaluation.source if own else spec.data.source,
-                not own,
-                spec.evaluation.samples,
-                self.length,
-                spec.evaluation.stride,
-            )
-        self.widest = max(site.columns for n in range(frame.count) for site in frame.sites(n))
-        vocabulary = int(frame.model.config.vocab_size)
-        for ids in (text.ids for text in (self.calibration, self.windows) if text):
-            if int(ids.max()) >= vocabulary:
-                raise ModelMalformed(
-                    f"the tokenizer gives id {int(ids.max())}, but the model knows only {vocabulary} tokens; "
-                    "tokenizer and weights are not of one model"
-                )
-
-    def warn(self, notify: Notify) -> list[str]:
-        """What the user should know of these texts; told as events and kept for the report."""
-        warnings = []
-        if self.length < self.asked:
-            warnings.append(f"sequence_length {self.asked} was cut to the model's {self.length} positions")
-        if self.calibration is not None:
-            count, length = self.calibration.ids.shape
-            if count < self.samples or length < self.length:
-                warnings.append(
-                    f"the calibration text gave {count} sequences of {length} tokens, fewer than the {self.samples} of "
-                    f"{self.length} asked for"
-                )
-            if count * length < TOKENS_PER_INPUT * self.widest:
-                warnings.append(
-                    f"{count * length:,} calibration tokens are few for layers with {self.widest:,} inputs; below "
-                    f"{TOKENS_PER_INPUT * self.widest:,} the rounding fits the sample rather than the language"
-                )
-        if any(text.text.generic for text in (self.calibration, self.windows) if text):
-            warnings.append(GENERIC_WARNING)
-        for warning in warnings:
-            notify.event("warning", warning)
-        return warnings
-
-
-def _fingerprint(inputs: Inputs, source: SourceModel, texts: _Texts) -> str:
+def _fingerprint(inputs: Inputs, source: SourceModel, texts: Material) -> str:
     """Of all that decides the codes, so that leavings of another recipe, model or text are not resumed from."""
     parts = {
         "steps": [step.model_dump(mode="json") for step in inputs.spec.steps],
-        "model": [inputs.revision, source.weight_bytes, sorted((n, str(e.shape)) for n, e in source.entries.items())],
-        "calibration": texts.calibration.text.sha256 if texts.calibration else None,
-        "windows": texts.windows.text.sha256 if texts.windows else None,
+        "model": [inputs.revision, source.config, source.weight_bytes, sorted(map(str, source.entries))],
+        "written": None if inputs.revision else sorted({e.path.stat().st_mtime_ns for e in source.entries.values()}),
+        "calibration": texts.calibration.text.model_dump() if texts.calibration else None,
+        "windows": texts.windows.text.model_dump() if texts.windows else None,
         "device": inputs.device,
         "versions": [__version__, torch.__version__],
     }
@@ -273,7 +234,7 @@ class _Written:
     source: SourceModel
     model: QuantizedModel
     blocks: list[Block]
-    texts: _Texts
+    texts: Material
     measured: Measured | None
     warnings: list[str]
 

@@ -31,8 +31,7 @@ from squeeze.steps import Quantize
 
 def refuse(sites: Iterable[Site], step: Quantize) -> None:
     """Raises GroupSizeIndivisible where this format can't hold one of these layers."""
-    for site in sites:
-        refuse_torn_groups(site, step)
+    refuse_torn_groups(list(sites), step)
 
 
 def write(

@@ -1,6 +1,5 @@
 """What every format shares: the directory around the weights, written beside its final place and moved there whole."""
 
-import errno
 import json
 import re
 import shutil
@@ -10,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
+import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from models.checkpoint import SourceModel
+from models.disk import disk_faults
 from models.formats.shards import Piece
+from models.frame import weightless
 from models.quantized import QuantizedModel, Site
-from squeeze.errors import DiskFull
+from squeeze.errors import ModelMalformed
 
 # What stands beside the weights and is taken along: tokenizer, generation settings, chat templates, terms of use.
 COMPANIONS = (
@@ -44,10 +44,14 @@ COMPANIONS = (
     "USE_POLICY*",
 )
 
-# Settings that say where a file lay on its author's machine, or ask for code of the repository.
+# Settings that say where a file lay on its author's machine, or ask for code of the repository or for a kernel that the
+# reader may lack.
 PRIVATE_KEYS = frozenset(
     {
         "auto_map",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
         "_name_or_path",
         "name_or_path",
         "tokenizer_file",
@@ -73,9 +77,7 @@ class Skeleton:
 
 
 def skeleton_of(source: SourceModel) -> Skeleton:
-    config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = weightless(source.path, torch.float32)
     linears = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
     return Skeleton(tuple(model.state_dict()), linears)
 
@@ -85,16 +87,13 @@ def written_whole(out: Path) -> Iterator[Path]:
     """A fresh directory beside `out` that takes its place at the end; nothing is left behind when something fails."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        yield partial
-        if out.exists():  # what an earlier attempt wrote
-            shutil.rmtree(out)
-        partial.rename(out)
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise DiskFull("the disk filled up while the model was written; free space and retry the job") from error
-        raise
+        with disk_faults():
+            partial.mkdir(parents=True)
+            yield partial
+            if out.exists():  # what an earlier attempt wrote
+                shutil.rmtree(out)
+            partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -127,16 +126,21 @@ def pieces_of(
 
 def write_companions(source: SourceModel, out: Path) -> None:
     """Copies tokenizer, generation settings, chat templates and terms of use."""
-    for pattern in COMPANIONS:
-        for file in sorted(source.path.glob(pattern)):
-            if not file.is_file():
-                continue
-            target = out / file.relative_to(source.path)
-            target.parent.mkdir(exist_ok=True)
-            if file.suffix == ".json":
-                _copy_settings(file, target)
-            else:
-                shutil.copyfile(file, target)
+    for file in _companions(source):
+        target = out / file.relative_to(source.path)
+        target.parent.mkdir(exist_ok=True)
+        settings = _settings(file) if file.suffix == ".json" else None
+        if isinstance(settings, dict) and PRIVATE_KEYS.intersection(settings):
+            write_json(target, without_private(settings))
+        else:
+            shutil.copyfile(file, target)
+
+
+def refuse_broken_companions(source: SourceModel) -> None:
+    """Raises where a settings file can't be read, before the work that it would end."""
+    for file in _companions(source):
+        if file.suffix == ".json":
+            _settings(file)
 
 
 def write_config(source: SourceModel, quantized: QuantizedModel, quantization: Mapping[str, Any], out: Path) -> None:
@@ -175,10 +179,14 @@ def _copy(source: SourceModel, key: str, name: str) -> Piece:
     return Piece({name: (entry.dtype, entry.shape)}, make)
 
 
-def _copy_settings(file: Path, target: Path) -> None:
-    """Byte for byte, unless something in it must stay behind."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(settings, dict) and PRIVATE_KEYS.intersection(settings):
-        write_json(target, without_private(settings))
-    else:
-        shutil.copyfile(file, target)
+def _companions(source: SourceModel) -> list[Path]:
+    return [file for pattern in COMPANIONS for file in sorted(source.path.glob(pattern)) if file.is_file()]
+
+
+def _settings(file: Path) -> object:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelMalformed(
+            f"{file.name} is not JSON ({error}); repair it, or remove it if it isn't needed"
+        ) from error

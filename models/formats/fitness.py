@@ -14,15 +14,17 @@ GROUP_SIZES = (32, 64, 128)
 FUSIONS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def refuse_torn_groups(site: Site, step: Quantize) -> None:
+def refuse_torn_groups(sites: Collection[Site], step: Quantize) -> None:
     """Raises where the last group of a row would be shorter than the others."""
-    if site.columns % group_columns(step, site):
-        fitting = [str(size) for size in GROUP_SIZES if site.columns % size == 0]
-        raise GroupSizeIndivisible(
-            f"group_size {step.group_size} doesn't divide the {site.columns} inputs of {site.name}; "
-            f"{' and '.join([*fitting, '`channel`'])} would do",
-            param="group_size",
-        )
+    torn = next((site for site in sites if site.columns % group_columns(step, site)), None)
+    if torn is None:
+        return
+    fitting = [str(size) for size in GROUP_SIZES if not any(site.columns % size for site in sites)]
+    raise GroupSizeIndivisible(
+        f"group_size {step.group_size} doesn't divide the {torn.columns} inputs of {torn.name}; for all layers "
+        f"{' and '.join([*fitting, '`channel`'])} would do",
+        param="group_size",
+    )
 
 
 def refuse_torn_words(site: Site, step: Quantize, format_name: str) -> None:

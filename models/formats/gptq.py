@@ -37,6 +37,7 @@ def refuse(sites: Iterable[Site], step: Quantize) -> None:
     GPT-2 is refused: transformers 5.23 draws fresh values for the weight of every `c_proj` before it loads, whatever
     stands there, and gptqmodel's layers have none to draw ("has no attribute 'normal_'").
     """
+    sites = list(sites)
     for site in sites:
         if site.transposed:
             raise FormatUnfit(
@@ -44,7 +45,8 @@ def refuse(sites: Iterable[Site], step: Quantize) -> None:
                 "ask for compressed-tensors, which can hold them",
                 param="formats",
             )
-        refuse_torn_groups(site, step)
+    refuse_torn_groups(sites, step)
+    for site in sites:
         refuse_torn_words(site, step, "gptq")
 
 

@@ -5,8 +5,8 @@ from torch import Tensor
 
 # Shrinkages of the range that are tried; clipping the outermost weights often costs less than the coarser grid that
 # they force on all others, the more so the fewer the bits. The diagonal of the Hessian, which weighs the trials, does
-# not see that a clipped weight errs to one side, so the search stops well before its own optimum: on the bundled model at
-# 2 bits a floor of 0.4 gave a divergence of 0.067, 0.7 gave 0.026, no search 0.029.
+# not see that a clipped weight errs to one side, so the search stops well before its own optimum: on the bundled model
+# at 2 bits a floor of 0.4 gave a divergence of 0.067, 0.7 gave 0.026, no search 0.029.
 SHRINK_STEPS = 16
 SHRINK_LEAST = {2: 0.7, 3: 0.75, 4: 0.8, 8: 0.95}
 SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number

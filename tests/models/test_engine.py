@@ -153,6 +153,22 @@ def test_a_stopped_job_resumes_at_the_next_block_with_the_same_digests(tmp_path)
     assert told == []
 
 
+def test_a_pass_that_was_finished_before_writes_nothing_again(tmp_path):
+    """What is rewritten could be lost half-way to a kill, and then no attempt could go on."""
+    model = tiny.FAMILIES["llama"](tmp_path / "model")
+    calibration, _ = texts_of(model)
+    step = GPTQ(method="gptq", group_size=32)
+
+    def run() -> dict[str, int]:
+        engine.quantize(frame_of(model), step, calibration.ids, None, tmp_path / "work", "f", Silent())
+        files = [path for path in (tmp_path / "work").rglob("*") if path.name != "fingerprint" and path.is_file()]
+        return {path.relative_to(tmp_path).as_posix(): path.stat().st_ino for path in files}
+
+    once = run()
+    assert any("snapshot-00002" in name for name in once)
+    assert run() == once
+
+
 def test_ignored_layers_stay_as_they_are(tmp_path):
     model = tiny.FAMILIES["llama"](tmp_path / "model")
     frame, (calibration, _) = frame_of(model), texts_of(model)

@@ -1,0 +1,122 @@
+"""Uploaded text files as documents: plain text, JSONL or parquet, told apart by what is in them.
+
+A file is read in pieces of bounded size. What is no text is refused, with what would do, rather than calibrated on.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from squeeze.errors import DataUnusable
+
+HEAD_BYTES = 1 << 16  # decide what kind of file it is
+BLOCK_CHARACTERS = 1 << 20  # of plain text at a time
+LONGEST_RECORD = 1 << 26  # characters of a line of JSONL
+MOST_UNREADABLE = 0.1  # share of characters that are no UTF-8: stray accents of another encoding pass, others don't
+# UTF-32's little-endian mark begins with UTF-16's.
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+COLUMNS = ("text", "prompt", "completion", "messages", "conversations")
+WANTED = "`text`, `prompt` and `completion`, or `messages`"
+
+
+def documents_of(source: Path, param: str) -> Iterator[str]:
+    """The texts of a file, in order. param: the field of the request that names it, for the error.
+
+    Raises DataUnusable where the file is no text or a record has none.
+    """
+    try:
+        with source.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        if head.startswith(b"PAR1"):
+            yield from _parquet(source)
+            return
+        encoding = next((encoding for mark, encoding in MARKS if head.startswith(mark)), "utf-8-sig")
+        opening = head.decode(encoding, errors="replace")
+        _refuse_binary(opening)
+        if re.match(r"\s*\[\s*\{\s*\"", opening):
+            raise DataUnusable("the file is one JSON array; write one object a line instead (JSONL)")
+        yield from (_jsonl if re.match(r"\s*\{\s*[\"}]", opening) else _plain)(source, encoding)
+    except DataUnusable as error:
+        error.param = param
+        raise
+
+
+def _refuse_binary(opening: str) -> None:
+    if "\0" in opening or opening.count("\ufffd") > MOST_UNREADABLE * len(opening):
+        raise DataUnusable(
+            "the file is not text in UTF-8 (nor UTF-16 with a byte-order mark), JSONL or parquet; unpack it, or save "
+            "it as UTF-8"
+        )
+
+
+def _plain(source: Path, encoding: str) -> Iterator[str]:
+    with source.open(encoding=encoding, errors="replace") as file:
+        while text := file.read(BLOCK_CHARACTERS):
+            yield text + file.readline(BLOCK_CHARACTERS)
+
+
+def _jsonl(source: Path, encoding: str) -> Iterator[str]:
+    with source.open(encoding=encoding, errors="replace") as file:
+        number = 0
+        while line := file.readline(LONGEST_RECORD):
+            number += 1
+            if len(line) == LONGEST_RECORD:
+                raise DataUnusable(f"line {number} of the file is longer than {LONGEST_RECORD:,} characters; cut it up")
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataUnusable(f"line {number} of the file is not JSON: {error}") from error
+            yield _text_of(row, f"line {number}")
+
+
+def _parquet(source: Path) -> Iterator[str]:
+    from pyarrow import ArrowException, parquet  # only where such a file is given: it costs 60 MB
+
+    number = 0
+    try:
+        file = parquet.ParquetFile(source)
+        names = file.schema_arrow.names
+        columns = [name for name in COLUMNS if name in names]
+        if not columns:
+            raise DataUnusable(f"the file has none of {WANTED} among its columns ({', '.join(names[:20])})")
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield _text_of(row, f"row {number}")
+    except (ArrowException, OSError) as error:
+        raise DataUnusable(f"the file is damaged parquet, unreadable after row {number}: upload it again") from error
+
+
+def _text_of(row: object, where: str) -> str:
+    """The text of a record: `text`, or `prompt` and `completion`, or what is said in a chat; empty where it is null."""
+    fields = {name: row[name] for name in COLUMNS if name in row} if isinstance(row, dict) else {}
+    given = {name: value for name, value in fields.items() if value is not None}
+    kind = next(iter(given), None)
+    parts = [value for name, value in given.items() if name == kind or (kind == "prompt" and name == "completion")]
+    if not fields or not all(isinstance(part, str | bytes | list | dict) for part in parts):
+        raise DataUnusable(f"{where} of the file has none of {WANTED}")
+    text = ("" if all(isinstance(part, str) for part in parts) else "\n").join(map(_said, parts))
+    return text.encode(errors="replace").decode()  # JSON can hold halves of characters, no encoding can
+
+
+def _said(value: Any) -> str:
+    """What a string, a message, a list of them or of their parts says; a part that is no text says nothing."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, list):
+        return "\n".join(filter(None, map(_said, value)))
+    if isinstance(value, dict):
+        return _said(next((value[name] for name in ("content", "text", "value") if name in value), None))
+    return ""
