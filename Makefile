@@ -1,4 +1,4 @@
-# Everything that a person or CI runs. Needs Python >= 3.11 with pip and venv, and make; nothing else.
+# Everything that a person or CI runs. Needs Python >= 3.11 with pip, venv and headers, a C compiler, and make.
 
 PYTHON ?= python3
 VENV ?= .venv

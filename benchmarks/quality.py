@@ -1,4 +1,4 @@
-"""Quality side by side: our GPTQ and RTN against llm-compressor's and GPTQModel's GPTQ, same model, tokens, bits, groups.
+"""Quality side by side: our GPTQ and RTN against llm-compressor's and GPTQModel's GPTQ, same model, tokens, bits.
 
     python benchmarks/quality.py [--model DIR] [--draws 3] [--bits 4 3 2] [--llmcompressor-python PYTHON]
 

@@ -14,6 +14,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 _CHUNK_BYTES = 1 << 18
@@ -90,7 +91,7 @@ class Hub:
     def wait(self) -> None:
         self._thread.join()
 
-    def __enter__(self) -> "Hub":
+    def __enter__(self) -> Self:
         self.start()
         return self
 

@@ -73,6 +73,7 @@ def main() -> int:
             stack.close()
     if asked.directory is None:  # after a failure it stays, with the logs
         shutil.rmtree(workplace)
+        say("\nAll of it was in a temporary directory and is gone; --directory DIR keeps it. Your own: make serve")
     say("\nSeconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in took.items()))
     return 0
 

@@ -66,9 +66,11 @@ class Usage(Answer):
 class Result(Answer):
     """The headline of the report."""
 
-    source_bytes: int
+    source_bytes: int = Field(description="Of the source's weights.")
     result_bytes: dict[str, int] = Field(description="Bytes of the model directory, by format.")
-    compression_ratio: float = Field(description="Source bytes over the smallest result's.")
+    compression_ratio: float = Field(
+        description="Weight bytes of the source over those of the smallest result; tokenizer and settings don't count."
+    )
     bits_per_weight: float = Field(description="Of the compressed linears, scales and zeros counted in.")
     perplexity_before: float | None = None
     perplexity_after: float | None = None

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from jobs.settings import VARIABLES
 from scripts import document_report
 from squeeze.architectures import ARCHITECTURES
 from squeeze.formats import CAPACITIES
@@ -33,11 +32,6 @@ def test_every_method_parameter_format_and_architecture_is_in_the_catalogue() ->
     letters = re.sub(r"[^a-z0-9]", "", page.lower())
     for architecture in ARCHITECTURES:
         assert re.sub(r"[^a-z0-9]", "", architecture) in letters
-
-
-def test_every_setting_is_in_the_table_and_no_other() -> None:
-    page = (ROOT / "docs" / "configuration.md").read_text()
-    assert set(re.findall(r"^\| `(SQUEEZE_\w+)`", page, re.MULTILINE)) == set(VARIABLES)
 
 
 def test_every_runtime_dependency_has_its_line() -> None:

@@ -4,6 +4,7 @@ import gzip
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
+from starlette.responses import RedirectResponse
 
 from squeeze.errors import RouteNotFound
 
@@ -39,6 +40,12 @@ _POLICY = (
 )
 
 router = APIRouter(include_in_schema=False)
+
+
+@router.get("/")
+async def home() -> Response:
+    """For people who open the service's address in a browser."""
+    return RedirectResponse("docs", 307)
 
 
 @router.get("/docs")

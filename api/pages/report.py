@@ -4,11 +4,12 @@ from base64 import b64encode
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from squeeze.report import Block, Layer, Report
+from squeeze.report import Block, Layer, Quality, Report
 
 _HERE = Path(__file__).parent
 _CSS = (_HERE / "report.css").read_text()
@@ -70,8 +71,21 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
+def _change(quality: Quality) -> str:
+    before, after = quality.perplexity_before, quality.perplexity_after
+    return "" if not before or after is None else f", {100 * (after / before - 1):+.2f} %"
+
+
+def _recipe(step: dict[str, Any]) -> str:
+    """A step in one line: `quantize by gptq, bits 4, group_size 128`; what was left at nothing is left out."""
+    told = {name: value for name, value in step.items() if name not in ("kind", "method") and value not in ([], None)}
+    return ", ".join([f"{step.get('kind')} by {step.get('method')}", *(f"{name} {told[name]}" for name in told)])
+
+
 _environment = Environment(
     loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-_environment.filters.update(bytes=_bytes, number=_number, count=_count, percent=_percent)
+_environment.filters.update(
+    bytes=_bytes, number=_number, count=_count, percent=_percent, change=_change, recipe=_recipe
+)
 _TEMPLATE = _environment.get_template("report.html.j2")

@@ -1,4 +1,4 @@
-"""Quantizes with our engine: python with_squeeze.py JOB.json (see with_llmcompressor.py); method is taken from the job."""
+"""Quantizes with our engine: python with_squeeze.py JOB.json (see with_llmcompressor.py); the method comes from it."""
 
 import json
 import sys

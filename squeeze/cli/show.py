@@ -63,7 +63,7 @@ def job(one: Job) -> None:
         lines.append(("took", seconds_text((one.finished_at - one.started_at).total_seconds())))
     if one.result:
         sizes = ", ".join(f"{decimal(size)} as {name}" for name, size in one.result.result_bytes.items())
-        ratio = f"{one.result.compression_ratio:.2f} times smaller"
+        ratio = f"weights {one.result.compression_ratio:.2f} times smaller"
         lines.append(("size", f"{decimal(one.result.source_bytes)} -> {sizes} ({ratio})"))
         lines.append(("bits a weight", f"{one.result.bits_per_weight:.2f}"))
         if one.result.perplexity_before and one.result.perplexity_after:
@@ -146,9 +146,11 @@ def progress_text(one: Job) -> str:
     if one.status != "running":
         return one.status.value
     progress = one.progress
-    counted = (
-        f" ({progress.done}/{progress.total} {progress.unit})" if progress.done is not None and progress.unit else ""
-    )
+    counted = ""
+    if progress.unit == "bytes" and progress.done is not None and progress.total is not None:
+        counted = f" ({decimal(progress.done)} of {decimal(progress.total)})"
+    elif progress.unit and progress.done is not None:
+        counted = f" ({progress.done}/{progress.total} {progress.unit})"
     left = f", about {seconds_text(progress.eta_seconds)} left" if progress.eta_seconds is not None else ""
     stage = one.stage.value if one.stage else "starting"
     return f"running: {stage} {progress.fraction:.0%}{counted}{left}"

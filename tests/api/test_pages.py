@@ -24,7 +24,10 @@ def page(shared: Running, tmp_path_factory: pytest.TempPathFactory) -> tuple[str
 
 def test_the_report_shows_its_figures(page: tuple[str, str]) -> None:
     text, _ = page
-    for shown in ("2.5 MB", "4.25", "10.5", "93.0 %", "passed", "5.23.0", "0.0123", "org/&lt;b&gt;name&lt;/b&gt;"):
+    for shown in (
+        *("quantize by gptq, bits 4", "2.4 MB", "3.5 × smaller", "2.5 MB with", "4.25", "10.5", "10 before, +5.00 %"),
+        *("93.0 %", "passed", "5.23.0", "0.0123", "org/&lt;b&gt;name&lt;/b&gt;"),
+    ):
         assert shown in text, shown
 
 
@@ -64,3 +67,8 @@ def test_the_vendored_assets_are_what_their_notice_says(shared: Running) -> None
     notice = (docs._ASSETS / "NOTICE").read_text()
     for digest, name in re.findall(r"^([0-9a-f]{64})  (\S+)$", notice, re.MULTILINE):
         assert hashlib.sha256(shared.client.get(f"/docs/{name}").content).hexdigest() == digest
+
+
+def test_the_address_of_the_service_leads_a_browser_to_the_docs(shared: Running) -> None:
+    answer = shared.client.get("/", follow_redirects=True)
+    assert (answer.status_code, answer.url.path) == (200, "/docs")
