@@ -25,6 +25,7 @@ from storage import open_storage
 from workers import logs
 from workers.forkserver import DEFAULT_ENTRY
 from workers.groups import Ledger, NameTaken
+from workers.pool import Pool
 from workers.processors import resolve_device
 from workers.spawn import ForkServer
 from workers.worker import Worker, safe_name
@@ -119,7 +120,7 @@ def _serve(worker: Worker, queues: list[str]) -> int:
     # Celery's program, `app.Worker`, would print a banner and set up signals and logs of its own.
     node = app.WorkController(
         hostname=f"{worker.name}@{socket.gethostname()}",
-        pool="threads",
+        pool=Pool,
         concurrency=1,
         queues=queues,
         without_gossip=True,

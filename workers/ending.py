@@ -1,7 +1,7 @@
 """Writes how an attempt ended into the database, and clears away what it leaves behind."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import structlog
@@ -10,11 +10,15 @@ from sqlalchemy.orm import Session
 from jobs import lifecycle, listing
 from jobs.database import Database
 from jobs.lifecycle import Claim, NewArtifact
+from jobs.moves import OWNED
+from jobs.records import JobRecord
 from squeeze.errors import AttemptStale, JobNotFound, ServiceUnavailable, SqueezeError
-from squeeze.objects import Result, Status, Usage
+from squeeze.objects import FINAL, Result, Status, Usage
 from storage import Storage
 from workers.request import attempt_prefix
 from workers.supervise import Done, Ending, Failed
+
+log = structlog.get_logger(__name__)
 
 _AGAIN_SECONDS = 0.5
 
@@ -27,17 +31,39 @@ def settle(database: Database, storage: Storage, claim: Claim, ending: Ending, *
     A database that is away is waited for until the lease ends; after that the sweep gives the job to somebody, who
     finds the work nearly done.
     """
-    log = structlog.get_logger(__name__).bind(job_id=claim.job_id, attempt=claim.attempt)
+    bound = log.bind(job_id=claim.job_id, attempt=claim.attempt)
     try:
         status = _settled(database, claim, ending, max_attempts)
     except ServiceUnavailable:
-        log.error("the database did not come back within the lease; the job is left to the sweep")
+        bound.error("the database did not come back within the lease; the job is left to the sweep")
         return None
     if status is None:
-        log.warning("the attempt no longer owns the job; nothing is published")
+        bound.warning("the attempt no longer owns the job; nothing is published")
     if status != Status.succeeded and ending.uploading:
-        _forget(storage, claim)
+        _forget(storage, claim.job_id, [claim.attempt])
+    if status in FINAL and claim.attempt > 1:
+        clear(database, storage, claim.job_id)
     return status
+
+
+def clear(database: Database, storage: Storage, job_id: str) -> None:
+    """Removes from the storage what earlier attempts left there: those whose workers were killed could not do so.
+
+    An attempt's number never comes again, so one that can't publish any more now never can.
+    """
+    try:
+        with database.read() as session:
+            record = session.get(JobRecord, job_id)
+        stored = {int(key.split("/")[2]) for key in storage.list(f"jobs/{job_id}")}
+    except SqueezeError as error:
+        log.warning("leftovers of earlier attempts stay in the storage", job_id=job_id, error=error.message)
+        return
+    if record is None:
+        dead = stored
+    else:
+        kept = record.attempt if record.status in (*OWNED, Status.succeeded) else record.attempt + 1
+        dead = {attempt for attempt in stored if attempt < kept}
+    _forget(storage, job_id, sorted(dead))
 
 
 def usage_of(ending: Ending) -> Usage:
@@ -99,11 +125,15 @@ def _patiently(database: Database, write: Callable[[Session], Answer], until: fl
             time.sleep(_AGAIN_SECONDS)
 
 
-def _forget(storage: Storage, claim: Claim) -> None:
+def _forget(storage: Storage, job_id: str, attempts: Sequence[int]) -> None:
     """Nothing of an attempt that published nothing stays in the storage."""
-    try:
-        storage.delete_prefix(attempt_prefix(claim.job_id, claim.attempt))
-    except SqueezeError as error:
-        structlog.get_logger(__name__).warning(
-            "an unpublished attempt's files stay in the storage", job_id=claim.job_id, error=error.message
-        )
+    for attempt in attempts:
+        try:
+            storage.delete_prefix(attempt_prefix(job_id, attempt))
+        except SqueezeError as error:
+            log.warning(
+                "an unpublished attempt's files stay in the storage",
+                job_id=job_id,
+                attempt=attempt,
+                error=error.message,
+            )

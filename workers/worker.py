@@ -31,7 +31,7 @@ from squeeze.errors import (
 from squeeze.objects import Status
 from squeeze.specs import OWN_ID
 from storage import Storage
-from workers.ending import settle
+from workers.ending import clear, settle
 from workers.groups import Ledger
 from workers.request import Request, StoredFile
 from workers.scrub import secrets
@@ -99,9 +99,11 @@ class Worker:
             try:
                 if not prepared:
                     self._database.check()
-                    self._clear_scratch()
+                    self._clear_leavings()
                     prepared = True
-                sweep_once(self._database, self.app, max_attempts=self._settings.max_attempts)
+                swept = sweep_once(self._database, self.app, max_attempts=self._settings.max_attempts)
+                for job_id in (*swept.lost, *swept.cancelled):
+                    clear(self._database, self._storage, job_id)
             except ServiceUnavailable as error:
                 log.warning("no sweep this time", error=error.message)
             self.stopping.wait(self._settings.sweep_seconds)
@@ -167,9 +169,10 @@ class Worker:
         except ServiceUnavailable as error:
             log.warning("the sweep will ring for the job", job_id=claim.job_id, error=error.message)
 
-    def _clear_scratch(self) -> None:
-        """Removes work directories that nobody will go on with: of jobs that succeeded or were deleted."""
+    def _clear_leavings(self) -> None:
+        """Of killed workers: what they had stored in vain, and work directories that nobody will go on with."""
         for folder in self._settings.scratch.glob("job-*"):
+            clear(self._database, self._storage, folder.name)
             with self._database.read() as session:
                 status = session.scalar(select(JobRecord.status).where(JobRecord.id == folder.name))
             if status is None or status == Status.succeeded:

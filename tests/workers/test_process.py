@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,7 @@ from jobs import broker
 from jobs.database import Database
 from squeeze.objects import FINAL, Status
 
-from .conftest import TOKEN, Place, alive, eventually, worker_process
+from .conftest import NASTY, TOKEN, Place, alive, eventually, worker_process
 
 
 def test_a_job_of_a_worker_that_was_killed_is_swept_and_finished_by_another(place: Place) -> None:
@@ -157,6 +160,49 @@ def test_a_starting_worker_clears_scratch_of_jobs_that_succeeded_or_are_gone_and
     with worker_process(place):
         eventually(lambda: not gone.exists(), "the deleted job's scratch is removed")
     assert place.scratch(waiting).is_dir()
+
+
+def test_what_a_killed_worker_had_stored_goes_when_another_one_publishes(place: Place) -> None:
+    job_id = place.submit("wait_in_upload_once")
+    with worker_process(place, "one") as one:
+        place.ring(job_id)
+        place.at_work(job_id)
+        eventually(lambda: place.stored(job_id), "half of the result is stored")
+        one.kill()
+        with worker_process(place, "two"):
+            eventually(lambda: place.job(job_id).status == Status.succeeded, "the second worker finishes")
+            eventually(lambda: not place.scratch(job_id).exists(), "and has cleared up")
+    assert place.stored(job_id) == [f"jobs/{job_id}/2/gptq/result.txt"]
+
+
+def test_a_starting_worker_removes_what_the_last_one_stored_in_vain(place: Place) -> None:
+    job_id = place.submit("wait_in_upload")
+    with worker_process(place, "one", SQUEEZE_MAX_ATTEMPTS="1") as one:
+        place.ring(job_id)
+        place.at_work(job_id)
+        eventually(lambda: place.stored(job_id), "half of the result is stored")
+        one.kill()
+    with worker_process(place, "one", SQUEEZE_MAX_ATTEMPTS="1"):
+        eventually(lambda: place.job(job_id).status == Status.failed, "the job was tried often enough")
+        eventually(lambda: not place.stored(job_id), "and nothing of it is left in the storage")
+
+
+def test_a_worker_that_starts_and_stops_prints_structured_lines_alone(place: Place) -> None:
+    log = place.settings.data / "one.log"
+    with worker_process(place) as worker:
+        eventually(lambda: log.is_file() and "worker is ready" in log.read_text(), "it runs")
+        worker.terminate()
+        assert worker.wait(30) == 0
+    assert all(line.startswith("{") for line in log.read_text().splitlines()), "no banner, no warning"
+
+
+def test_a_fork_server_whose_worker_went_while_it_warmed_up_ends_without_a_word() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.close()
+    with theirs:
+        command = [sys.executable, "-m", "workers.forkserver", "--socket", str(theirs.fileno()), "--entry", NASTY]
+        done = subprocess.run(command, pass_fds=[theirs.fileno()], capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_no_log_of_a_worker_holds_a_secret(place: Place) -> None:
