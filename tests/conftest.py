@@ -6,6 +6,7 @@ for one kind. Every test gets an empty database and an empty broker.
 
 import itertools
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from jobs.database import Database
 from tests import servers
 
 _numbers = itertools.count(1)
+
+# Who starts us in the background may have had us ignore interrupts, and so would every process that we start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ def test_every_kind_of_file_gives_its_text(tokenizer, tmp_path, kind):
         path.write_text("\n".join(json.dumps(row) for row in rows))
     calibration = calibration_batches(tokenizer, path, "file-x", 4, 64, seed=0)
     assert calibration.text.origin == "file-x" and not calibration.text.generic
-    text = tokenizer.decode(calibration.ids[0])
+    text = tokenizer.decode(calibration.ids.flatten())
     assert "river" in text or "house" in text
     assert calibration.text.sha256 == digest(calibration.ids)
 
@@ -103,3 +103,13 @@ def test_a_broken_record_is_named_by_its_line(tokenizer, tmp_path, content, word
     path.write_text(content)
     with pytest.raises(DataUnusable, match=words_of_error):
         calibration_batches(tokenizer, path, None, 8, 32, seed=0)
+
+
+def test_a_small_file_too_has_a_held_out_part_and_no_word_is_cut(tokenizer, tmp_path):
+    for seed in range(20):
+        path = tmp_path / f"upload-{seed}"
+        path.write_text(" ".join(f"<{number}-{seed}>" for number in range(6000)))
+        windows = evaluation_windows(tokenizer, path, None, True, 4, 64, stride=None)
+        assert windows.ids.shape == (4, 64)
+        text = tokenizer.decode(windows.ids[0]).split(tokenizer.bos_token)
+        assert all(part.lstrip().startswith("<") for part in text if part.strip())

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from models.checkpoint import convert_legacy, has_legacy_weights_only, open_model
 from models.formats import layout
-from models.formats.directory import refuse_broken_companions
-from models.material import read_tokenizer
 from models.progress import Silent
 from models.safetensors_file import read_header
 from squeeze.errors import ModelAlreadyCompressed, ModelMalformed, ModelUnsafe, NotFinite
@@ -167,7 +165,7 @@ def test_an_odd_model_has_the_perplexity_that_transformers_sees_and_is_written_a
         ours, read = done.model.codes(site), layout("compressed-tensors").read(tmp_path / "out", site)
         assert torch.equal(read.codes, ours.codes) and torch.equal(read.scale, ours.scale)
     written = read_header(tmp_path / "out" / WEIGHTS)
-    assert not any(part in key for key in written for part in ("attn.bias", "masked_bias", "inv_freq"))
+    assert not any(key.endswith((".attn.bias", "attention.bias", ".masked_bias", ".inv_freq")) for key in written)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
@@ -348,48 +346,3 @@ def test_a_directory_without_weights_or_with_dangling_links_says_so(tmp_path: Pa
     assert not has_legacy_weights_only(model)
     with pytest.raises(ModelMalformed, match="no weights"):
         open_model(model)
-
-
-TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-
-
-@pytest.mark.parametrize(
-    ("settings", "kept", "error", "words"),
-    [
-        ({}, False, ModelMalformed, "missing or can't be loaded.*tokenizer.json"),
-        ({"tokenizer_class": "GPT2Tokenizer"}, False, ModelMalformed, "no vocabulary"),
-        ({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["o.Own", None]}}, False, ModelUnsafe, "never run"),
-    ],
-)
-def test_a_directory_without_a_tokenizer_that_works_is_refused(
-    tmp_path: Path, settings: dict[str, Any], kept: bool, error: type[Exception], words: str
-) -> None:
-    model = FAMILIES["gpt2"](tmp_path / "model")
-    (model / TOKENIZER).unlink()
-    (model / SETTINGS).write_text(json.dumps(settings))
-    with pytest.raises(error, match=words) as refused:
-        read_tokenizer(model)
-    assert str(tmp_path) not in str(refused.value)
-
-
-def test_a_sentencepiece_model_alone_asks_for_the_file_that_is_read_here(tmp_path: Path) -> None:
-    model = FAMILIES["llama"](tmp_path / "model")
-    (model / TOKENIZER).unlink()
-    (model / "tokenizer.model").write_bytes(b"\x0a\x0bgarbage")
-    with pytest.raises(ModelMalformed, match=r"tokenizer\.json"):
-        read_tokenizer(model)
-
-
-def test_a_tokenizer_needs_no_settings_and_no_first_token(tmp_path: Path) -> None:
-    model = FAMILIES["llama"](tmp_path / "model")
-    (model / SETTINGS).unlink()
-    assert read_tokenizer(model)("def f():")["input_ids"]
-
-
-@pytest.mark.parametrize("name", ["generation_config.json", "special_tokens_map.json", SETTINGS])
-@pytest.mark.parametrize("content", [b'{"a":', b"\xff{}", b"[" * 100_000], ids=["cut", "not UTF-8", "deep"])
-def test_broken_settings_are_named_before_the_work(tmp_path: Path, name: str, content: bytes) -> None:
-    model = FAMILIES["llama"](tmp_path / "model")
-    (model / name).write_bytes(content)
-    with pytest.raises(ModelMalformed, match=name):
-        refuse_broken_companions(open_model(model))
