@@ -69,7 +69,13 @@ class ForkServer:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
                 # Asked the usual way, whether there is a GPU, CUDA would start in the server and fail in its forks.
-                env={**os.environ, "PYTHONPATH": path, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+                # numpy's OpenBLAS, which no job uses, would otherwise start its threads when it is imported.
+                env={
+                    **os.environ,
+                    "PYTHONPATH": path,
+                    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+                    "OPENBLAS_NUM_THREADS": "1",
+                },
             )
         self._socket = ours
         self._group = Group(self._process.pid, start_time(self._process.pid) or 0)
