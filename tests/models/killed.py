@@ -14,7 +14,7 @@ from typing import Any
 
 from models.pipeline import run
 from squeeze.objects import Stage
-from tests.models.test_pipeline import BOTH, Heard, inputs_of, spec_of
+from tests.models.job_parts import BOTH, Heard, inputs_of, spec_of
 
 
 class Suicidal(Heard):
