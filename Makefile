@@ -12,7 +12,7 @@ LOCKS := $(wildcard requirements/*.lock requirements/*.txt)
 PACKAGES := squeeze storage jobs models api workers
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test test-long check format fuzz bench-service bench-quality clean
+.PHONY: help install quickstart serve test test-long test-chaos check format fuzz bench-service bench-memory bench-quality clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -41,6 +41,9 @@ test: $(INSTALLED) ## the test suite; Redis and PostgreSQL take part where they 
 test-long: $(INSTALLED) ## the test suite with what takes long
 	$(BIN)/python -m pytest
 
+test-chaos: $(INSTALLED) ## kill -9 everything at random while 50 jobs run, then check that each ended right, once
+	$(BIN)/python scripts/chaos.py
+
 check: $(INSTALLED) ## formatting, lint, types, who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -56,6 +59,9 @@ fuzz: $(INSTALLED) ## schemathesis against a running service's OpenAPI
 
 bench-service: $(INSTALLED) ## overhead of a job, throughput of submits, polls and downloads
 	$(BIN)/python benchmarks/service.py
+
+bench-memory: $(INSTALLED) ## peak memory of a whole job with 8 and with 64 blocks
+	$(BIN)/python benchmarks/memory.py
 
 bench-quality: $(INSTALLED) ## GPTQ against RTN and against the peers, on the bundled model
 	$(BIN)/python benchmarks/quality.py
