@@ -12,7 +12,7 @@ LOCKS := $(wildcard requirements/*.lock requirements/*.txt)
 PACKAGES := squeeze storage jobs models api workers
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test test-long test-chaos check format fuzz bench-service bench-memory bench-quality clean
+.PHONY: help install quickstart serve test test-long test-chaos check format fuzz bench-service bench-memory bench-quality bench-calibration clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -65,6 +65,9 @@ bench-memory: $(INSTALLED) ## peak memory of a whole job with 8 and with 64 bloc
 
 bench-quality: $(INSTALLED) ## GPTQ against RTN and against the peers, on the bundled model
 	$(BIN)/python benchmarks/quality.py
+
+bench-calibration: $(INSTALLED) ## what calibration text is worth: sources, numbers of samples, bits
+	$(BIN)/python benchmarks/calibration.py
 
 clean: ## remove the environment and the caches, keep data
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist

@@ -6,14 +6,16 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from api.service import Service
-from api.sources import Files, files_of
+from api.sources import Files, files_of, refuse_absent_dataset
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
 from jobs import files as uploads
 from squeeze.architectures import ARCHITECTURES, HELD_BY
 from squeeze.errors import (
     ArchitectureUnsupported,
+    DataUnusable,
     FormatUnfit,
     GroupSizeIndivisible,
+    HubUnavailable,
     ModelAlreadyCompressed,
     ModelMalformed,
     ModelUnsafe,
@@ -22,12 +24,16 @@ from squeeze.errors import (
 )
 from squeeze.formats import refuse_unfit
 from squeeze.objects import Obstacle, Plan
-from squeeze.specs import JobSpec
-from squeeze.steps import Quantize
+from squeeze.specs import SELF, JobSpec, hub_text
+from squeeze.steps import Grouped, Quantize
 
 PROCESS_BYTES = 1_200_000_000  # a job's process with its libraries, before it has loaded anything
 ACTIVATION_BYTES = 2  # an element of the activations between two blocks
 WORK_BYTES = 4  # an element of the block that is being worked on
+LOADING_SHARE, SAMPLING_BYTES = (
+    1.1,
+    (1 << 30) + (512 << 20),
+)  # while a model samples: loading it; keys, values and logits
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -67,15 +73,21 @@ def _obstacle(error: SqueezeError) -> Obstacle:
 
 def _before_the_model(service: Service, project: str, spec: JobSpec) -> Iterator[SqueezeError]:
     try:
-        refuse_unfit(spec)
+        refuse_unfit(spec.steps, spec.formats)
     except FormatUnfit as error:
         yield error
     for param, file_id in (("data.source", spec.data.source), ("evaluation.source", spec.evaluation.source)):
-        if file_id is None:
+        if file_id is None or file_id == SELF:
             continue
         try:
+            if (name := hub_text(file_id)) is not None:
+                refuse_absent_dataset(service.hub, name)
+                continue
             with service.database.read() as session:
                 uploads.find(session, project, file_id)
+        except (DataUnusable, HubUnavailable) as error:
+            error.param = param
+            yield error
         except SqueezeError as error:
             yield SpecInvalid(error.message, param=param)
 
@@ -104,13 +116,14 @@ def _in_the_model(
     if not tensors and not _weight_bytes(files):
         yield ModelMalformed("The model has no weights: neither safetensors nor .bin files.", param="model")
     for number, step in enumerate(spec.steps):
-        if step.group_size == "channel":
+        group_size = step.scheme().group_size
+        if not isinstance(group_size, int):
             continue
-        unfit = [linear for linear in linears if linear.columns % step.group_size]
+        unfit = [linear for linear in linears if linear.columns % group_size]
         if unfit:
             more = f" (and {len(unfit) - 1} more layers)" if len(unfit) > 1 else ""
             yield GroupSizeIndivisible(
-                f"group_size={step.group_size} does not divide the {unfit[0].columns} inputs of {unfit[0].name}{more}. "
+                f"group_size={group_size} does not divide the {unfit[0].columns} inputs of {unfit[0].name}{more}. "
                 "Take a smaller one, or `channel`, or leave those layers alone with `ignore`.",
                 param=f"steps.{number}.group_size",
             )
@@ -130,16 +143,23 @@ def _result_bytes(spec: JobSpec, tensors: dict[str, Tensor], linears: list[Linea
     """Of the weight files, by format: what stays as it is, and the layers in codes, scales and zero points."""
     step = next(step for step in spec.steps if isinstance(step, Quantize))
     kept = sum(tensor.size_bytes for tensor in tensors.values()) - sum(linear.size_bytes for linear in linears)
-    return {name: kept + sum(_layer_bytes(linear, step, name) for linear in linears) for name in spec.formats}
+    estimated = {name: kept + sum(_layer_bytes(linear, step, name) for linear in linears) for name in spec.formats}
+    if isinstance(step, Grouped) and step.target_bytes is not None:
+        return dict.fromkeys(estimated, step.target_bytes)
+    return estimated
 
 
 def _layer_bytes(linear: Linear, step: Quantize, name: str) -> int:
-    groups = 1 if step.group_size == "channel" else -(-linear.columns // step.group_size)
-    codes = linear.rows * linear.columns * step.bits // 8
-    scales = 2 * linear.rows * groups
-    zeros = linear.rows * groups * step.bits // 8 if name == "gptq" or not step.symmetric else 0
-    group_index = 4 * linear.columns if name == "gptq" else 0
-    return codes + scales + zeros + group_index
+    scheme = step.scheme()
+    bits = scheme.bits_per_weight(linear.columns)
+    if isinstance(step, Grouped):
+        bits += step.average_bits - scheme.bits
+    stored = int(linear.rows * linear.columns * bits / 8)
+    if name not in ("gptq", "awq"):
+        return stored
+    groups = -(-linear.columns // scheme.columns(linear.columns))
+    zeros = linear.rows * groups * scheme.bits // 8 if scheme.symmetric else 0  # it stores them all the same
+    return stored + zeros + (4 * linear.columns if name == "gptq" else 0)  # the group of each input
 
 
 def _host_bytes(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
@@ -161,7 +181,11 @@ def _host_bytes(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor
     widest = max((max(tensor.shape, default=0) for name, tensor in tensors.items() if _BLOCK.search(name)), default=0)
     statistics = 2 * WORK_BYTES * widest**2 if calibrated else 0
     activations = sequences * length * hidden * ACTIVATION_BYTES
-    return PROCESS_BYTES + WORK_BYTES * (max([0, *blocks.values()]) + outside) + statistics + activations
+    streaming = PROCESS_BYTES + WORK_BYTES * (max([0, *blocks.values()]) + outside) + statistics + activations
+    if not (calibrated and spec.data.source == SELF):
+        return streaming
+    whole = sum(tensor.size_bytes for tensor in tensors.values())  # what samples its own text is in memory whole
+    return max(streaming, PROCESS_BYTES + int(whole * LOADING_SHARE) + SAMPLING_BYTES)
 
 
 def _number(config: dict[str, Any], *names: str) -> int:

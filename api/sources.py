@@ -23,9 +23,16 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from api.admission import directory_of
 from api.service import Service
 from jobs import lifecycle, listing
-from squeeze.errors import HubUnavailable, ModelGated, ModelMalformed, ModelNotFound, SpecInvalid
+from squeeze.errors import (
+    DataUnusable,
+    HubUnavailable,
+    ModelGated,
+    ModelMalformed,
+    ModelNotFound,
+    SpecInvalid,
+)
 from squeeze.objects import Status
-from squeeze.specs import HUB_ID, OWN_ID
+from squeeze.specs import HUB_ID, OWN_ID, HubText
 
 HUB_SECONDS = 10.0
 
@@ -51,6 +58,15 @@ def files_of(service: Service, project: str, model: str) -> Files:
     if OWN_ID.match(model):
         return _of_job(service, project, model)
     return _of_hub(service.hub, model)
+
+
+def refuse_absent_dataset(endpoint: str, name: HubText) -> None:
+    """Raises what stands in a dataset's way: it is not there, or can't be seen. Its splits are the worker's to tell."""
+    try:
+        with _plain_words(endpoint, name.repo, name.revision, "dataset"):
+            HfApi(endpoint=endpoint).dataset_info(name.repo, revision=name.revision, timeout=HUB_SECONDS)
+    except (ModelNotFound, ModelGated, ModelMalformed) as error:
+        raise DataUnusable(error.message) from error
 
 
 def _of_directory(directory: Path) -> Files:
@@ -126,7 +142,7 @@ def _get(url: str, start: int, end: int) -> bytes:
 
 
 @contextmanager
-def _plain_words(endpoint: str, repo: str, revision: str | None) -> Iterator[None]:
+def _plain_words(endpoint: str, repo: str, revision: str | None, kind: str = "model") -> Iterator[None]:
     """Turns what the Hub's client raises into errors that say what to do next."""
     try:
         yield
@@ -139,7 +155,7 @@ def _plain_words(endpoint: str, repo: str, revision: str | None) -> Iterator[Non
         raise ModelNotFound(f"{repo} has no revision {revision!r}; check its branches.", param="model") from error
     except (RepositoryNotFoundError, DisabledRepoError, HFValidationError) as error:
         raise ModelNotFound(
-            f"There is no model {repo} at {endpoint}, or it is private and HF_TOKEN does not open it.", param="model"
+            f"There is no {kind} {repo} at {endpoint}, or it is private and HF_TOKEN does not open it.", param="model"
         ) from error
     except EntryNotFoundError as error:
         raise ModelMalformed(f"{repo} lists a file that it does not have.", param="model") from error

@@ -1,20 +1,33 @@
 """Peak host memory of a whole job against the number of blocks: `python benchmarks/memory.py [--blocks 8 64]`.
 
-Makes random Llamas of one width, runs the whole pipeline on each (GPTQ, evaluation, writing, certification) in a
-process of its own, and prints the largest resident size that any process of the job had, and the largest sum over all
-of its processes at one moment.
+Makes random Llamas of one width, runs the whole pipeline on each (every calibrated method, evaluation, writing,
+certification) in a process of its own, and prints the largest resident size that any process of the job had, and the
+largest sum over all of its processes at one moment.
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# Every method that looks at text. AutoRound at its default of 200 iterations would take hours; its memory is the same.
+STEPS = (
+    {"method": "gptq", "bits": 4},
+    {"method": "gptq", "bits": 4, "asymmetric_calibration": True},
+    {"method": "gptq", "bits": "auto", "target_bits": 3.5},
+    {"method": "awq", "bits": 4},
+    {"method": "autoround", "bits": 4, "iterations": 10},
+    {"method": "smoothquant"},
+    {"method": "fp8", "activations": "static"},
+    {"method": "kquant"},
+)
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 
 
@@ -39,7 +52,7 @@ def make(directory: Path, blocks: int, width: int) -> None:
         shutil.copy(file, directory)
 
 
-def work(model: Path, formats: list[str]) -> None:
+def work(model: Path, step: dict[str, Any]) -> None:
     """The whole pipeline, in this process."""
     import torch
 
@@ -51,8 +64,7 @@ def work(model: Path, formats: list[str]) -> None:
     spec = JobSpec.model_validate(
         {
             "model": "bench/random",
-            "steps": [{"kind": "quantize", "method": "gptq", "bits": 4}],
-            "formats": formats,
+            "steps": [{"kind": "quantize", **step}],
             "data": {"samples": 16, "sequence_length": 256},
             "evaluation": {"samples": 8},
         }
@@ -70,18 +82,18 @@ def work(model: Path, formats: list[str]) -> None:
             work=folder / "work",
             out=folder / "out",
             device="cpu",
-            vllm_python=None,
+            consumers={},
             job_id="job-benchmark",
         ),
         Silent(),
     )
 
 
-def watch(model: Path, formats: list[str]) -> tuple[int, int, float]:
+def watch(model: Path, step: dict[str, Any]) -> tuple[int, int, float]:
     """(largest process, largest sum of all processes, seconds); sizes in bytes."""
     began = time.monotonic()
     job = subprocess.Popen(
-        [sys.executable, __file__, "--work", str(model), "--formats", *formats],
+        [sys.executable, __file__, "--work", str(model), "--steps", json.dumps(step)],
         start_new_session=True,
         stderr=subprocess.DEVNULL,
     )
@@ -113,26 +125,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--formats", nargs="+", default=["compressed-tensors"])
+    parser.add_argument("--steps", type=json.loads, nargs="+", default=STEPS, help="steps as JSON, without their kind")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.work, options.formats)
+        work(options.work, options.steps[0])
         return
-    print("blocks   weights MB   largest process MB   all processes MB   seconds")
-    peaks = []
-    for blocks in options.blocks:
-        with tempfile.TemporaryDirectory() as folder:
-            model = Path(folder) / "model"
-            make(model, blocks, options.width)
-            weights = (model / "model.safetensors").stat().st_size
-            largest, together, seconds = watch(model, options.formats)
-        peaks.append(together)
-        print(
-            f"{blocks:<8} {weights / 1e6:<12.0f} {largest / 1e6:<20.0f} {together / 1e6:<18.0f} {seconds:.0f}",
-            flush=True,
-        )
-    print(f"the last takes {peaks[-1] / peaks[0]:.3f} times the memory of the first")
+    print("| step | blocks | weights, MB | largest process, MB | all processes, MB | seconds | against the first |")
+    print("|---|---|---|---|---|---|---|")
+    for step in options.steps:
+        name = ", ".join(str(value) if key == "method" else f"{key} {value}" for key, value in step.items())
+        first = None
+        for blocks in options.blocks:
+            with tempfile.TemporaryDirectory() as folder:
+                model = Path(folder) / "model"
+                make(model, blocks, options.width)
+                weights = (model / "model.safetensors").stat().st_size
+                largest, together, seconds = watch(model, step)
+            first = first or (largest, together)
+            print(
+                f"| {name} | {blocks} | {weights / 1e6:.0f} | {largest / 1e6:.0f} | {together / 1e6:.0f} "
+                f"| {seconds:.0f} | {largest / first[0]:.3f}, {together / first[1]:.3f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

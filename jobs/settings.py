@@ -34,6 +34,8 @@ class Settings:
     sweep_seconds: float = 5.0
     worker_device: str = "auto"
     vllm_python: Path | None = None
+    llamacpp_python: Path | None = None
+    activation_bytes: int | None = None
     log_format: LogFormat = "json"
     public_url: str | None = None
 
@@ -41,6 +43,12 @@ class Settings:
     def scratch(self) -> Path:
         """Work directories of jobs, one a job, kept between attempts."""
         return self.data / "scratch"
+
+    @property
+    def consumers(self) -> dict[str, Path]:
+        """Pythons of the environments that results are loaded in, by the consumer's name."""
+        named = {"vllm": self.vllm_python, "llama.cpp": self.llamacpp_python}
+        return {name: python for name, python in named.items() if python is not None}
 
     @property
     def cache(self) -> Path:
@@ -73,6 +81,8 @@ class Settings:
             sweep_seconds=take("SWEEP_SECONDS", cls.sweep_seconds, _seconds(0.1, 3600.0)),
             worker_device=take("DEVICE", cls.worker_device, _device),
             vllm_python=take("VLLM_PYTHON", cls.vllm_python, _program),
+            llamacpp_python=take("LLAMACPP_PYTHON", cls.llamacpp_python, _program),
+            activation_bytes=take("ACTIVATION_BYTES", cls.activation_bytes, _whole(0, 2**63 - 1)),
             log_format=take("LOG_FORMAT", cls.log_format, _log_format),
             public_url=take("PUBLIC_URL", cls.public_url, _public_url),
         )

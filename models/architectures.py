@@ -1,10 +1,10 @@
-"""The architecture table: where the decoder blocks of each supported family lie.
+"""The architecture table: where the decoder blocks of each supported family lie, and what its files call things.
 
 A family whose blocks follow the usual pattern (`model.layers`, linears inside) needs only its name here; a row says
 what differs. Which families exist at all is `squeeze.architectures`, which is importable without torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from squeeze.architectures import ARCHITECTURES
@@ -16,18 +16,43 @@ class Architecture:
     """blocks: dotted path of the list of decoder blocks in the causal model. prefix: of the base model.
 
     head_alias: the module name that checkpoint files use for the output head where it isn't `lm_head`.
+    in_tuples: the model takes a block's output as the first entry of a tuple.
+    renamed: parts of module names that differ: as transformers has them, as files have them.
+    expert: what files call the gate, up and down linears of one expert of a mixture.
+    kept: last names of linears that decide where tokens go; they stay in 16 bits.
+    unpacked: transformers' own code looks at the weights of quantized linears, so that they can't stay packed there.
     """
 
     blocks: str = "model.layers"
     prefix: str = "model"
     head_alias: str | None = None
+    in_tuples: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
+    expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    kept: tuple[str, ...] = ()
+    unpacked: bool = False
+
+    def file_name(self, name: str) -> str:
+        """The name that files have for what transformers calls `name`."""
+        for ours, theirs in self.renamed:
+            name = name.replace(ours, theirs)
+        return name
 
 
 USUAL = Architecture()
+OLD = Architecture(blocks="transformer.h", prefix="transformer", in_tuples=True)
 TABLE: dict[str, Architecture] = {
-    "opt": Architecture(blocks="model.decoder.layers"),
+    "bloom": OLD,
+    "codegen": OLD,
+    "falcon": replace(OLD, unpacked=True),
     "gpt2": Architecture(blocks="transformer.h", prefix="transformer"),
+    "gpt_bigcode": Architecture(blocks="transformer.h", prefix="transformer", unpacked=True),
     "gpt_neox": Architecture(blocks="gpt_neox.layers", prefix="gpt_neox", head_alias="embed_out"),
+    "gptj": OLD,
+    "mixtral": Architecture(renamed=((".mlp.", ".block_sparse_moe."),), expert=("w1", "w3", "w2")),
+    "mpt": Architecture(blocks="transformer.blocks", prefix="transformer", in_tuples=True),
+    "opt": Architecture(blocks="model.decoder.layers"),
+    "qwen2_moe": Architecture(kept=("shared_expert_gate",)),
 }
 
 

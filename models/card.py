@@ -11,6 +11,10 @@ from squeeze.steps import Format
 LOADING = {
     "compressed-tensors": "pip install transformers compressed-tensors",
     "gptq": "pip install transformers optimum gptqmodel",
+    "awq": "pip install transformers accelerate gptqmodel",
+    "bitsandbytes": "pip install transformers accelerate bitsandbytes",
+    "safetensors": "pip install transformers",
+    "onnx": "pip install onnxruntime tokenizers",
 }
 
 

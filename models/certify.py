@@ -4,62 +4,76 @@ transformers must pass, or the job fails with what was seen. vLLM, in an environ
 operator has one; what it says is reported.
 """
 
-import json
-import math
-import os
-import re
-import signal
-import site
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from models.certify_run import NEW_TOKENS, Ended, Sample, environment, judge, run_program
 from models.checkpoint import read_config, tensor_entries
 from models.data import Windows
 from models.disk import says_full
+from models.formats.compressed_tensors_config import rounds_while_running
+from models.formats.compressed_tensors_parts import weights_in
 from models.formats.directory import weight_bytes
 from models.progress import Notify
-from models.quoting import quoted
 from models.resources import available_host_bytes, peak_host_bytes
-from squeeze.errors import CertificationFailed, DiskFull, ProcessKilled
+from squeeze.errors import CertificationFailed, DiskFull, ProcessKilled, SqueezeError
+from squeeze.formats import CAPACITIES
 from squeeze.report import Certificate
 from squeeze.steps import Format
 
 ROOT = Path(__file__).resolve().parents[1]
-VLLM_PROGRAM = Path(__file__).with_name("certify_vllm.py")
-VLLM_SECONDS = 3600.0
-
-# Enough tokens to tell a wrong weight from the noise of another kernel; more would only take longer.
-MAX_WINDOWS = 16
-MAX_TOKENS = 8192
-PROMPT_TOKENS = 16
-NEW_TOKENS = 24
 NEW_TOKENS_OFFLOADED = 4  # each reads the whole model from disk
 
-# Allowed relative difference of the perplexities. Where transformers computes what the engine does in float32, 0.000 %
-# was measured. 16-bit sums in another order, and gptqmodel's CPU kernels, which round to bfloat16 whatever the model's
-# own type, gave 0.00 to 0.07 % on trained models and 0.8 % on 508 tokens of a random one of 64 blocks: noise of some
-# 0.2 nats a token at worst, which averages out.
+# Where transformers computes what the engine does in float32, 0.000 % was measured.
 TOLERANCE_EXACT = 0.001
-TOLERANCE = 0.01
-NOISE_NATS = 0.2  # over the root of the number of tokens, on top of TOLERANCE
+
+# transformers computes these as it would the plain model, and can leave their weights on disk.
+UNPACKED = frozenset({"compressed-tensors", "safetensors"})
 
 # What a certifier may take in any case; a job that took less is not worth the detour over the disk.
 LEAST_LIMIT_BYTES = 600_000_000
 IDLE_BYTES = 450_000_000  # of a process that has imported torch, transformers and gptqmodel; measured
 GPTQ_BYTES_PER_WEIGHT = 2.0  # with what gptqmodel's CPU kernels make of the codes; measured: 1.7 at 4 bits
 
-# All of the environment that the consumers see: what finds programs and devices, and no secret.
-PASSED_ON = re.compile(
-    r"PATH|LANG|LC_\w+|TZ|LD_LIBRARY_PATH|LD_PRELOAD|OMP_NUM_THREADS|MKL_NUM_THREADS|PYTHONDONTWRITEBYTECODE|VIRTUAL_ENV"
-    r"|CUDA_\w+|NVIDIA_\w+"
-)
+
+@dataclass(frozen=True)
+class Foreign:
+    """A consumer with an environment of its own: its program, what it takes, and how the operator names its Python.
+
+    own: it also stands in this process's environment, and the directory is worth nothing where it fails.
+    """
+
+    program: str
+    variable: str
+    seconds: float
+    settings: Mapping[str, str] = field(default_factory=dict)
+    tolerance: float = 0.0  # allowed relative difference beyond what other kernels explain
+    own: bool = False
+
+
+FOREIGN: dict[str, Foreign] = {
+    "vllm": Foreign(
+        "certify_vllm.py",
+        "SQUEEZE_VLLM_PYTHON",
+        3600.0,
+        {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, which dies with this one
+            "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # a window as long as the model's positions, and one token
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CACHE_ROOT": "{scratch}",
+        },
+    ),
+    "llama.cpp": Foreign("certify_llamacpp.py", "SQUEEZE_LLAMACPP_PYTHON", 3600.0, tolerance=0.01),
+    "onnxruntime": Foreign("certify_onnx.py", "SQUEEZE_ONNXRUNTIME_PYTHON", 3600.0, own=True),
+}
 
 
 def certify(
@@ -71,7 +85,8 @@ def certify(
     source_bytes: int,
     dtype: torch.dtype,
     device: str,
-    vllm_python: Path | None,
+    consumers: Mapping[str, Path],
+    texts: Sequence[tuple[str, list[int]]] = (),
     notify: Notify,
     memory_limit_bytes: int | None = None,
 ) -> list[Certificate]:
@@ -79,20 +94,28 @@ def certify(
 
     expected: mean negative log-likelihood of each window's scored tokens as the engine measured it, nats; None where
     nothing was measured: then the directory only has to load and to generate.
-    dtype: in which the engine computed. memory_limit_bytes: host memory that a certifying process may take; where the
+    dtype: in which the engine computed. consumers: Pythons of the environments that the operator has for other
+    consumers than transformers, by the consumer's name. texts: with the numbers of their tokens, for those that make
+    their own. memory_limit_bytes: host memory that a certifying process may take; where the
     model needs more, its weights stay on disk. Default: what this job has taken so far, so that certifying never sets a
     job's peak.
     """
     size_bytes = weight_bytes(directory)
-    if size_bytes >= source_bytes:
+    if size_bytes >= source_bytes and format_name != "safetensors":  # a cast to another 16-bit type saves nothing
         raise CertificationFailed(
             f"the {format_name} weights take {size_bytes:,} bytes, no fewer than the source's {source_bytes:,}: "
             "use fewer bits or larger groups"
         )
-    sample = _Sample.of(windows, expected)
+    sample = Sample.of(windows, expected)
     limit = memory_limit_bytes if memory_limit_bytes is not None else max(peak_host_bytes(), LEAST_LIMIT_BYTES)
-    certificates = [_transformers(directory, format_name, sample, dtype, device, limit)]
-    certificates.append(_vllm(directory, format_name, sample, dtype, device, vllm_python))
+    able = CAPACITIES[format_name].consumers
+    asked = {"directory": str(directory), "dtype": str(dtype).removeprefix("torch."), "device": device, "texts": texts}
+    certificates = []
+    if "transformers" in able:
+        certificates.append(_transformers(directory, format_name, sample, dtype, device, limit))
+    for name, consumer in FOREIGN.items():
+        if name in able:
+            certificates.append(_foreign(directory, format_name, sample, asked, name, consumer, consumers))
     for certificate in certificates:
         if certificate.outcome == "failed":
             notify.event(
@@ -103,57 +126,21 @@ def certify(
     return certificates
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """The windows that certifiers score, with what the engine says of them."""
-
-    ids: list[list[int]]
-    first_scored: list[int]
-    expected: list[float] | None
-
-    @classmethod
-    def of(cls, windows: Windows | None, expected: list[float] | None) -> "_Sample":
-        if windows is None or expected is None:
-            return cls([], [], None)
-        count = max(1, min(MAX_WINDOWS, MAX_TOKENS // windows.ids.shape[1]))
-        return cls(windows.ids[:count].tolist(), list(windows.first_scored[:count]), expected[:count])
-
-    @property
-    def counts(self) -> list[int]:
-        """Scored tokens of each window."""
-        return [len(ids) - first for ids, first in zip(self.ids, self.first_scored, strict=True)]
-
-    @property
-    def tolerance(self) -> float:
-        """Allowed relative difference where the kernels differ."""
-        return TOLERANCE + NOISE_NATS / math.sqrt(max(sum(self.counts), 1))
-
-    def perplexity(self, nll: list[float]) -> float:
-        """Over the scored tokens of all windows, each of which has a mean."""
-        mean = sum(count * each for count, each in zip(self.counts, nll, strict=True)) / sum(self.counts)
-        return math.exp(min(mean, 700.0))
-
-    def request(self) -> dict[str, Any]:
-        return {
-            "parent": os.getpid(),
-            "ids": self.ids,
-            "first_scored": self.first_scored,
-            "prompt_tokens": PROMPT_TOKENS,
-        }
-
-
 def _transformers(
-    directory: Path, format_name: Format, sample: _Sample, dtype: torch.dtype, device: str, limit_bytes: int
+    directory: Path, format_name: Format, sample: Sample, dtype: torch.dtype, device: str, limit_bytes: int
 ) -> Certificate:
     need_bytes = _need_bytes(directory, format_name, dtype)
-    offload = format_name == "compressed-tensors" and need_bytes > limit_bytes
+    quantization = read_config(directory).get("quantization_config", {})
+    # transformers 5.23 unpacks all layers by the first group's rule when it unpacks while it loads.
+    movable = format_name in UNPACKED and len(quantization.get("config_groups", ())) <= 1
+    offload = movable and need_bytes > limit_bytes
     if not offload and device == "cpu" and need_bytes > max(limit_bytes, available_host_bytes()):
         return Certificate(
             format=format_name,
             consumer="transformers",
             version=None,
             outcome="not checked",
-            detail=f"transformers can't keep {format_name} weights on disk, and in memory they would take some "
+            detail=f"transformers can't keep these {format_name} weights on disk, and in memory they would take some "
             f"{need_bytes / 1e9:.1f} GB, more than this machine has free",
         )
     with tempfile.TemporaryDirectory(prefix=".certify-", dir=directory.parent) as scratch:
@@ -168,140 +155,75 @@ def _transformers(
             "new_tokens": NEW_TOKENS_OFFLOADED if offload else NEW_TOKENS,
         }
         command = [sys.executable, "-m", "models.certify_process"]
-        ended = _run(command, request, Path(scratch), _environment(scratch) | {"PYTHONPATH": str(ROOT)}, None)
-    exact = dtype == torch.float32 and format_name == "compressed-tensors" and device == "cpu"
-    certificate = _judge(format_name, "transformers", sample, ended, TOLERANCE_EXACT if exact else sample.tolerance)
+        ended = run_program(command, request, Path(scratch), environment(scratch) | {"PYTHONPATH": str(ROOT)}, None)
+    plain = format_name in UNPACKED and not rounds_while_running(quantization)
+    exact = dtype == torch.float32 and plain and device == "cpu"
+    certificate = judge(format_name, "transformers", sample, ended, TOLERANCE_EXACT if exact else sample.tolerance)
     if certificate.outcome == "failed":
-        if ended.killed:
-            raise ProcessKilled(
-                f"the process that loads the {format_name} result was killed ({ended.killed}), most likely for want of "
-                "memory; retry on a machine with more"
-            )
-        if says_full(certificate.detail):
-            raise DiskFull(
-                f"the disk filled up while the {format_name} result was certified; free space and retry the job"
-            )
-        raise CertificationFailed(f"transformers on the {format_name} result: {certificate.detail}")
+        raise _failure(certificate, ended)
     how = " with its weights on disk" if offload else ""
     return certificate.model_copy(update={"detail": f"loaded by AutoModelForCausalLM{how}; {certificate.detail}"})
 
 
-def _vllm(
-    directory: Path, format_name: Format, sample: _Sample, dtype: torch.dtype, device: str, python: Path | None
+def _failure(certificate: Certificate, ended: Ended) -> SqueezeError:
+    """What a job ends with where a consumer that it must satisfy fails."""
+    name = certificate.format
+    if ended.killed:
+        return ProcessKilled(
+            f"the process that loads the {name} result was killed ({ended.killed}), most likely for want of "
+            "memory; retry on a machine with more"
+        )
+    if says_full(certificate.detail):
+        return DiskFull(f"the disk filled up while the {name} result was certified; free space and retry the job")
+    return CertificationFailed(f"{certificate.consumer} on the {name} result: {certificate.detail}")
+
+
+def _foreign(
+    directory: Path,
+    format_name: Format,
+    sample: Sample,
+    asked: Mapping[str, Any],
+    name: str,
+    consumer: Foreign,
+    consumers: Mapping[str, Path],
 ) -> Certificate:
+    python = consumers.get(name) or (Path(sys.executable) if consumer.own else None)
     if python is None:
         return Certificate(
             format=format_name,
-            consumer="vllm",
+            consumer=name,
             version=None,
             outcome="not checked",
-            detail="no vLLM environment is set (SQUEEZE_VLLM_PYTHON)",
+            detail=f"no environment with {name} is set ({consumer.variable})",
         )
     with tempfile.TemporaryDirectory(prefix=".certify-", dir=directory.parent) as scratch:
-        request = sample.request() | {
-            "directory": str(directory),
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": device,
-            "new_tokens": NEW_TOKENS,
-        }
-        settings = {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, which dies with this one
-            "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # a window as long as the model's positions, and one token
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CACHE_ROOT": scratch,
-        }
-        ended = _run(
-            [str(python), str(VLLM_PROGRAM)], request, Path(scratch), _environment(scratch) | settings, VLLM_SECONDS
-        )
-    return _judge(format_name, "vllm", sample, ended, sample.tolerance)
-
-
-@dataclass(frozen=True)
-class _Ended:
-    """How a certifying process ended. answer: what it wrote, empty when it did not come so far. killed: by a signal."""
-
-    answer: Mapping[str, Any]
-    last_words: str
-    killed: str | None
-
-
-def _run(
-    command: list[str], request: Mapping[str, Any], scratch: Path, environment: Mapping[str, str], seconds: float | None
-) -> _Ended:
-    """Runs a certifying program in the foreground; its noise goes to a file, of which only the last words are kept."""
-    asked, answered, noise = scratch / "request.json", scratch / "answer.json", scratch / "noise.txt"
-    asked.write_text(json.dumps(request), encoding="utf-8")
-    killed = None
-    with noise.open("wb") as log:
-        try:
-            status = subprocess.run(
-                [*command, str(asked), str(answered)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=dict(environment),
-                cwd=scratch,
-                timeout=seconds,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status, killed = 0, f"no answer within {seconds:.0f} s"
-    if status < 0:
-        killed = signal.Signals(-status).name
-    answer = json.loads(answered.read_text(encoding="utf-8")) if answered.is_file() else {}
-    return _Ended(answer, _last_words(noise), killed)
-
-
-def _judge(format_name: Format, consumer: str, sample: _Sample, ended: _Ended, tolerance: float) -> Certificate:
-    """What an answer says: loaded and generated, and where there is something to compare with, the same perplexity."""
-    answer = ended.answer
-    perplexity = expected = None
-    outcome, detail = "passed", "generated; no perplexity was measured to compare with"
-    if "error" in answer or "nll" not in answer:
-        outcome, detail = "failed", quoted(answer.get("error") or ended.killed or ended.last_words)
-    elif sample.expected is not None:
-        perplexity, expected = sample.perplexity(answer["nll"]), sample.perplexity(sample.expected)
-        apart = abs(perplexity / expected - 1)
-        within = apart <= tolerance
-        outcome = "passed" if within else "failed"
-        detail = (
-            f"perplexity {perplexity:.6g} on {len(sample.ids)} windows, {apart:.3%} from the {expected:.6g} measured "
-            f"while compressing; {'within' if within else 'more than'} the {tolerance:.1%} that other kernels explain"
-        )
-    return Certificate.model_validate(
-        {
-            "format": format_name,
-            "consumer": consumer,
-            "version": answer.get("version"),
-            "outcome": outcome,
-            "detail": detail,
-            "perplexity": perplexity,
-            "expected_perplexity": expected,
-            "tolerance": tolerance if expected is not None else None,
-            "sample": answer.get("sample"),
-            "seconds": answer.get("seconds"),
-            "peak_host_bytes": answer.get("peak_host_bytes"),
-        }
-    )
+        request = sample.request() | dict(asked) | {"new_tokens": NEW_TOKENS}
+        settings = {key: value.format(scratch=scratch) for key, value in consumer.settings.items()}
+        command = [str(python), str(Path(__file__).with_name(consumer.program))]
+        ended = run_program(command, request, Path(scratch), environment(scratch) | settings, consumer.seconds)
+    certificate = judge(format_name, name, sample, ended, sample.tolerance + consumer.tolerance)
+    if certificate.outcome == "failed" and consumer.own:
+        raise _failure(certificate, ended)
+    return certificate
 
 
 def _need_bytes(directory: Path, format_name: Format, dtype: torch.dtype) -> int:
     """Host memory that transformers takes with all weights in memory; mapped files count."""
-    quantization = read_config(directory)["quantization_config"]
-    if format_name == "gptq":
+    quantization = read_config(directory).get("quantization_config", {})
+    bits, packed_name, each = 32, "", 0.0
+    if format_name in ("gptq", "awq"):
         bits, packed_name, each = quantization["bits"], ".qweight", GPTQ_BYTES_PER_WEIGHT
-    else:
-        bits = quantization["config_groups"]["group_0"]["weights"]["num_bits"]
-        packed_name, each = ".weight_packed", float(dtype.itemsize)
     other_bytes = packed_weights = 0
-    for name, entry in tensor_entries(directory).items():
+    entries = tensor_entries(directory)
+    for name, entry in entries.items():
         count = torch.Size(entry.shape).numel()
-        if name.endswith(packed_name):
+        weights = weights_in(name, entries) if format_name == "compressed-tensors" else None
+        if weights is not None:
+            other_bytes += weights * dtype.itemsize
+        elif packed_name and name.endswith(packed_name):
             packed_weights += count * 32 // bits
         else:
-            other_bytes += count * dtype.itemsize
+            other_bytes += count * (dtype.itemsize if entry.dtype.is_floating_point else entry.dtype.itemsize)
     return IDLE_BYTES + weight_bytes(directory) + other_bytes + int(packed_weights * each)
 
 
@@ -310,32 +232,3 @@ def _free_device_bytes(device: str) -> int:
         return 0
     torch.cuda.empty_cache()
     return int(torch.cuda.mem_get_info()[0] * 0.8)
-
-
-def _environment(scratch: str) -> dict[str, str]:
-    """Offline, quiet, with all caches in the scratch directory, and without this process's secrets."""
-    kept = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
-    return kept | {
-        "HOME": scratch,
-        "PYTHONUSERBASE": site.getuserbase(),  # which HOME would move
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HOME": scratch,
-        "XDG_CACHE_HOME": scratch,
-        "TMPDIR": scratch,
-        "TORCHINDUCTOR_CACHE_DIR": scratch,
-        "TORCHDYNAMO_DISABLE": "1",  # gptqmodel compiles its layers, which takes a C++ compiler and half a minute
-        "TOKENIZERS_PARALLELISM": "false",
-        # glibc would keep freed tensors in its arenas: at 24 blocks of width 1024 the peak was 1.9 GB, with these 0.95.
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": "1048576",
-        "MALLOC_TRIM_THRESHOLD_": "1048576",
-    }
-
-
-def _last_words(noise: Path) -> str:
-    """The last line of a process that left no answer: with Python, the exception."""
-    lines = [
-        line.strip() for line in noise.read_bytes()[-16_384:].decode(errors="replace").splitlines() if line.strip()
-    ]
-    return lines[-1] if lines else "the process ended without a word"

@@ -51,6 +51,8 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, request["dtype"]), trust_remote_code=False, **placement(request)
     ).eval()
+    if request["offload"] and request["format"] == "compressed-tensors":
+        round_inputs(model, Path(directory))
     # What accelerate keeps on disk is on no device; its hooks move the inputs.
     device = torch.device(request["device"])
     with torch.inference_mode():
@@ -80,6 +82,38 @@ def placement(request: dict[str, Any]) -> dict[str, Any]:
         # Unpacked at the first forward pass, as is the default, the weights would all be in memory at once.
         arguments["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     return arguments
+
+
+def round_inputs(model: Any, directory: Path) -> None:
+    """Has linears round what they read, as the config says; transformers forgets it when it unpacks while loading."""
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+    from compressed_tensors.utils import match_named_modules
+    from safetensors import safe_open
+
+    quantization = json.loads((directory / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = QuantizationConfig.model_validate({k: v for k, v in quantization.items() if k != "dequantize"})
+    (group,) = config.config_groups.values()
+    arguments = group.input_activations
+    if arguments is None:
+        return
+    scales: dict[str, Any] = {}
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            scales |= {key: tensors.get_tensor(key) for key in tensors.keys() if key.endswith(".input_scale")}  # noqa: SIM118
+
+    def rounding(name: str) -> Any:
+        def hook(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+            scale, zero = scales.get(f"{name}.input_scale"), None
+            if arguments.dynamic:
+                scale, zero = compute_dynamic_scales_and_zp(given[0], arguments, module)
+            return (fake_quantize(given[0], scale, zero, arguments), *given[1:])
+
+        return hook
+
+    for name, module in match_named_modules(model, group.targets, config.ignore):
+        module.register_forward_pre_hook(rounding(name))
 
 
 def score(model: Any, ids: Any, first: int) -> float:

@@ -23,6 +23,8 @@ def main(request_path: str, answer_path: str) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != request["parent"]:
         os._exit(1)
+    # Files beside this one are named as some of the standard library, which vLLM imports.
+    sys.path.remove(str(Path(__file__).resolve().parent))
     began = time.monotonic()
     answer: dict[str, Any] = {}
     try:

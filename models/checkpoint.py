@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.architectures import Architecture, architecture_of
+from models.experts import split
 from models.safetensors_file import Entry, read, read_header
 from squeeze.errors import ModelMalformed, ModelUnsafe
 
@@ -25,7 +26,7 @@ class SourceModel:
     """A directory with `config.json` and safetensors shards.
 
     config: `config.json` as it is.
-    entries: where every tensor lies, by its name in the files.
+    entries: where every tensor lies, by its name in the files; of fused experts, where each expert's lie.
     row: the model's line of the architecture table.
     """
 
@@ -47,10 +48,10 @@ class SourceModel:
 
         Checkpoints saved from a bare base model lack its prefix, some older ones have one too many.
         """
-        prefix, candidates = f"{self.row.prefix}.", [name]
+        prefix, names = f"{self.row.prefix}.", [self.row.file_name(name), name]
         if self.row.head_alias and name.startswith("lm_head."):
-            candidates.append(self.row.head_alias + name.removeprefix("lm_head"))
-        candidates += [name.removeprefix(prefix), prefix + name]
+            names.append(self.row.head_alias + name.removeprefix("lm_head"))
+        candidates = [key for each in names for key in (each, each.removeprefix(prefix), prefix + each)]
         return next((key for key in candidates if key in self.entries), None)
 
     def module_key(self, module: str, parameter: str) -> str:
@@ -100,7 +101,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def open_model(path: Path) -> SourceModel:
     """Opens a directory with safetensors weights; reads headers, no tensors."""
     config = read_config(path)
-    return SourceModel(path, config, tensor_entries(path), architecture_of(config))
+    row = architecture_of(config)
+    return SourceModel(path, config, split(tensor_entries(path), row), row)
 
 
 def tensor_entries(path: Path) -> dict[str, Entry]:

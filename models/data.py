@@ -51,13 +51,21 @@ class Calibration:
 
 
 def calibration_batches(
-    tokenizer: Any, source: Path | None, origin: str | None, samples: int, length: int, seed: int
+    tokenizer: Any,
+    source: Path | None,
+    origin: str | None,
+    samples: int,
+    length: int,
+    seed: int,
+    column: str | None = None,
 ) -> Calibration:
     """`samples` sequences of `length` tokens, drawn by `seed` from a file's training part or the generic text.
 
-    Fewer or shorter ones where the text doesn't give more. Raises DataUnusable where it gives next to nothing.
+    source: a file, or a directory of them; None: the generic text. origin: what the report calls it. column: the field
+    of a record that holds the text, where it isn't one of the usual. Gives fewer or shorter sequences where the text
+    doesn't have more; raises DataUnusable where it has next to nothing.
     """
-    documents = _documents(source, "train", "data.source")
+    documents = _documents(source, "train", "data.source", column)
     stream = _token_stream(tokenizer, documents, samples * length, length, seed)
     length = min(length, len(stream))
     if length < LEAST_TOKENS:
@@ -68,7 +76,7 @@ def calibration_batches(
         )
     count = min(samples, len(stream) // length)
     ids = stream[: count * length].view(count, length)
-    return Calibration(ids, _text(ids, source, origin))
+    return Calibration(ids, text_of(ids, origin or _name(source), generic=source is None))
 
 
 def evaluation_windows(
@@ -79,6 +87,7 @@ def evaluation_windows(
     samples: int,
     length: int,
     stride: int | None,
+    column: str | None = None,
 ) -> Windows:
     """`samples` windows of `length` tokens, each `stride` after the one before; its last `stride` tokens are scored.
 
@@ -87,7 +96,9 @@ def evaluation_windows(
     stride = min(stride or length, length)
     wanted = (samples - 1) * stride + length
     documents = (
-        _documents(source, "held_out", "data.source") if held_out else _documents(source, None, "evaluation.source")
+        _documents(source, "held_out", "data.source", column)
+        if held_out
+        else _documents(source, None, "evaluation.source", column)
     )
     stream = _token_stream(tokenizer, documents, wanted, length, EVALUATION_SEED)
     if len(stream) < LEAST_TOKENS:
@@ -102,7 +113,7 @@ def evaluation_windows(
     count = min(samples, (len(stream) - length) // stride + 1)
     ids = torch.stack([stream[n * stride : n * stride + length] for n in range(count)])
     first_scored = tuple(1 if n == 0 else max(1, length - stride) for n in range(count))
-    return Windows(ids, first_scored, stride, _text(ids, source, origin))
+    return Windows(ids, first_scored, stride, text_of(ids, origin or _name(source), generic=source is None))
 
 
 def digest(ids: Tensor) -> str:
@@ -110,15 +121,20 @@ def digest(ids: Tensor) -> str:
     return hashlib.sha256(ids.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def _text(ids: Tensor, source: Path | None, origin: str | None) -> Text:
+def text_of(ids: Tensor, origin: str, *, generic: bool) -> Text:
+    """What the report says of token ids (n, T)."""
     return Text(
-        origin=origin or (f"standard library of Python {platform.python_version()}" if source is None else source.name),
-        generic=source is None,
+        origin=origin,
+        generic=generic,
         sequences=ids.shape[0],
         sequence_length=ids.shape[1],
         tokens=ids.numel(),
         sha256=digest(ids),
     )
+
+
+def _name(source: Path | None) -> str:
+    return f"standard library of Python {platform.python_version()}" if source is None else source.name
 
 
 def _token_stream(tokenizer: Any, documents: Documents, wanted: int, length: int, seed: int) -> Tensor:
@@ -173,14 +189,17 @@ def _passages(documents: Iterator[str], limit: int) -> Iterator[str]:
             yield document[start:]
 
 
-def _documents(source: Path | None, split: Split | None, param: str) -> Documents:
+def _documents(source: Path | None, split: Split | None, param: str, column: str | None) -> Documents:
     """param: the field of the request that names the source."""
     if source is None:
         return lambda: (text for _, text in standard_library(split or "held_out"))
     if split is None:
-        return lambda: documents_of(source, param)
-    grain = max(SPLIT_CHARACTERS_LEAST, min(source.stat().st_size // SPLIT_PIECES, SPLIT_CHARACTERS_MOST))
-    return lambda: (passage for passage in _passages(documents_of(source, param), grain) if _split_of(passage) == split)
+        return lambda: documents_of(source, param, column)
+    size_bytes = sum(file.stat().st_size for file in (source.iterdir() if source.is_dir() else (source,)))
+    grain = max(SPLIT_CHARACTERS_LEAST, min(size_bytes // SPLIT_PIECES, SPLIT_CHARACTERS_MOST))
+    return lambda: (
+        passage for passage in _passages(documents_of(source, param, column), grain) if _split_of(passage) == split
+    )
 
 
 def _split_of(passage: str) -> Split:

@@ -1,4 +1,4 @@
-"""Uploaded text files as documents: plain text, JSONL or parquet, told apart by what is in them.
+"""Text files as documents: plain text, JSONL or parquet, told apart by what is in them.
 
 A file is read in pieces of bounded size. What is no text is refused, with what would do, rather than calibrated on.
 """
@@ -6,7 +6,7 @@ A file is read in pieces of bounded size. What is no text is refused, with what 
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +27,33 @@ COLUMNS = ("text", "prompt", "completion", "messages", "conversations")
 WANTED = "`text`, `prompt` and `completion`, or `messages`"
 
 
-def documents_of(source: Path, param: str) -> Iterator[str]:
-    """The texts of a file, in order. param: the field of the request that names it, for the error.
+def documents_of(source: Path, param: str, column: str | None = None) -> Iterator[str]:
+    """The texts of a file, or of a directory's files by their names, in order.
 
-    Raises DataUnusable where the file is no text or a record has none.
+    param: the field of the request that names it, for the error. column: the field that holds the text of a record;
+    None: the usual ones. Raises DataUnusable where a file is no text or a record has none.
     """
+    if source.is_dir():
+        for one in sorted(source.iterdir()):
+            yield from documents_of(one, param, column)
+        return
+    wanted = WANTED if column is None else f"`{column}`"
+    columns = COLUMNS if column is None else (column,)
     try:
         with source.open("rb") as file:
             head = file.read(HEAD_BYTES)
         if head.startswith(b"PAR1"):
-            yield from _parquet(source)
+            yield from _parquet(source, columns, wanted)
             return
         encoding = next((encoding for mark, encoding in MARKS if head.startswith(mark)), "utf-8-sig")
         opening = head.decode(encoding, errors="replace")
         _refuse_binary(opening)
         if re.match(r"\s*\[\s*\{\s*\"", opening):
             raise DataUnusable("the file is one JSON array; write one object a line instead (JSONL)")
-        yield from (_jsonl if re.match(r"\s*\{\s*[\"}]", opening) else _plain)(source, encoding)
+        if re.match(r"\s*\{\s*[\"}]", opening):
+            yield from _jsonl(source, encoding, columns, wanted)
+        else:
+            yield from _plain(source, encoding)
     except DataUnusable as error:
         error.param = param
         raise
@@ -63,7 +73,7 @@ def _plain(source: Path, encoding: str) -> Iterator[str]:
             yield text + file.readline(BLOCK_CHARACTERS)
 
 
-def _jsonl(source: Path, encoding: str) -> Iterator[str]:
+def _jsonl(source: Path, encoding: str, columns: Sequence[str], wanted: str) -> Iterator[str]:
     with source.open(encoding=encoding, errors="replace") as file:
         number = 0
         while line := file.readline(LONGEST_RECORD):
@@ -76,35 +86,35 @@ def _jsonl(source: Path, encoding: str) -> Iterator[str]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataUnusable(f"line {number} of the file is not JSON: {error}") from error
-            yield _text_of(row, f"line {number}")
+            yield _text_of(row, columns, wanted, f"line {number}")
 
 
-def _parquet(source: Path) -> Iterator[str]:
+def _parquet(source: Path, columns: Sequence[str], wanted: str) -> Iterator[str]:
     from pyarrow import ArrowException, parquet  # only where such a file is given: it costs 60 MB
 
     number = 0
     try:
         file = parquet.ParquetFile(source)
         names = file.schema_arrow.names
-        columns = [name for name in COLUMNS if name in names]
-        if not columns:
-            raise DataUnusable(f"the file has none of {WANTED} among its columns ({', '.join(names[:20])})")
-        for batch in file.iter_batches(batch_size=256, columns=columns):
+        held = [name for name in columns if name in names]
+        if not held:
+            raise DataUnusable(f"the file has none of {wanted} among its columns ({', '.join(names[:20])})")
+        for batch in file.iter_batches(batch_size=256, columns=held):
             for row in batch.to_pylist():
                 number += 1
-                yield _text_of(row, f"row {number}")
+                yield _text_of(row, columns, wanted, f"row {number}")
     except (ArrowException, OSError) as error:
         raise DataUnusable(f"the file is damaged parquet, unreadable after row {number}: upload it again") from error
 
 
-def _text_of(row: object, where: str) -> str:
+def _text_of(row: object, columns: Sequence[str], wanted: str, where: str) -> str:
     """The text of a record: `text`, or `prompt` and `completion`, or what is said in a chat; empty where it is null."""
-    fields = {name: row[name] for name in COLUMNS if name in row} if isinstance(row, dict) else {}
+    fields = {name: row[name] for name in columns if name in row} if isinstance(row, dict) else {}
     given = {name: value for name, value in fields.items() if value is not None}
     kind = next(iter(given), None)
     parts = [value for name, value in given.items() if name == kind or (kind == "prompt" and name == "completion")]
     if not fields or not all(isinstance(part, str | bytes | list | dict) for part in parts):
-        raise DataUnusable(f"{where} of the file has none of {WANTED}")
+        raise DataUnusable(f"{where} of the file has none of {wanted}")
     text = ("" if all(isinstance(part, str) for part in parts) else "\n").join(map(_said, parts))
     return text.encode(errors="replace").decode()  # JSON can hold halves of characters, no encoding can
 

@@ -1,6 +1,8 @@
 """What was lost: perplexity, divergence and agreement, from the hidden states that both models' blocks left behind."""
 
 import math
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,21 +26,29 @@ class Measured:
 
 
 def measure(
-    frame: Frame, windows: Windows, original: list[Tensor], compressed: list[Tensor], notify: Notify
+    frame: Frame,
+    windows: Windows,
+    original: Iterable[Tensor],
+    compressed: Iterable[Tensor],
+    notify: Notify,
+    reference: Frame | None = None,
 ) -> Measured:
     """Scores both models on the same tokens.
 
     original, compressed: last hidden states of all windows, as batches (B, T, C) in order. Perplexity is the
     exponential of the mean negative log-likelihood of the scored tokens; the divergence is the mean over the same
-    positions of KL(original ‖ result), in nats, both in float32. Needs no model but the head.
+    positions of KL(original ‖ result), in nats, both in float32. Needs no model but the head; `reference` has the
+    original's where that is another.
     """
-    before, after = torch.cat(original), torch.cat(compressed)  # (n, T, C)
+    reference = reference or frame
     vocabulary = int(frame.model.config.vocab_size)
     rows = max(16, LOGIT_BYTES // (4 * vocabulary))
     window_nll: list[float] = []
     sums = torch.zeros(4, dtype=torch.float64)  # nll before, nll after, divergence, agreements
-    with frame.surroundings(), torch.no_grad():
-        for n, first in enumerate(windows.first_scored):
+    pairs = (pair for batches in zip(original, compressed, strict=True) for pair in zip(*batches, strict=True))
+    other = nullcontext() if reference is frame else reference.surroundings()
+    with frame.surroundings(), other, torch.no_grad():
+        for n, (first, (before, after)) in enumerate(zip(windows.first_scored, pairs, strict=True)):
             ids = windows.ids[n]
             own = torch.zeros(4, dtype=torch.float64)
             # The logits at position t predict token t + 1.
@@ -46,8 +56,8 @@ def measure(
                 part = slice(start, min(start + rows, len(ids) - 1))
                 targets = ids[part.start + 1 : part.stop + 1].to(frame.device)
                 own += _compare(
-                    frame.leave(before[n : n + 1, part], ids[None, part])[0],
-                    frame.leave(after[n : n + 1, part], ids[None, part])[0],
+                    reference.leave(before[None, part], ids[None, part])[0],
+                    frame.leave(after[None, part], ids[None, part])[0],
                     targets,
                 )
             window_nll.append(float(own[1]) / (len(ids) - first))

@@ -3,9 +3,10 @@
 The blocks of the transformers model are hollowed out. A forward pass then computes what lies before the blocks
 (embeddings, positions, masks) and what each block would have been called with; a second one, in which the last hollow
 block hands out given hidden states, computes what lies after them (norm, head, scaling, soft-capping). No architecture
-needs code of its own for that.
+needs code of its own for that. Experts of a mixture are unfused, so that each of their linears is a module.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,16 +15,33 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from models.architectures import TABLE, USUAL
 from models.checkpoint import SourceModel
+from models.experts import Expert, unfuse
+from models.plain import saturated
 from models.quantized import Site
 from models.quoting import quoted
 from models.safetensors_file import Entry
 from squeeze.errors import ArchitectureUnsupported, ModelAlreadyCompressed, ModelMalformed, NotFinite
 
 COMPUTABLE = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+
+class _EmptyNowhere(TorchFunctionMode):
+    """Lets `torch.empty`, which weights begin as, allocate nothing; buffers begin as numbers and stay real.
+
+    `init_empty_weights` drops a weight once it is there, and the experts of one layer may be larger than the memory.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return function(*args, **kwargs)
 
 
 class _BlocksReached(Exception):
@@ -41,8 +59,10 @@ class _Hollow(nn.Module):
                 setattr(self, name, value)
         self._frame, self._index = [frame], index  # a list hides the frame from nn.Module's registry
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._frame[0]._visit(self._index, hidden, args, kwargs)
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        frame = self._frame[0]
+        hidden = frame._visit(self._index, hidden, args, kwargs)
+        return (hidden,) if frame.source.row.in_tuples else hidden
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -51,11 +71,14 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Frame:
     """The skeleton of one source model.
 
-    dtype: of the computation. device: where blocks and batches run.
+    dtype: of the computation. device: where blocks and batches run. stored: a type that weights are rounded to before
+    they take that of the computation, for the model that a cast makes; None: as they are.
     """
 
-    def __init__(self, source: SourceModel, dtype: torch.dtype, device: torch.device) -> None:
-        self.source, self.dtype, self.device = source, dtype, device
+    def __init__(
+        self, source: SourceModel, dtype: torch.dtype, device: torch.device, stored: torch.dtype | None = None
+    ) -> None:
+        self.source, self.dtype, self.device, self.stored = source, dtype, device, stored
         row = source.row
         self.model = weightless(source.path, dtype)
         self._ties: dict[str, str] = dict(self.model.all_tied_weights_keys)  # the head to the embedding
@@ -71,6 +94,8 @@ class Frame:
         self._hollows = [_Hollow(self, n, block) for n, block in enumerate(self._skeletons)]
         parent, _, leaf = row.blocks.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._hollows))
+        self._sites = [self._linears(n) for n in range(len(self._skeletons))]
+        self._exact = exact_names(self.model)
         self._calls: list[Call] | None = None
         self._first: Tensor | None = None
         self._injected: Tensor | None = None
@@ -81,26 +106,42 @@ class Frame:
         return len(self._skeletons)
 
     @property
+    def parameters(self) -> int:
+        """Of the whole model, as the config describes it; what is tied counts once."""
+        around: int = sum(one.numel() for name, one in self.model.named_parameters() if name not in self._ties)
+        return around + sum(one.numel() for block in self._skeletons for one in block.parameters())
+
+    @property
     def max_positions(self) -> int | None:
         """Tokens that a sequence may have; None where the config sets no bound."""
         positions = getattr(self.model.config, "max_position_embeddings", None)
         return int(positions) if positions else None
 
     def sites(self, index: int) -> list[Site]:
-        """The linears of a block, in definition order."""
-        found = []
-        for name, module in self._skeletons[index].named_modules():
-            full = f"{self.blocks_path}.{index}.{name}"
-            if isinstance(module, nn.Linear):
-                found.append(Site(full, module.out_features, module.in_features, transposed=False))
-            elif isinstance(module, Conv1D):
-                found.append(Site(full, module.nf, module.nx, transposed=True))
-        return found
+        """The linears of a block, in definition order; what routes tokens to experts is not one of them."""
+        return [site for site, _ in self._sites[index].values()]
 
     def module(self, site: Site) -> nn.Module:
         """The module of a site; its weight exists only while the block is loaded."""
-        index, _, inner = site.name.removeprefix(f"{self.blocks_path}.").partition(".")
-        return self._skeletons[int(index)].get_submodule(inner)
+        index = int(site.name.removeprefix(f"{self.blocks_path}.").partition(".")[0])
+        return self._sites[index][site.name][1]
+
+    def experts(self, index: int) -> dict[str, tuple[str, ...]]:
+        """The experts of a block by name, each with its sites' names in the order gate, up, down; empty where none.
+
+        Each sees the tokens that the router sends there, in one batch perhaps none: its linears then run on (0, in).
+        """
+        names = {id(module): name for name, (_, module) in self._sites[index].items()}
+        found: dict[str, tuple[str, ...]] = {}
+        for module in self._skeletons[index].modules():
+            if isinstance(module, Expert):
+                linears = tuple(names[id(module.get_submodule(name))] for name in module.names)
+                found[linears[0].rpartition(".")[0]] = linears
+        return found
+
+    def skeleton(self, index: int) -> nn.Module:
+        """One decoder block as it is between times: without weights."""
+        return self._skeletons[index]
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -162,6 +203,19 @@ class Frame:
         finally:
             self._injected = None
 
+    def _linears(self, index: int) -> dict[str, tuple[Site, nn.Module]]:
+        row = self.source.row
+        found: dict[str, tuple[Site, nn.Module]] = {}
+        for path, module in self._skeletons[index].named_modules():
+            name = row.file_name(f"{self.blocks_path}.{index}.{path}")
+            if path.rpartition(".")[2] in row.kept:
+                continue
+            if isinstance(module, nn.Linear):
+                found[name] = Site(name, module.out_features, module.in_features, transposed=False), module
+            elif isinstance(module, Conv1D):
+                found[name] = Site(name, module.nf, module.nx, transposed=True), module
+        return found
+
     def _visit(self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         last = index == self.count - 1
         if self._calls is None:
@@ -183,7 +237,10 @@ class Frame:
             if tensor.is_floating_point():
                 if not torch.isfinite(tensor).all():
                     raise NotFinite(f"tensor {key} holds NaN or infinity; the model is damaged at its source")
-                tensor = tensor.to(self.dtype)
+                exact = self._exact.search(name)
+                if self.stored is not None and not exact:
+                    tensor = saturated(tensor, self.stored)
+                tensor = tensor.to(torch.float32 if exact else self.dtype)
             tensor = tensor.to(self.device)
             if leaf in owner._buffers:
                 owner._buffers[leaf] = tensor
@@ -213,19 +270,28 @@ class Frame:
 
 
 def weightless(path: Path, dtype: torch.dtype) -> Any:
-    """The model that `config.json` describes, without weights; its buffers are real."""
+    """The model that `config.json` describes, without weights; its buffers are real, its experts unfused."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         config.use_cache = False
-        with init_empty_weights(include_buffers=False):
+        # Where soft-capping of the attention is not in torch's kernel, transformers has it in plain code alone.
+        attention = "sdpa" if AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa else "eager"
+        with init_empty_weights(include_buffers=False), _EmptyNowhere():
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
+            unfuse(model, TABLE.get(config.model_type, USUAL))
     except Exception as error:
         raise ModelMalformed(
             f"transformers can't build the model that config.json describes: {quoted(error, 400)}"
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def exact_names(model: Any) -> re.Pattern[str]:
+    """Of the tensors that transformers keeps in float32 whatever the model's type: what corrects a router's choice."""
+    names = [re.escape(name) for name in model._keep_in_fp32_modules_strict or ()]
+    return re.compile(rf"(^|\.)({'|'.join(names)})(\.|$)" if names else r"(?!)")
 
 
 def _refuse_misfit(key: str, entry: Entry, shape: tuple[int, ...]) -> None:

@@ -6,24 +6,28 @@ linear runs once, on inputs that the compressed linears before it made: the true
 the price of one forward pass a block. The price is memory: what a block holds half way, for all batches at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from models.calls import Batch, run
+from models.statistics import Statistics
+
 
 def run_in_lockstep(
     block: nn.Module,
-    batches: Sequence[tuple[Tensor, tuple[Any, ...], dict[str, Any]]],
-    linears: dict[str, nn.Module],
-    arrive: Callable[[str, list[Tensor]], None],
+    batches: Sequence[Batch],
+    linears: Mapping[str, nn.Module],
+    gathering: Callable[[int], Statistics],
+    solve: Callable[[str, Statistics], None],
 ) -> list[Tensor]:
-    """The block's outputs, one for each batch.
+    """Calls `solve` for every linear with the statistics of all its inputs, before it runs.
 
-    batches: hidden states (B, T, C) and the other arguments of the block's call.
-    linears: modules to halt at, by name. arrive: called with a name and every batch's input (…, in) before it runs.
+    linears: modules to halt at, by name. gathering: makes statistics for so many columns. solve: replaces the weights
+    of a linear, and may do so of others that read the same input. Returns the block's outputs, one for each batch.
     """
 
     def halt(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -33,15 +37,19 @@ def run_in_lockstep(
         return hook
 
     handles = [module.register_forward_pre_hook(halt(name)) for name, module in linears.items()]
-    runners = [greenlet(lambda hidden, args, kwargs: (None, block(hidden, *args, **kwargs))) for _ in batches]
+    runners = [greenlet(lambda batch: (None, run(block, batch))) for _ in batches]
     try:
         with torch.no_grad():
-            states = [runner.switch(*batch) for runner, batch in zip(runners, batches, strict=True)]
+            states = [runner.switch(batch) for runner, batch in zip(runners, batches, strict=True)]
             while (name := states[0][0]) is not None:
-                arrive(name, [value for _, value in states])
-                del states  # or the inputs would stay alive while the linear runs
+                statistics = gathering(states[0][1].shape[-1])
+                for _, inputs in states:
+                    statistics.add(inputs)
+                del states, inputs  # or the inputs would stay alive while the linear runs
+                solve(name, statistics)
+                del statistics
                 states = [runner.switch() for runner in runners]
     finally:
         for handle in handles:
             handle.remove()
-    return [output[0] if isinstance(output, tuple) else output for _, output in states]
+    return [output for _, output in states]

@@ -5,11 +5,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from models.data import LEAST_TOKENS, Calibration, Windows, calibration_batches, evaluation_windows
+from models.coverage import coverage_warnings, repetition_warnings
+from models.data import LEAST_TOKENS, Calibration, Windows, calibration_batches, evaluation_windows, text_of
 from models.frame import Frame
+from models.progress import Notify, Silent
 from models.quoting import quoted
+from models.self_text import refuse_beforehand, sampled_text
 from squeeze.errors import DataUnusable, ModelMalformed, ModelUnsafe
-from squeeze.specs import JobSpec
+from squeeze.specs import SELF, JobSpec
 from squeeze.steps import Quantize
 
 # On tiny random models at 3 bits GPTQ was worse than round-to-nearest at 3 tokens per input, a fifth better at 16.
@@ -17,6 +20,10 @@ TOKENS_PER_INPUT = 8
 GENERIC_WARNING = (
     "measured on generic text (the source of Python's standard library); figures on it say little about your own "
     "text: upload some and name it as data.source"
+)
+SELF_WARNING = (
+    "calibrated on text that the model sampled itself, and measured on generic text (the source of Python's standard "
+    "library), because on text of its own making a model looks better than it is; name your text as evaluation.source"
 )
 
 
@@ -41,10 +48,18 @@ def read_tokenizer(model: Path) -> Any:
     return tokenizer
 
 
+def refuse_too_large_for_self(spec: JobSpec, step: Quantize, frame: Frame) -> None:
+    """Raises DataUnusable where a model that is to sample its own text doesn't fit in memory; needs no weights."""
+    if spec.data.source == SELF and step.needs_calibration:
+        refuse_beforehand(frame, spec.data.samples, _length(spec, frame))
+
+
 class Material:
     """The token batches of a job.
 
-    calibration_text, evaluation_text: uploaded files; None: the generic text, or a held-out part of calibration_text.
+    calibration_text, evaluation_text: files, or directories of them; None: the generic text, or a held-out part of
+    calibration_text; `self` has no file. origins: what the report calls either text, where the request's own word for
+    it says too little. work: keeps what the model samples itself, between attempts.
     """
 
     def __init__(
@@ -55,9 +70,13 @@ class Material:
         frame: Frame,
         calibration_text: Path | None,
         evaluation_text: Path | None,
+        origins: tuple[str | None, str | None] = (None, None),
+        work: Path | None = None,
+        notify: Notify | None = None,
     ) -> None:
+        self.tokenizer, self.spec = tokenizer, spec
         self.asked = spec.data.sequence_length
-        self.length = min(self.asked, frame.max_positions or self.asked)
+        self.length = _length(spec, frame)
         if self.length < LEAST_TOKENS:
             raise DataUnusable(
                 f"the model has {self.length} positions; at least {LEAST_TOKENS} are needed to measure it"
@@ -65,20 +84,32 @@ class Material:
         self.samples = spec.data.samples
         self.calibration: Calibration | None = None
         self.windows: Windows | None = None
-        if step.needs_calibration:
+        own_text = None if spec.data.source == SELF else spec.data.source
+        if step.needs_calibration and spec.data.source == SELF:
+            assert work is not None, "what the model samples itself is kept somewhere"
+            ids, origin = sampled_text(frame, tokenizer, self.samples, self.length, spec.seed, work, notify or Silent())
+            self.calibration = Calibration(ids, text_of(ids, origin, generic=False))
+        elif step.needs_calibration:
             self.calibration = calibration_batches(
-                tokenizer, calibration_text, spec.data.source, spec.data.samples, self.length, spec.seed
+                tokenizer,
+                calibration_text,
+                origins[0] or own_text,
+                self.samples,
+                self.length,
+                spec.seed,
+                spec.data.column,
             )
         if spec.evaluation.perplexity or spec.evaluation.divergence:
             own = evaluation_text is not None
             self.windows = evaluation_windows(
                 tokenizer,
                 evaluation_text if own else calibration_text,
-                spec.evaluation.source if own else spec.data.source,
+                (origins[1] or spec.evaluation.source) if own else (origins[0] or own_text),
                 not own,
                 spec.evaluation.samples,
                 self.length,
                 spec.evaluation.stride,
+                spec.evaluation.column if own else spec.data.column,
             )
         self.widest = max(site.columns for n in range(frame.count) for site in frame.sites(n))
         vocabulary = int(frame.model.config.vocab_size)
@@ -106,6 +137,28 @@ class Material:
                     f"{count * length:,} calibration tokens are few for layers with {self.widest:,} inputs; below "
                     f"{TOKENS_PER_INPUT * self.widest:,} the rounding fits the sample rather than the language"
                 )
-        if any(text.text.generic for text in (self.calibration, self.windows) if text):
+            found += repetition_warnings(self.calibration.ids, "calibration text")
+        found += self._of_language()
+        sampled = self.calibration is not None and self.spec.data.source == SELF
+        if sampled and self.windows is not None and self.windows.text.generic:
+            found.append(SELF_WARNING)
+        elif any(text.text.generic for text in (self.calibration, self.windows) if text):
             found.append(GENERIC_WARNING)
         return found
+
+    def _of_language(self) -> list[str]:
+        """Of a user's own texts; one that is held out of the other needs no second word."""
+        if self.calibration is not None and not self.calibration.text.generic and self.spec.data.source != SELF:
+            found = coverage_warnings(self.tokenizer, self.calibration.ids, "calibration text")
+            if self.spec.evaluation.source is None:
+                return found
+        else:
+            found = []
+        if self.windows is not None and not self.windows.text.generic:
+            found += coverage_warnings(self.tokenizer, self.windows.ids, "evaluation text")
+        return found
+
+
+def _length(spec: JobSpec, frame: Frame) -> int:
+    """Tokens of a sequence: no more than the model has positions."""
+    return min(spec.data.sequence_length, frame.max_positions or spec.data.sequence_length)

@@ -8,26 +8,31 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from models import engine
+from models import casts, engine
 from models.architectures import architecture_of
 from models.card import write_card
 from models.certify import certify
+from models.certify_run import tokenized
 from models.checkpoint import SourceModel, convert_legacy, has_legacy_weights_only, open_model, read_config
 from models.disk import disk_faults, write_whole
 from models.evaluation import Measured, measure
 from models.formats import layout
 from models.formats.directory import refuse_broken_companions, weight_bytes
+from models.experts import refuse_torn
 from models.frame import Frame
-from models.material import Material, read_tokenizer
+from models.kv_cache import refuse_unknown_attention
+from models.material import Material, read_tokenizer, refuse_too_large_for_self
+from models.plain import TYPES
 from models.progress import Notify
 from models.quantized import QuantizedModel
 from models.resources import cpu_seconds, peak_gpu_bytes, peak_host_bytes
@@ -46,8 +51,11 @@ LIBRARIES = ("torch", "transformers", "compressed-tensors", "gptqmodel", "safete
 class Inputs:
     """model: the source's directory. work: kept between attempts, so that the next one resumes. out: emptied first.
 
-    calibration_text, evaluation_text: JSONL, plain text or parquet; None: the generic text, or a held-out part of
-    calibration_text. model_name: as the user named it, without anything private.
+    calibration_text, evaluation_text: JSONL, plain text or parquet, or a directory of such files; None: the generic
+    text, or a held-out part of calibration_text. Their origins: what the report calls them, where the request's own
+    words say too little. model_name: as the user named it, without anything private.
+    consumers: Pythons of environments that results are loaded in, by the consumer's name. activation_bytes: see
+    `engine.quantize`.
     """
 
     spec: JobSpec
@@ -60,9 +68,12 @@ class Inputs:
     work: Path
     out: Path
     device: str
-    vllm_python: Path | None
+    consumers: Mapping[str, Path]
     job_id: str
     snapshot_seconds: float = engine.SNAPSHOT_SECONDS
+    activation_bytes: int | None = None
+    calibration_origin: str | None = None
+    evaluation_origin: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,9 @@ def check(spec: JobSpec, model: Path) -> Facts:
     config = read_config(model)
     frame = Frame(SourceModel(model, config, {}, architecture_of(config)), torch.float32, torch.device("cpu"))
     step = _quantize_step(spec)
-    sites = [site for n in range(frame.count) for site in frame.sites(n) if not engine.is_ignored(step, site.name)]
+    refuse_too_large_for_self(spec, step, frame)
+    schemes = engine.schemes_of(frame, step)
+    sites = [site for n in range(frame.count) for site in frame.sites(n) if site.name in schemes]
     if not sites:
         raise ModelMalformed("`ignore` leaves no linear layer to quantize", param=_param(spec, "ignore"))
     held = HELD_BY[config["model_type"]]
@@ -98,7 +111,10 @@ def check(spec: JobSpec, model: Path) -> Facts:
                 f"{name} can't hold {config['model_type']} models; {', '.join(held)} can", param="formats"
             )
         try:
-            layout(name).refuse(sites, step)
+            layout(name).refuse(sites, schemes)
+            if step.kv_cache is not None:
+                refuse_unknown_attention(frame)
+            refuse_torn([linears for n in range(frame.count) for linears in frame.experts(n).values()], schemes)
         except SqueezeError as error:
             error.param = error.param and _param(spec, error.param)
             raise
@@ -123,14 +139,29 @@ def _run(inputs: Inputs, notify: Notify) -> Outcome:
         refuse_broken_companions(source)
         device = torch.device(inputs.device)
         frame = Frame(source, compute_dtype(source.dtype, device), device)
+        target = TYPES.get(step.scheme().element)  # of a cast
+        losses = None if target is None else casts.losses(source, target)
+        result = frame if target is None else Frame(source, compute_dtype(target, device), device, stored=target)
         tokenizer = read_tokenizer(inputs.model)
-        texts = Material(spec, step, tokenizer, frame, inputs.calibration_text, inputs.evaluation_text)
+        texts = Material(
+            spec,
+            step,
+            tokenizer,
+            frame,
+            inputs.calibration_text,
+            inputs.evaluation_text,
+            origins=(inputs.calibration_origin, inputs.evaluation_origin),
+            work=inputs.work,
+            notify=notify,
+        )
         warnings = [*_idle_patterns(step, frame), *texts.warnings()]
+        if target is not None and losses is not None:
+            warnings += casts.told(losses, target)
         for warning in warnings:
             notify.event("warning", warning)
     with clock.stage("compressing"):
         done = engine.quantize(
-            frame,
+            result,
             step,
             texts.calibration.ids if texts.calibration else None,
             texts.windows,
@@ -138,20 +169,24 @@ def _run(inputs: Inputs, notify: Notify) -> Outcome:
             _fingerprint(inputs, source, texts),
             notify,
             inputs.snapshot_seconds,
+            memory_bytes=inputs.activation_bytes,
+            reference=frame,
         )
+    blocks = done.blocks if losses is None else casts.noted(done.blocks, losses, source)
     measured: Measured | None = None
     if texts.windows is not None:
         with clock.stage("evaluating"):
             notify.stage(Stage.evaluating)
-            measured = measure(frame, texts.windows, done.activations.original, done.activations.compressed, notify)
+            streams = done.activations.original, done.activations.compressed
+            measured = measure(result, texts.windows, *streams, notify, reference=frame)
     done.activations.release()
-    written = _Written(inputs, source, done.model, done.blocks, texts, measured, warnings)
+    written = _Written(inputs, source, tokenizer, done.model, blocks, texts, measured, warnings)
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
         directories = written.export(notify)
     with clock.stage("certifying"):
         notify.stage(Stage.certifying)
-        certificates = written.certify(directories, frame, notify)
+        certificates = written.certify(directories, result, notify)
     report = written.report(directories, certificates, clock, frame)
     for name, directory in directories.items():
         write_card(directory, name, report)
@@ -232,6 +267,7 @@ class _Written:
 
     inputs: Inputs
     source: SourceModel
+    tokenizer: Any
     model: QuantizedModel
     blocks: list[Block]
     texts: Material
@@ -257,7 +293,8 @@ class _Written:
                 source_bytes=self.source.weight_bytes,
                 dtype=frame.dtype,
                 device=frame.device.type,
-                vllm_python=self.inputs.vllm_python,
+                consumers=self.inputs.consumers,
+                texts=tokenized(self.tokenizer),
                 notify=notify,
             )
         ]
@@ -303,7 +340,7 @@ class _Written:
 
     def _size(self, name: Format, directory: Path) -> Size:
         weights = weight_bytes(directory)
-        if weights >= self.source.weight_bytes:
+        if weights >= self.source.weight_bytes and name != "safetensors":  # as the certifier has it
             raise CertificationFailed(
                 f"the {name} weights take {weights:,} bytes, no fewer than the source's {self.source.weight_bytes:,}: "
                 "use fewer bits or larger groups"

@@ -1,15 +1,19 @@
 """What a quantize step leaves in its work directory: the codes of every linear, one file for each decoder block."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from models.codes import Codes
+from models.codes import Encoded, restored
 from models.safetensors_file import Entry, read, read_header
+from squeeze.schemes import Scheme
 from squeeze.steps import Quantize
+
+CHANGED = "changed/"  # before the name of a tensor that is no code
 
 
 @dataclass(frozen=True)
@@ -26,44 +30,52 @@ class Site:
     transposed: bool
 
 
-def group_columns(step: Quantize, site: Site) -> int:
-    """Input columns of one scale at this site."""
-    return site.columns if step.group_size == "channel" else step.group_size
-
-
 @dataclass(frozen=True)
 class QuantizedModel:
     """Codes of a whole model, read a layer at a time.
 
-    sites: the quantized linears by name, in the model's order. ignored: linears of the decoder blocks left in 16 bits.
-    dtype: of the source's weights.
+    sites: the quantized linears by name, in the model's order. schemes: how each is stored. ignored: linears of the
+    decoder blocks left in 16 bits. dtype: of the weights that are not quantized.
     """
 
     directory: Path
     step: Quantize
     sites: dict[str, Site]
+    schemes: dict[str, Scheme]
     ignored: tuple[str, ...]
     dtype: torch.dtype
-    _entries: dict[str, Entry] = field(default_factory=dict, repr=False)
 
-    def codes(self, name: str) -> Codes:
+    def codes(self, name: str) -> Encoded:
         """The codes of one layer; reads them from disk."""
-        if not self._entries:
-            for path in block_files(self.directory):
-                self._entries.update(read_header(path))
-        codes, scale, zero = (read(self._entries[f"{name}.{part}"]) for part in ("codes", "scale", "zero"))
-        step = self.step
-        return Codes(codes, scale, zero, step.bits, group_columns(step, self.sites[name]), step.symmetric)
+        return restored({part: read(entry) for part, entry in self._parts[name].items()}, self.schemes[name])
+
+    def part(self, name: str, part: str) -> Tensor:
+        """One of the tensors that a layer's codes are made of."""
+        return read(self._parts[name][part])
+
+    def changed(self) -> dict[str, Entry]:
+        """Tensors by the name of their parameter: what took over a scale, and what the source does not have."""
+        return self._parts.get(CHANGED, {})
+
+    @cached_property
+    def _parts(self) -> dict[str, dict[str, Entry]]:
+        found: dict[str, dict[str, Entry]] = {}
+        for path in block_files(self.directory):
+            for key, entry in read_header(path).items():
+                owner, _, part = (
+                    key.rpartition(".") if not key.startswith(CHANGED) else (CHANGED, "", key.removeprefix(CHANGED))
+                )
+                found.setdefault(owner, {})[part] = entry
+        return found
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the quantized linears, with 16 bits a scale and, where zero points are stored, `bits` a zero point."""
-        weights = overhead = 0
-        for site in self.sites.values():
+        """Of the quantized linears, scales and zero points shared out."""
+        weights = bits = 0.0
+        for name, site in self.sites.items():
             weights += site.rows * site.columns
-            overhead += site.rows * (site.columns // group_columns(self.step, site))
-        each = 16 + (0 if self.step.symmetric else self.step.bits)
-        return self.step.bits + each * overhead / weights if weights else 16.0
+            bits += site.rows * site.columns * self.schemes[name].bits_per_weight(site.columns)
+        return bits / weights if weights else 16.0
 
 
 def block_file(directory: Path, index: int) -> Path:
@@ -74,9 +86,12 @@ def block_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("block-*.safetensors"))
 
 
-def tensors_of(codes: dict[str, Codes]) -> Iterator[tuple[str, Tensor]]:
-    """What a block's file holds: `<module>.codes`, `.scale`, `.zero`."""
+def tensors_of(
+    codes: Mapping[str, Encoded], changed: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """What a block's file holds: `<module>.codes`, `.scale` and so on, and `changed/<parameter>`."""
     for name, one in codes.items():
-        yield f"{name}.codes", one.codes
-        yield f"{name}.scale", one.scale
-        yield f"{name}.zero", one.zero
+        for part, tensor in one.tensors().items():
+            yield f"{name}.{part}", tensor.cpu().contiguous()
+    for name, tensor in (changed or {}).items():
+        yield CHANGED + name, tensor.cpu().contiguous()

@@ -48,3 +48,8 @@ def available_host_bytes() -> int:
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
         free = min(free, int(text) - int(used.read_text()))
     return max(free, 0)
+
+
+def available_device_bytes(device: torch.device) -> int:
+    """Memory that is free where the work is done."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_host_bytes()

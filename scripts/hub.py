@@ -1,7 +1,8 @@
-"""A Hub on this machine that serves local directories as models: `python scripts/hub.py --repo org/name=DIR --port 0`.
+"""A Hub on this machine that serves local directories: `python scripts/hub.py --repo org/name=DIR --port 0`.
 
-It speaks as much of the Hub's protocol as `huggingface_hub` and transformers need to pull a model, so that the way
-from an id to a directory can be walked without a network: start it, set `HF_ENDPOINT` to the URL that it prints.
+It speaks as much of the Hub's protocol as `huggingface_hub` and transformers need to pull a model, or the files of a
+dataset (`--dataset org/name=DIR`), so that the way from an id to a directory can be walked without a network: start
+it, set `HF_ENDPOINT` to the URL that it prints.
 Standard library only.
 """
 
@@ -21,8 +22,10 @@ _CHUNK_BYTES = 1 << 18
 _LARGE = {".safetensors", ".bin", ".pt", ".h5", ".gguf", ".parquet"}
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)$")
 _LICENSE = re.compile(r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---$", re.DOTALL | re.MULTILINE)
-_API = re.compile(r"/api/models/(?P<repo>[^/]+(?:/[^/]+)?)(?:/(?P<what>revision|tree|refs)(?:/(?P<rest>.*))?)?$")
-_RESOLVE = re.compile(r"/(?P<repo>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<path>.+)$")
+_API = re.compile(
+    r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+(?:/[^/]+)?)(?:/(?P<what>revision|tree|refs)(?:/(?P<rest>.*))?)?$"
+)
+_RESOLVE = re.compile(r"/(?P<repo>(?:datasets/)?[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<path>.+)$")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class HubFile:
 
 @dataclass
 class HubRepo:
-    """A model: its commits, each a directory of files, and the branches and tags that name them."""
+    """A model or dataset: its commits, each a directory of files, and the branches and tags that name them."""
 
     id: str
     commits: dict[str, dict[str, HubFile]] = field(default_factory=dict)
@@ -63,7 +66,7 @@ class HubRepo:
 
 
 class Hub:
-    """The server; `with Hub() as hub:` serves until the block ends."""
+    """The server; `with Hub() as hub:` serves until the block ends. repos: a dataset's name begins with `datasets/`."""
 
     def __init__(self, port: int = 0) -> None:
         self.repos: dict[str, HubRepo] = {}
@@ -77,6 +80,11 @@ class Hub:
 
     def add(self, name: str, directory: Path, revision: str = "main") -> HubRepo:
         repo = self.repos.setdefault(name, HubRepo(name))
+        repo.commit(directory, revision)
+        return repo
+
+    def add_dataset(self, name: str, directory: Path, revision: str = "main") -> HubRepo:
+        repo = self.repos.setdefault(f"datasets/{name}", HubRepo(name))
         repo.commit(directory, revision)
         return repo
 
@@ -148,20 +156,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self, *, body: bool) -> None:
         parts = urlsplit(self.path)
-        path = unquote(parts.path)
-        status = self.hub.refuses(self.command, path)
+        status = self.hub.refuses(self.command, unquote(parts.path))
         if status is not None:
             self._refuse(status, "", "the Hub is told to refuse")
-        elif match := _API.match(path):
+        elif match := _API.match(parts.path):  # still quoted: a revision may have slashes of its own
             self._api(
-                match["repo"],
+                match["repo"] if match["kind"] == "models" else f"datasets/{match['repo']}",
                 match["what"],
                 match["rest"] or "",
                 "blobs" in parse_qs(parts.query) and self.hub.tells_sizes(),
                 body,
             )
-        elif match := _RESOLVE.match(path):
-            self._resolve(match["repo"], match["revision"], match["path"], body)
+        elif match := _RESOLVE.match(parts.path):
+            self._resolve(match["repo"], unquote(match["revision"]), unquote(match["path"]), body)
         else:
             self._refuse(404, "", "no such route")
 
@@ -177,11 +184,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"branches": branches, "converts": [], "tags": []}, body)
             return
         revision, _, folder = rest.partition("/")
-        commit = repo.resolve(revision or "main")
+        commit = repo.resolve(unquote(revision) or "main")
         if commit is None:
             self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         elif what == "tree":
-            self._json(_tree(repo.commits[commit], folder), body)
+            self._json(_tree(repo.commits[commit], unquote(folder)), body)
         else:
             self._json(_info(repo, commit, blobs), body)
 
@@ -192,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if repo.token is not None and self.headers.get("Authorization") != f"Bearer {repo.token}":
             status = 403 if "Authorization" in self.headers else 401
-            self._refuse(status, "GatedRepo", f"Access to model {name} is restricted")
+            self._refuse(status, "GatedRepo", f"Access to {name} is restricted")
             return
         commit = repo.resolve(revision)
         if commit is None:
@@ -312,15 +319,16 @@ def _tree(files: dict[str, HubFile], folder: str) -> list[dict[str, object]]:
 def serve(description: str | None, hub_class: type[Hub]) -> None:
     """The command line: serves until it is interrupted."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repo", action="append", required=True, metavar="ORG/NAME=DIRECTORY")
+    parser.add_argument("--repo", action="append", default=[], metavar="ORG/NAME=DIRECTORY", help="a model")
+    parser.add_argument("--dataset", action="append", default=[], metavar="ORG/NAME=DIRECTORY")
     parser.add_argument("--port", type=int, default=0, help="0 takes any that is free")
     options = parser.parse_args()
     hub = hub_class(options.port)
-    for pair in options.repo:
+    for add, pair in [(hub.add, pair) for pair in options.repo] + [(hub.add_dataset, pair) for pair in options.dataset]:
         name, _, directory = pair.partition("=")
         if not Path(directory).is_dir():
             sys.exit(f"there is no directory {directory}")
-        hub.add(name, Path(directory))
+        add(name, Path(directory))
     hub.start()
     print(hub.url, flush=True)
     try:

@@ -3,55 +3,153 @@
 `models/formats/<name>.py` writes the format; this table lets the service refuse at submit what it could not write.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from squeeze.errors import FormatUnfit
-from squeeze.specs import JobSpec
-from squeeze.steps import Format, GroupSize, Quantize
+from squeeze.schemes import Activations, Element, Group, Scheme
+from squeeze.steps import CODE_BITS, Format, Grouped, Quantize
+
+
+@dataclass(frozen=True)
+class Held:
+    """Schemes of one element that a format can hold."""
+
+    element: Element
+    bits: tuple[int, ...]
+    group_sizes: tuple[Group, ...]
+    asymmetric: bool = False
+    activations: tuple[Activations | None, ...] = (None,)
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What one format can hold."""
+    """What one format can hold. mixes: layers of several numbers of bits side by side, where they have no zero points."""
 
-    bits: tuple[int, ...]
-    group_sizes: tuple[GroupSize, ...]
-    asymmetric: bool
+    held: tuple[Held, ...]
     consumers: tuple[str, ...]
+    kv_cache: bool = False
+    mixes: bool = False
 
 
+GROUPS: tuple[Group, ...] = (32, 64, 128, "channel")
 CAPACITIES: dict[Format, Capacity] = {
     "compressed-tensors": Capacity(
-        bits=(2, 3, 4, 8),
-        group_sizes=(32, 64, 128, "channel"),
-        asymmetric=True,
+        held=(
+            Held("int", (2, 3, 4, 8), GROUPS, asymmetric=True),
+            Held("int", (8,), ("channel",), activations=("int8",)),
+            Held("float8", (8,), ("channel", "tensor"), activations=(None, "float8", "float8-static")),
+            Held("float4", (4,), (16, 32)),
+        ),
         consumers=("transformers", "vllm"),
+        kv_cache=True,
+        mixes=True,
     ),
     "gptq": Capacity(
-        bits=(2, 3, 4, 8),
-        group_sizes=(32, 64, 128, "channel"),
-        asymmetric=True,
+        held=(Held("int", (2, 3, 4, 8), GROUPS, asymmetric=True),),
         consumers=("transformers", "gptqmodel", "vllm"),
+    ),
+    "awq": Capacity(
+        held=(Held("int", (4,), GROUPS, asymmetric=True),),
+        consumers=("transformers", "vllm"),
+    ),
+    "bitsandbytes": Capacity(
+        held=(Held("nf4", (4,), (64,)), Held("int", (8,), ("channel",), activations=("llm-int8",))),
+        consumers=("transformers",),
+    ),
+    "safetensors": Capacity(
+        held=(Held("bfloat16", (16,), ("channel",)), Held("float16", (16,), ("channel",))),
+        consumers=("transformers", "vllm"),
+    ),
+    "gguf": Capacity(
+        held=(
+            Held("ggml", (2, 3, 4, 5, 6, 8), (16, 32), asymmetric=True),
+            Held("int", (4,), GROUPS, asymmetric=True),
+            Held("int", (8,), GROUPS),
+            Held("bfloat16", (16,), ("channel",)),
+            Held("float16", (16,), ("channel",)),
+        ),
+        consumers=("llama.cpp",),
+    ),
+    "onnx": Capacity(
+        held=(Held("int", (4, 8), GROUPS, asymmetric=True),),
+        consumers=("onnxruntime",),
     ),
 }
 
 
-def refuse_unfit(spec: JobSpec) -> None:
+def holders(scheme: Scheme) -> tuple[Format, ...]:
+    """The formats that can hold a scheme, the most widely loaded first."""
+    return tuple(name for name in CAPACITIES if not misfit(name, scheme))
+
+
+def misfit(name: Format, scheme: Scheme) -> tuple[str, object, tuple[object, ...]] | None:
+    """What of a scheme a format can't hold: the field of the step, its value, what would do. None: it can hold it."""
+    found: tuple[str, object, tuple[object, ...]] | None = None
+    for held in CAPACITIES[name].held:
+        if held.element != scheme.element or scheme.activations not in held.activations:
+            continue
+        found = None
+        for field, value, fits in (
+            ("bits", scheme.bits, held.bits),
+            ("group_size", scheme.group_size, held.group_sizes),
+            ("symmetric", scheme.symmetric, (True, False) if held.asymmetric else (True,)),
+        ):
+            if value not in fits:
+                found = (field, value, fits)
+                break
+        if found is None:
+            return None
+    return found or ("method", scheme.element, tuple(dict.fromkeys(held.element for held in CAPACITIES[name].held)))
+
+
+def candidates(step: Grouped, formats: Sequence[Format]) -> tuple[int, ...]:
+    """The numbers of bits that a layer may get where the step allots them: those that all these formats hold."""
+    schemes = (Scheme("int", bits, step.group_size, step.symmetric) for bits in CODE_BITS)
+    return tuple(scheme.bits for scheme in schemes if not any(misfit(name, scheme) for name in formats))
+
+
+def refuse_unfit(steps: Sequence[object], formats: Sequence[Format]) -> None:
     """Raises FormatUnfit, naming the parameter and what would do, where a format can't hold what a step makes."""
-    for number, step in enumerate(spec.steps):
+    for number, step in enumerate(steps):
         if not isinstance(step, Quantize):
             continue
-        for name in spec.formats:
-            capacity = CAPACITIES[name]
-            asked: tuple[tuple[str, object, tuple[object, ...]], ...] = (
-                ("bits", step.bits, capacity.bits),
-                ("group_size", step.group_size, capacity.group_sizes),
-                ("symmetric", step.symmetric, (True, False) if capacity.asymmetric else (True,)),
+        for name in formats:
+            if step.kv_cache is not None and not CAPACITIES[name].kv_cache:
+                able = ", ".join(one for one, capacity in CAPACITIES.items() if capacity.kv_cache)
+                raise FormatUnfit(
+                    f"{name} can't hold scales of a key/value cache; {able} can. Leave `kv_cache` or {name} out.",
+                    param=f"steps.{number}.kv_cache",
+                )
+            if isinstance(step, Grouped) and step.bits == "auto":
+                _refuse_unmixed(number, step, name)
+            reason = misfit(name, step.scheme())
+            if reason is None:
+                continue
+            field, value, fits = reason
+            if field not in type(step).model_fields or field == "method":
+                able = ", ".join(holders(step.scheme())) or "no format"
+                raise FormatUnfit(
+                    f"{name} can't hold what {step.method} makes; {able} can. Change `formats`.", param="formats"
+                )
+            raise FormatUnfit(
+                f"{name} can't hold {field}={value}; it holds {', '.join(map(str, fits))}. "
+                f"Change the step or leave {name} out of `formats`.",
+                param=f"steps.{number}.{field}",
             )
-            for field, value, held in asked:
-                if value not in held:
-                    raise FormatUnfit(
-                        f"{name} can't hold {field}={value}; it holds {', '.join(map(str, held))}. "
-                        f"Change the step or leave {name} out of `formats`.",
-                        param=f"steps.{number}.{field}",
-                    )
+
+
+def _refuse_unmixed(number: int, step: Grouped, name: Format) -> None:
+    """Raises FormatUnfit where a format can't hold layers of several numbers of bits side by side."""
+    if not CAPACITIES[name].mixes:
+        able = ", ".join(one for one, capacity in CAPACITIES.items() if capacity.mixes)
+        raise FormatUnfit(
+            f"{name} can't hold layers of several numbers of bits so that all who load it understand; {able} can. "
+            f"Leave {name} out of `formats`, or take one number of bits for all.",
+            param=f"steps.{number}.bits",
+        )
+    if not step.symmetric:
+        raise FormatUnfit(
+            f"{name} can't hold zero points where layers have several numbers of bits. Take `symmetric`: true.",
+            param=f"steps.{number}.symmetric",
+        )

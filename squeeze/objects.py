@@ -142,6 +142,16 @@ class Deleted(Answer):
     deleted: Literal[True] = True
 
 
+class Load(Answer):
+    """One consumer that was given one result in a fresh process."""
+
+    settings: str = Field(description="Of the step, for example `bits 4, group_size 128`.")
+    format: str
+    consumer: str
+    version: str | None
+    outcome: Literal["passed", "failed", "not checked"]
+
+
 class Method(Answer):
     kind: str
     method: str
@@ -153,6 +163,7 @@ class Method(Answer):
         description="format -> what of the method it can hold, and who loads it."
     )
     needs: list[str] = Field(description="What it needs: `calibration data`, `gpu` …")
+    loads: list[Load] = Field(description="Who loaded what on the bundled model, when this release was made.")
 
 
 class Obstacle(Answer):

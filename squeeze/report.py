@@ -25,7 +25,10 @@ class Source(Part):
 class Text(Part):
     """Where token batches came from."""
 
-    origin: str = Field(description="`standard library of Python 3.x` or the id of an uploaded file.")
+    origin: str = Field(
+        description="`standard library of Python 3.x`, the id of an uploaded file, a Hub dataset's split at a commit "
+        "(`hub:org/name@commit:split`), or how the model sampled it itself."
+    )
     generic: bool
     sequences: int
     sequence_length: int
@@ -46,15 +49,59 @@ class Quality(Part):
     top1_agreement: float | None
 
 
+class Cast(Part):
+    """What a cast to a 16-bit type lost beyond the usual rounding, in numbers of weights."""
+
+    saturated: int = Field(description="Beyond the largest number of the type; became that.")
+    zeroed: int = Field(description="Too small for the type; became zero.")
+    denormal: int = Field(description="So small that the type holds them with fewer bits than the others.")
+
+
 class Layer(Part):
     """One compressed linear."""
 
     name: str
+    element: str = Field("int", description="Of a code: `int`, `float8`, `float4`, `nf4`, or llama.cpp's block type.")
     bits: int
     group_size: int
     relative_error: float = Field(description="tr(ΔW H ΔWᵀ) / tr(W H Wᵀ); H = identity where no data was used.")
     damping: float | None = None
     damping_escalations: int = 0
+    instead: str | None = Field(None, description="What compressed it where the method itself could not, and why.")
+    cast: Cast | None = Field(None, description="Of a cast alone.")
+
+
+class Trial(Part):
+    """What rounding one layer to so many bits would cost, as predicted before anything was rounded for good."""
+
+    bits: int
+    divergence_nats: float = Field(description="½ tr(G ΔW H ΔWᵀ), G the second moment of the output's gradients.")
+
+
+class Allotment(Part):
+    """One layer's candidates, and what it got."""
+
+    name: str
+    weights: int
+    trials: list[Trial]
+    bits: int = Field(description="Chosen. Layers that engines compute as one get the same.")
+
+
+class Optimum(Part):
+    """The best that some budget allows."""
+
+    bits: float = Field(description="Of a code, on average over the compressed weights.")
+    divergence_nats: float = Field(description="Predicted: the sum over all layers.")
+
+
+class Allocation(Part):
+    """How a budget of bits was shared out among the layers (bits `auto`)."""
+
+    measure: str = Field(description="How the cost of a candidate was predicted, and on what.")
+    bits: float = Field(description="Of a code, on average over the compressed weights, as chosen.")
+    divergence_nats: float = Field(description="Predicted for this choice; the measured one is in `quality`.")
+    layers: list[Allotment]
+    curve: list[Optimum] = Field(description="Of other budgets, from the least to the most bits.")
 
 
 class Block(Part):
@@ -112,6 +159,7 @@ class Report(Part):
     calibration: Text | None
     quality: Quality | None
     bits_per_weight: float
+    allocation: Allocation | None = Field(None, description="Of bits `auto` alone.")
     sizes: list[Size]
     blocks: list[Block]
     damping_escalations: int = Field(description="How often a factorisation failed and was tried with more damping.")

@@ -5,29 +5,88 @@ refuse the same things with the same words.
 """
 
 import re
-from typing import Annotated, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, field_validator, model_validator
 
+from squeeze.formats import holders
 from squeeze.steps import Format, Quantize, Step, Wire
 
 HUB_ID = re.compile(r"^(?P<repo>[\w.-]{1,96}/[\w.-]{1,96}|[\w.-]{1,96})(@(?P<revision>[\w./-]{1,128}))?$", re.ASCII)
 OWN_ID = re.compile(r"^(job|file)-[0-9a-z]{8,64}$")
+
+SELF = "self"  # the model samples its own text
+_FILE = r"file-[0-9a-z]{8,64}"
+_NAME = r"[0-9A-Za-z_.-]{1,96}"
+_HUB_TEXT = rf"hub:{_NAME}(/{_NAME})?(@[0-9A-Za-z_./-]{{1,128}})?(:{_NAME}(/{_NAME})?)?"
 
 Metadata = dict[
     Annotated[str, StringConstraints(min_length=1, max_length=64)], Annotated[str, StringConstraints(max_length=512)]
 ]
 
 
+@dataclass(frozen=True)
+class HubText:
+    """`hub:org/name[@revision][:part]`. part: `split` or `subset/split`; None: the usual one."""
+
+    repo: str
+    revision: str | None
+    part: str | None
+
+
+def hub_text(source: str | None) -> HubText | None:
+    """What a source that is a Hub dataset names; None for the others."""
+    if source is None or not source.startswith("hub:"):
+        return None
+    name, _, part = source.removeprefix("hub:").partition(":")
+    repo, _, revision = name.partition("@")
+    return HubText(repo, revision or None, part or None)
+
+
+def _names_a_text(value: str) -> str:
+    if value == SELF or re.fullmatch(_FILE, value):
+        return value
+    if not re.fullmatch(_HUB_TEXT, value) or ".." in value:
+        raise ValueError(
+            "name an uploaded file (file-…), a Hub dataset (hub:org/name, hub:org/name:split or "
+            "hub:org/name:subset/split), or self"
+        )
+    return value
+
+
+def _names_a_foreign_text(value: str) -> str:
+    if value == SELF:
+        raise ValueError("a model that is judged on text of its own making looks better than it is; name another text")
+    return _names_a_text(value)
+
+
+_Source = Annotated[
+    str,
+    AfterValidator(_names_a_text),
+    WithJsonSchema({"type": "string", "pattern": f"^({_FILE}|{_HUB_TEXT}|{SELF})$"}),
+]
+_ForeignSource = Annotated[
+    str,
+    AfterValidator(_names_a_foreign_text),
+    WithJsonSchema({"type": "string", "pattern": f"^({_FILE}|{_HUB_TEXT})$"}),
+]
+_COLUMN = (
+    "The column (or JSONL field) that holds the text, where it is not `text`, `prompt` and `completion`, or `messages`."
+)
+
+
 class Data(Wire):
     """The text that calibration and, unless `evaluation` names its own, evaluation look at."""
 
-    source: str | None = Field(
+    source: _Source | None = Field(
         None,
-        pattern=r"^file-[0-9a-z]{8,64}$",
-        description="An uploaded file (`file-…`). Left out: a generic text that comes with the installation; figures "
-        "on it say little about your own text, and the report says so.",
+        description="An uploaded file (`file-…`); a Hub dataset (`hub:org/name`, `hub:org/name:split` or "
+        "`hub:org/name:subset/split`, with `@revision` after the name where it isn't `main`); or `self`: the model "
+        "samples its own calibration text, for which it must fit in memory whole. Left out: a generic text that comes "
+        "with the installation; figures on it say little about your own text, and the report says so.",
     )
+    column: str | None = Field(None, min_length=1, max_length=128, description=_COLUMN)
     samples: int = Field(128, ge=1, le=65536, description="Calibration sequences.")
     sequence_length: int = Field(
         2048,
@@ -44,11 +103,12 @@ class Evaluation(Wire):
     divergence: bool = Field(
         True, description="Kullback–Leibler divergence (nats a token) and top-1 agreement against the original."
     )
-    source: str | None = Field(
+    source: _ForeignSource | None = Field(
         None,
-        pattern=r"^file-[0-9a-z]{8,64}$",
-        description="An uploaded file to evaluate on; left out: a held-out part of `data`.",
+        description="An uploaded file (`file-…`) or a Hub dataset (`hub:org/name[:split]`) to evaluate on. Left out: a "
+        "held-out part of `data`; of the generic text where that is `self`.",
     )
+    column: str | None = Field(None, min_length=1, max_length=128, description=_COLUMN)
     samples: int = Field(32, ge=1, le=65536, description="Evaluation windows.")
     stride: int | None = Field(
         None,
@@ -62,6 +122,12 @@ class Limits(Wire):
 
     max_runtime_seconds: int = Field(86400, ge=1, le=30 * 86400, description="Of one attempt; then it fails.")
     gpus: int = Field(0, ge=0, le=1, description="0: whatever the worker has (a GPU, or the CPU). 1: a GPU only.")
+
+
+def _default_formats(fields: dict[str, Any]) -> tuple[Format, ...]:
+    """The most widely loaded format that holds what the steps make."""
+    schemes = [step.scheme() for step in fields.get("steps", ()) if isinstance(step, Quantize)]
+    return (holders(schemes[-1]) if schemes else ())[:1] or ("compressed-tensors",)
 
 
 class JobSpec(Wire):
@@ -78,7 +144,9 @@ class JobSpec(Wire):
     data: Data = Data()
     evaluation: Evaluation = Evaluation()
     formats: tuple[Format, ...] = Field(
-        ("compressed-tensors",), min_length=1, description="One directory is written for each."
+        default_factory=_default_formats,
+        min_length=1,
+        description="One directory is written for each. Left out: compressed-tensors, or what else holds the result.",
     )
     limits: Limits = Limits()
     seed: int = Field(0, ge=0, lt=2**63, description="Of the calibration draw.")
@@ -108,6 +176,13 @@ class JobSpec(Wire):
         if len(set(value)) != len(value):
             raise ValueError("name each format once")
         return value
+
+    @model_validator(mode="after")
+    def _columns_are_of_files(self) -> Self:
+        for name, part in (("data", self.data), ("evaluation", self.evaluation)):
+            if part.column is not None and part.source in (None, SELF):
+                raise ValueError(f"{name}.column names a column, but {name}.source names no file or dataset")
+        return self
 
     @model_validator(mode="after")
     def _quantizes_once_and_last(self) -> Self:

@@ -4,13 +4,20 @@ A method is found by its name: `kind` and `method` here are the folder and the f
 (`quantize`, `gptq` -> `models/quantize/gptq.py`). A new method adds its class here and that file, nothing else.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from squeeze.schemes import Activations, Scheme
 
 Kind = Literal["quantize"]
-Format = Literal["compressed-tensors", "gptq"]
+Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx", "gguf"]
 GroupSize = Literal[32, 64, 128, "channel"]
+Statistic = Literal["moments", "hessian"]
+Mixture = Literal["q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"]
+
+CODE_BITS = (2, 3, 4, 8)  # of the integer codes of `Grouped`
+USUAL_BITS = 4
 
 
 class Wire(BaseModel):
@@ -20,32 +27,101 @@ class Wire(BaseModel):
 
 
 class Quantize(Wire):
-    """What every weight quantization shares."""
+    """What every weight quantization shares.
+
+    What a method needs of the calibration inputs of each linear is `statistics`: per-column `moments`, the `hessian`,
+    or nothing. A method that works on whole blocks (`by_block`) sees the inputs themselves.
+    """
 
     kind: Literal["quantize"] = "quantize"
     method: str
-    bits: Literal[2, 3, 4, 8] = Field(4, description="Bits per weight code.")
-    group_size: GroupSize = Field(
-        128, description="Input columns that share one scale; `channel`: one scale for each output row."
-    )
-    symmetric: bool = Field(True, description="True: the zero point is the middle of the range; False: it is stored.")
     ignore: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(
         (),
         max_length=64,
         description="Linear layers to leave in 16 bits: shell patterns over their full names, for example "
         "`model.layers.0.*` or `*.down_proj`. Embeddings, norms and the output head are always left alone.",
     )
-    needs_calibration: ClassVar[bool]
+    kv_cache: Literal["fp8"] | None = Field(
+        None,
+        description="`fp8`: keys and values are cached in 8 bits by engines that can (vLLM), with a scale a layer that "
+        "this step finds on the calibration text. Left out: in 16 bits. Only compressed-tensors holds such scales.",
+    )
+    statistics: ClassVar[frozenset[Statistic]] = frozenset()
+    by_block: ClassVar[bool] = False
+
+    def wanted(self) -> frozenset[Statistic]:
+        """The statistics that this step needs, where its options decide."""
+        return self.statistics
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether it looks at what the layers that it compresses are given."""
+        return bool(self.wanted()) or self.by_block or self.kv_cache is not None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it looks at text."""
+        return self.reads_inputs
+
+    def scheme(self) -> Scheme:
+        """How a linear's weights are stored, where nothing makes an exception."""
+        raise TypeError(f"{type(self).__name__} says no scheme")
 
 
-class RTN(Quantize):
+class Grouped(Quantize):
+    """What the methods share that round to integer codes with a scale for every group of input columns."""
+
+    bits: Literal[2, 3, 4, 8, "auto"] = Field(
+        4,
+        description="Bits per weight code. `auto`: every layer gets as many as its share of the loss is worth, within "
+        "`target_bits` or `target_bytes`.",
+    )
+    target_bits: float | None = Field(
+        None,
+        ge=2,
+        le=8,
+        description="With bits `auto`: bits of a weight code, on average over the weights of the compressed layers; "
+        "scales come on top, as they do with a fixed number of bits.",
+    )
+    target_bytes: int | None = Field(
+        None, ge=1, description="With bits `auto`: the most that all weight files of the result may take."
+    )
+    group_size: GroupSize = Field(
+        128, description="Input columns that share one scale; `channel`: one scale for each output row."
+    )
+    symmetric: bool = Field(True, description="True: the zero point is the middle of the range; False: it is stored.")
+
+    @model_validator(mode="after")
+    def _has_a_target_where_it_allots(self) -> Self:
+        targets = [name for name in ("target_bits", "target_bytes") if getattr(self, name) is not None]
+        if self.bits == "auto" and len(targets) != 1:
+            raise ValueError("bits `auto` takes one of target_bits and target_bytes")
+        if self.bits != "auto" and targets:
+            raise ValueError(f"{targets[0]} goes with bits `auto`")
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        return super().needs_calibration or self.bits == "auto"
+
+    @property
+    def average_bits(self) -> float:
+        """Of a code, as far as the request tells: of a target in bytes it tells nothing."""
+        return (self.target_bits or USUAL_BITS) if self.bits == "auto" else self.bits
+
+    def scheme(self) -> Scheme:
+        """With bits `auto`: of a layer that gets what the average says, rounded up."""
+        bits = next(bits for bits in CODE_BITS if bits >= self.average_bits)
+        return Scheme("int", bits, self.group_size, self.symmetric)
+
+
+class RTN(Grouped):
     """Round to nearest: no data, the quickest, the least exact."""
 
     method: Literal["rtn"]
-    needs_calibration = False
 
 
-class GPTQ(Quantize):
+class GPTQ(Grouped):
     """Rounds column by column and makes the columns still to come pay for the error (arXiv 2210.17323)."""
 
     method: Literal["gptq"]
@@ -57,10 +133,198 @@ class GPTQ(Quantize):
     damping: float = Field(
         0.01, gt=0, le=1, description="Share of the Hessian's mean diagonal that is added to its diagonal."
     )
-    needs_calibration = True
+    statistics = frozenset({"hessian"})
 
 
-METHODS: tuple[type[Quantize], ...] = (RTN, GPTQ)
+class AWQ(Grouped):
+    """Scales up the input columns that matter before rounding, where something before them can take the scale over,
+    and clips each group's range where that costs least (arXiv 2306.00978).
+    """
+
+    method: Literal["awq"]
+    grid: int = Field(20, ge=1, le=100, description="Strengths of the scaling that are tried, besides none at all.")
+    statistics = frozenset({"hessian"})
+
+
+class AutoRound(Grouped):
+    """Learns which way each weight is rounded, and how far each group's grid reaches, by sign-gradient descent on the
+    outputs of a whole block (SignRound, arXiv 2309.05516).
+    """
+
+    method: Literal["autoround"]
+    iterations: int = Field(
+        200, ge=0, le=5000, description="Steps of the descent in each block; 0: rounds to nearest on a searched grid."
+    )
+    by_block = True
+
+
+class HQQ(Grouped):
+    """Rounds to nearest on a grid that a half-quadratic solver fits to the bulk of the weights (Badri and Shaji 2023).
+    No data.
+    """
+
+    method: Literal["hqq"]
+
+
+class SmoothQuant(Quantize):
+    """Eight-bit integers on both sides of the multiplication: weights with a scale a row, activations with one a token,
+    their outliers first moved into the weights, where something before them can take the scale over (arXiv 2211.10438).
+    """
+
+    method: Literal["smoothquant"]
+    alpha: float = Field(
+        0.5, ge=0, le=1, description="How much of the outliers moves into the weights: 0 nothing, 1 all of it."
+    )
+    rounding: Literal["rtn", "gptq"] = Field("rtn", description="How the scaled weights are rounded.")
+    statistics = frozenset({"moments"})
+
+    def wanted(self) -> frozenset[Statistic]:
+        return self.statistics | {"hessian"} if self.rounding == "gptq" else self.statistics
+
+    def scheme(self) -> Scheme:
+        return Scheme("int", 8, "channel", activations="int8")
+
+
+class FP8(Quantize):
+    """Eight-bit floating-point numbers (E4M3) on both sides of the multiplication, or for the weights alone."""
+
+    method: Literal["fp8"]
+    group_size: Literal["channel", "tensor"] = Field(
+        "channel", description="What of the weights shares one scale: an output row, or a layer's whole weight."
+    )
+    activations: Literal["dynamic", "static", "none"] = Field(
+        "dynamic",
+        description="`dynamic`: a scale a token, found as it runs; no data is needed. `static`: one scale a layer, "
+        "found on the calibration text. `none`: activations stay in 16 bits.",
+    )
+
+    def wanted(self) -> frozenset[Statistic]:
+        return frozenset({"moments"}) if self.activations == "static" else frozenset()
+
+    def scheme(self) -> Scheme:
+        rounded: dict[str, Activations | None] = {"dynamic": "float8", "static": "float8-static", "none": None}
+        return Scheme("float8", 8, self.group_size, activations=rounded[self.activations])
+
+
+class MXFP4(Quantize):
+    """Four-bit floating-point weights (E2M1) in blocks of 32 under a power of two; no data."""
+
+    method: Literal["mxfp4"]
+
+    def scheme(self) -> Scheme:
+        return Scheme("float4", 4, 32)
+
+
+class NVFP4(Quantize):
+    """Four-bit floating-point weights (E2M1) in blocks of 16 under an eight-bit scale; no data."""
+
+    method: Literal["nvfp4"]
+
+    def scheme(self) -> Scheme:
+        return Scheme("float4", 4, 16)
+
+
+class NF4(Quantize):
+    """Rounds to the quantiles of a normal distribution, in blocks of 64 with one scale (QLoRA, arXiv 2305.14314 §3).
+    What bitsandbytes loads in 4 bits. No data.
+    """
+
+    method: Literal["nf4"]
+    double_quantization: bool = Field(
+        True, description="Store the scales themselves in 8 bits: 4.13 bits a weight instead of 4.5."
+    )
+
+    def scheme(self) -> Scheme:
+        return Scheme("nf4", 4, 64, nested=self.double_quantization)
+
+
+class Int8(Quantize):
+    """Integers of 8 bits with one scale for each output row; whoever runs them rounds the activations too, but for
+    columns that hold an outlier of 6 or more (LLM.int8(), arXiv 2208.07339). bitsandbytes' 8 bits. No data.
+    """
+
+    method: Literal["int8"]
+
+    def scheme(self) -> Scheme:
+        return Scheme("int", 8, "channel", activations="llm-int8")
+
+
+class Cast(Quantize):
+    """What the 16-bit casts share: every floating-point tensor of the model takes the type, not only linears."""
+
+    ignore: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(
+        (), max_length=0, description="Must be empty: a cast leaves nothing out."
+    )
+
+
+class BF16(Cast):
+    """A cast of the whole model to bfloat16. No data."""
+
+    method: Literal["bf16"]
+
+    def scheme(self) -> Scheme:
+        return Scheme("bfloat16", 16, "channel")
+
+
+class FP16(Cast):
+    """A cast of the whole model to float16. Weights beyond ±65,504 become that, and are counted. No data."""
+
+    method: Literal["fp16"]
+
+    def scheme(self) -> Scheme:
+        return Scheme("float16", 16, "channel")
+
+
+# Of the most frequent block type: bits, inputs that share a scale, whether there is no offset.
+MIXTURES: dict[Mixture, tuple[int, int, bool]] = {
+    "q2_k": (2, 16, False),
+    "q2_k_s": (2, 16, False),
+    "q3_k_s": (3, 16, True),
+    "q3_k_m": (3, 16, True),
+    "q3_k_l": (3, 16, True),
+    "q4_k_s": (4, 32, False),
+    "q4_k_m": (4, 32, False),
+    "q5_k_s": (5, 32, False),
+    "q5_k_m": (5, 32, False),
+    "q6_k": (6, 16, True),
+}
+
+
+class KQuant(Quantize):
+    """llama.cpp's K-quants: blocks of 2 to 6 bits in its own mixtures, with GPTQ's error feedback on their grids."""
+
+    method: Literal["kquant"]
+    mixture: Mixture = Field(
+        "q4_k_m",
+        description="Which block types the layers get, by llama.cpp's names: the number is the bits of most layers, "
+        "`s`, `m` and `l` how many layers that matter get more.",
+    )
+    damping: float = Field(
+        0.01, gt=0, le=1, description="Share of the Hessian's mean diagonal that is added to its diagonal."
+    )
+    statistics = frozenset({"hessian"})
+
+    def scheme(self) -> Scheme:
+        bits, group, symmetric = MIXTURES[self.mixture]
+        return Scheme("ggml", bits, group, symmetric, ggml=f"q{bits}_k")
+
+
+METHODS: tuple[type[Quantize], ...] = (
+    RTN,
+    GPTQ,
+    AWQ,
+    AutoRound,
+    HQQ,
+    SmoothQuant,
+    FP8,
+    MXFP4,
+    NVFP4,
+    NF4,
+    Int8,
+    BF16,
+    FP16,
+    KQuant,
+)
 
 
 def _tag(value: Any) -> str | None:
@@ -75,7 +339,7 @@ def tag_of(method: type[Quantize]) -> str:
     return ".".join(get_args(method.model_fields[name].annotation)[0] for name in ("kind", "method"))
 
 
-Step = Annotated[
-    Annotated[RTN, Tag("quantize.rtn")] | Annotated[GPTQ, Tag("quantize.gptq")],
-    Discriminator(_tag),
-]
+if TYPE_CHECKING:
+    Step = Quantize
+else:
+    Step = Annotated[Union[tuple(Annotated[one, Tag(tag_of(one))] for one in METHODS)], Discriminator(_tag)]  # noqa: UP007 - of as many as there are

@@ -17,7 +17,7 @@ import workers.warm  # noqa: F401 - for its imports
 from models import pipeline
 from models.engine import SNAPSHOT_SECONDS
 from squeeze.specs import JobSpec
-from storage import Storage, open_storage
+from storage import open_storage
 from workers.alone import take
 from workers.channel import Channel, Teller
 from workers.failures import meaning
@@ -25,7 +25,7 @@ from workers.processors import count
 from workers.pull import pull
 from workers.request import Request
 from workers.results import REPORT, upload
-from workers.sources import uploaded
+from workers.texts import Texts
 
 
 def run(channel: Channel) -> int:
@@ -59,8 +59,9 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
     spec = request.parsed()
     _settle(spec)
     storage = open_storage(request.storage_url)
+    texts = Texts(request, spec, teller)
     pulled = pull(request, spec, storage, lambda directory: pipeline.check(spec, directory), teller)
-    texts = _texts(request, spec, storage)
+    calibration, evaluation = texts.fetch(storage)
     _go_offline()
     outcome = pipeline.run(
         pipeline.Inputs(
@@ -69,12 +70,15 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
             model_name=pulled.name,
             revision=pulled.revision,
             license=pulled.license,
-            calibration_text=texts.get(spec.data.source),
-            evaluation_text=texts.get(spec.evaluation.source),
+            calibration_text=calibration.path if calibration else None,
+            evaluation_text=evaluation.path if evaluation else None,
+            calibration_origin=calibration.origin if calibration else None,
+            evaluation_origin=evaluation.origin if evaluation else None,
             work=_made(request.scratch_path / "work"),
             out=_emptied(request.scratch_path / "out"),
             device=request.device,
-            vllm_python=Path(request.vllm_python) if request.vllm_python else None,
+            consumers={name: Path(python) for name, python in request.consumers.items()},
+            activation_bytes=request.activation_bytes,
             job_id=request.job_id,
             snapshot_seconds=snapshot_seconds,
         ),
@@ -105,13 +109,6 @@ def _go_offline() -> None:
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         os.environ.pop(name, None)
-
-
-def _texts(request: Request, spec: JobSpec, storage: Storage) -> dict[str | None, Path]:
-    """The uploaded texts that the job names, by their ids."""
-    names = {spec.data.source, spec.evaluation.source} - {None}
-    folder = request.scratch_path / "data"
-    return {name: uploaded(request.data[name], folder, storage) for name in names if name is not None}
 
 
 def _made(path: Path) -> Path:

@@ -19,8 +19,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
-from squeeze.errors import HubUnavailable, ModelMalformed
-from workers.hub import TIMEOUT_SECONDS, Repo, RepoFile, plain_words
+from squeeze.errors import HubUnavailable
+from workers.hub import TIMEOUT_SECONDS, Repo, RepoFile, broken, plain_words
 
 _CHUNK_BYTES = 1 << 18  # what is lost when the process is killed, so not too large
 _WINDOW_BYTES = 4 << 30  # some of the Hub's mirrors refuse to send more than 50 GB in one answer
@@ -44,7 +44,7 @@ class Snapshot:
     """A commit's directory in the cache: links to blobs named by digest, as the Hub's client lays them out."""
 
     def __init__(self, cache: Path, repo: Repo) -> None:
-        folder = "models--" + repo.id.replace("/", "--")
+        folder = f"{repo.kind}s--" + repo.id.replace("/", "--")
         self._repo = repo
         self._files = {file.name: file for file in repo.files}
         self._blobs = cache / folder / "blobs"
@@ -91,8 +91,9 @@ class Snapshot:
                 self._download(file, tell, stop)
                 self._part(file).replace(blob)
             if not link.exists():
+                link.parent.mkdir(parents=True, exist_ok=True)
                 link.unlink(missing_ok=True)
-                link.symlink_to(Path("..", "..", "blobs", file.digest))
+                link.symlink_to(os.path.relpath(blob, link.parent))
 
     def _download(self, file: RepoFile, tell: Tell, stop: threading.Event) -> None:
         for _ in range(2):  # a part that was damaged on disk shows at its end; then once more from nothing
@@ -101,9 +102,10 @@ class Snapshot:
                 if part.is_right():
                     return
                 part.restart()
-        raise ModelMalformed(
+        raise broken(
+            self._repo.kind,
             f"{self._repo.id}/{file.name} as it arrives is not what {constants.ENDPOINT} says it is (its digest "
-            "differs, twice): the file is damaged there or on the way."
+            "differs, twice): the file is damaged there or on the way.",
         )
 
     def _complete(self, part: "_Part", file: RepoFile, stop: threading.Event) -> None:
@@ -112,7 +114,7 @@ class Snapshot:
         while part.have < file.size_bytes:
             before = part.have
             try:
-                with plain_words(self._repo.id, self._repo.commit):
+                with plain_words(self._repo.id, self._repo.commit, self._repo.kind):
                     for chunk in self._window(file, part.have):
                         if stop.is_set():
                             raise _Abandoned
@@ -131,7 +133,11 @@ class Snapshot:
         end = min(start + _WINDOW_BYTES, file.size_bytes)
         headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         with get_session().stream(
-            "GET", self._repo.url(file.name), headers=headers, timeout=TIMEOUT_SECONDS, follow_redirects=True
+            "GET",
+            self._repo.url(file.beginning_of or file.name),
+            headers=headers,
+            timeout=TIMEOUT_SECONDS,
+            follow_redirects=True,
         ) as response:
             if response.status_code == 416:
                 raise _RangeIgnored

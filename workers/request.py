@@ -34,7 +34,8 @@ class Request:
     storage_url: str
     device: str
     model_roots: tuple[str, ...] = ()
-    vllm_python: str | None = None
+    consumers: dict[str, str] = field(default_factory=dict)
+    activation_bytes: int | None = None
     revision: str | None = None
     source: tuple[StoredFile, ...] = ()
     data: dict[str, StoredFile] = field(default_factory=dict)

@@ -41,7 +41,7 @@ def demand(
 
 
 def _written_bytes(spec: JobSpec, source_bytes: int) -> int:
-    bits = min((step.bits for step in spec.steps if isinstance(step, Quantize)), default=_SOURCE_BITS)
+    bits = min((step.scheme().bits for step in spec.steps if isinstance(step, Quantize)), default=_SOURCE_BITS)
     return int(len(spec.formats) * source_bytes * min(1.0, bits / _SOURCE_BITS + _OVERHEAD_SHARE))
 
 

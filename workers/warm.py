@@ -5,13 +5,15 @@ Seconds for every job otherwise. Modules alone: nothing here may run an operatio
 
 import importlib
 
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+
 from squeeze.architectures import ARCHITECTURES
 from squeeze.formats import CAPACITIES
 from squeeze.steps import METHODS, tag_of
 
 importlib.import_module("transformers.models.auto.modeling_auto")
 importlib.import_module("transformers.models.auto.tokenization_auto")
-for _name in ARCHITECTURES:
+for _name in map(model_type_to_module_name, ARCHITECTURES):
     importlib.import_module(f"transformers.models.{_name}.modeling_{_name}")
 for _format in CAPACITIES:
     importlib.import_module(f"models.formats.{_format.replace('-', '_')}")

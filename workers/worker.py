@@ -137,7 +137,7 @@ class Worker:
             data = {
                 name: _data(session, claim, name, param)
                 for name, param in ((spec.data.source, "data.source"), (spec.evaluation.source, "evaluation.source"))
-                if name is not None
+                if name is not None and OWN_ID.match(name)
             }
         scratch = self._scratch(claim.job_id)
         for folder in (scratch, self._settings.cache):
@@ -154,7 +154,8 @@ class Worker:
             storage_url=self._settings.storage_url,
             device=self._device,
             model_roots=tuple(str(root) for root in self._settings.model_roots),
-            vllm_python=str(self._settings.vllm_python) if self._settings.vllm_python else None,
+            consumers={name: str(python) for name, python in self._settings.consumers.items()},
+            activation_bytes=self._settings.activation_bytes,
             revision=record.model_revision,
             source=source,
             data=data,

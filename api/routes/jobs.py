@@ -78,7 +78,7 @@ def submit(
     `cancelled`. With an `Idempotency-Key` a repeated request gives the job of the first one; with another body it is
     refused.
     """
-    refuse_unfit(spec)
+    refuse_unfit(spec.steps, spec.formats)
     directory_of(spec.model, service.settings.model_roots)
     body_hash = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
     with service.database.write() as session:

@@ -1,6 +1,8 @@
 """What can be asked for: every method with its parameters."""
 
 import inspect
+import json
+from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter
@@ -10,7 +12,8 @@ from api.problems import refusals
 from squeeze.architectures import ARCHITECTURES, HELD_BY
 from squeeze.errors import ServiceUnavailable, Unauthenticated
 from squeeze.formats import CAPACITIES
-from squeeze.objects import Method, Page
+from squeeze.objects import Load, Method, Page
+from squeeze.schemes import Element
 from squeeze.steps import METHODS, Quantize, tag_of
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"])
@@ -25,23 +28,36 @@ def list_methods(project: Project) -> Page[Method]:  # noqa: ARG001 (asked for s
 
 def _method(step: type[Quantize]) -> Method:
     kind, method = tag_of(step).split(".")
+    usual = step.model_construct(method=method)
     return Method(
         kind=kind,
         method=method,
         description=inspect.getdoc(step) or "",
         parameters=step.model_json_schema(),
         architectures=list(ARCHITECTURES),
-        formats={name: _capacity(name) for name in CAPACITIES},
-        needs=["calibration data"] if step.needs_calibration else [],
+        formats=_formats(usual.scheme().element),
+        loads=[Load.model_validate(one) for one in _loads() if one.pop("method") == method],
+        needs=["calibration data"] if usual.needs_calibration else [],
     )
 
 
-def _capacity(name: Any) -> dict[str, Any]:
-    capacity = CAPACITIES[name]
-    return {
-        "bits": list(capacity.bits),
-        "group_sizes": list(capacity.group_sizes),
-        "asymmetric": capacity.asymmetric,
-        "consumers": list(capacity.consumers),
-        "architectures": [each for each in ARCHITECTURES if name in HELD_BY[each]],
-    }
+def _loads() -> list[dict[str, Any]]:
+    """What `make table` saw, method by method."""
+    found: list[dict[str, Any]] = json.loads(files("squeeze").joinpath("loads.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _formats(element: Element) -> dict[str, dict[str, Any]]:
+    """What each format that holds this kind of codes can hold of it."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, capacity in CAPACITIES.items():
+        for held in capacity.held:
+            if held.element == element:
+                found[name] = {
+                    "bits": list(held.bits),
+                    "group_sizes": list(held.group_sizes),
+                    "asymmetric": held.asymmetric,
+                    "consumers": list(capacity.consumers),
+                    "architectures": [each for each in ARCHITECTURES if name in HELD_BY[each]],
+                }
+    return found

@@ -1,27 +1,28 @@
 """How codes and scales are laid out on disk, one file a format, found by the format's wire name."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
 from models.checkpoint import SourceModel
-from models.codes import Codes
+from models.codes import Encoded
 from models.progress import Notify
 from models.quantized import QuantizedModel, Site
-from squeeze.steps import Format, Quantize
+from squeeze.schemes import Scheme
+from squeeze.steps import Format
 
 
 class Layout(Protocol):
     """What every format's module offers."""
 
-    def refuse(self, sites: Iterable[Site], step: Quantize) -> None:
+    def refuse(self, sites: Iterable[Site], schemes: Mapping[str, Scheme]) -> None:
         """Raises, naming the layer and what would do, where the format can't hold one of these layers."""
 
     def write(self, source: SourceModel, quantized: QuantizedModel, out: Path, notify: Notify) -> None:
         """Writes a whole model directory at `out`; it is there complete or not at all."""
 
-    def read(self, out: Path, module: str) -> Codes:
+    def read(self, out: Path, module: str) -> Encoded:
         """The codes of one layer, from what `write` wrote."""
 
 

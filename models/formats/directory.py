@@ -18,6 +18,8 @@ from models.disk import disk_faults
 from models.formats.shards import Piece
 from models.frame import weightless
 from models.quantized import QuantizedModel, Site
+from models.safetensors_file import Entry
+from models.safetensors_file import read as read_tensor
 from squeeze.errors import ModelMalformed
 
 # What stands beside the weights and is taken along: tokenizer, generation settings, chat templates, terms of use.
@@ -44,6 +46,8 @@ COMPANIONS = (
     "USE_POLICY*",
 )
 
+WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx_data")
+
 # Settings that say where a file lay on its author's machine, or ask for code of the repository or for a kernel that the
 # reader may lack.
 PRIVATE_KEYS = frozenset(
@@ -69,7 +73,8 @@ COMPUTED = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.in
 class Skeleton:
     """The source as transformers sees it, without weights.
 
-    names: its parameters and stored buffers, in the model's order. linears: all its linear layers by module name.
+    names: its parameters and stored buffers as files name them, in the model's order; experts unfused.
+    linears: all its linear layers and routers, by the module names that files have.
     """
 
     names: tuple[str, ...]
@@ -78,8 +83,13 @@ class Skeleton:
 
 def skeleton_of(source: SourceModel) -> Skeleton:
     model = weightless(source.path, torch.float32)
-    linears = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
-    return Skeleton(tuple(model.state_dict()), linears)
+    linears = tuple(
+        source.row.file_name(name)
+        for name, module in model.named_modules()
+        # A router keeps a plain matrix, which other engines take for a linear layer's.
+        if isinstance(module, nn.Linear | Conv1D) or type(module).__name__.endswith("Router")
+    )
+    return Skeleton(tuple(map(source.row.file_name, model.state_dict())), linears)
 
 
 @contextmanager
@@ -99,13 +109,15 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 
 def pieces_of(
-    source: SourceModel, skeleton: Skeleton, sites: Mapping[str, Site], site_piece: Callable[[Site], Piece]
+    source: SourceModel, skeleton: Skeleton, quantized: QuantizedModel, site_piece: Callable[[Site], Piece]
 ) -> list[Piece]:
     """All tensors of the result in the model's order, under the names that transformers gives them in its files.
 
-    The weight of a quantized linear becomes what `site_piece` says; everything else is copied as it is stored.
+    The weight of a quantized linear becomes what `site_piece` says; what took over a scale is written as it then was;
+    everything else is copied as it is stored.
     """
     pieces: list[Piece] = []
+    changed = quantized.changed()
     copied: set[str] = set()
     for name in skeleton.names:
         key = source.file_key(name)
@@ -113,12 +125,15 @@ def pieces_of(
             continue
         copied.add(key)
         module, _, leaf = name.rpartition(".")
-        site = sites.get(module)
+        site = quantized.sites.get(module)
         if site and leaf == "weight":
             pieces.append(site_piece(site))
+        elif name in changed:
+            pieces.append(_changed(name, changed[name], quantized.dtype))
         else:
             alias = source.row.head_alias
             pieces.append(_copy(source, key, key if alias and key.startswith(f"{alias}.") else name))
+    pieces += [_changed(name, entry, entry.dtype) for name, entry in changed.items() if name not in skeleton.names]
     # A tensor that the model class doesn't know may still mean something to another engine.
     pieces += [_copy(source, key, key) for key in source.names() if key not in copied and not COMPUTED.search(key)]
     return pieces
@@ -153,6 +168,9 @@ def write_config(source: SourceModel, quantized: QuantizedModel, quantization: M
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = str(quantized.dtype).removeprefix("torch.")
     config["quantization_config"] = dict(quantization)
+    if source.row.unpacked and quantization.get("quant_method") == "compressed-tensors":
+        # transformers' code for these reads the weights themselves, and so has to unpack them while loading.
+        config["quantization_config"]["dequantize"] = True
     write_json(out / "config.json", config)
 
 
@@ -167,7 +185,7 @@ def without_private(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def weight_bytes(directory: Path) -> int:
     """Bytes of a written directory's weight files."""
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return sum(file.stat().st_size for pattern in WEIGHTS for file in directory.glob(pattern))
 
 
 def _copy(source: SourceModel, key: str, name: str) -> Piece:
@@ -190,3 +208,7 @@ def _settings(file: Path) -> object:
         raise ModelMalformed(
             f"{file.name} is not JSON ({error}); repair it, or remove it if it isn't needed"
         ) from error
+
+
+def _changed(name: str, entry: Entry, dtype: torch.dtype) -> Piece:
+    return Piece({name: (dtype, entry.shape)}, lambda: {name: read_tensor(entry).to(dtype)})

@@ -8,9 +8,9 @@ neighbour, and the file would be read wrong without a word: zero points must be 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,16 +22,16 @@ from models.formats.fitness import fused_names, refuse_torn_groups, refuse_torn_
 from models.formats.packing import pack, unpack, words_for
 from models.formats.shards import SHARD_BYTES, Piece, write_shards
 from models.progress import Notify
-from models.quantized import QuantizedModel, Site, group_columns
+from models.quantized import QuantizedModel, Site
 from models.safetensors_file import read as read_tensor
 from squeeze import __version__
 from squeeze.errors import FormatUnfit
-from squeeze.steps import Quantize
+from squeeze.schemes import Scheme
 
 WHOLE_ROW = -1  # what group_size says for one scale a row
 
 
-def refuse(sites: Iterable[Site], step: Quantize) -> None:
+def refuse(sites: Iterable[Site], schemes: Mapping[str, Scheme]) -> None:
     """Raises FormatUnfit or GroupSizeIndivisible where this format can't hold one of these layers.
 
     GPT-2 is refused: transformers 5.23 draws fresh values for the weight of every `c_proj` before it loads, whatever
@@ -45,16 +45,16 @@ def refuse(sites: Iterable[Site], step: Quantize) -> None:
                 "ask for compressed-tensors, which can hold them",
                 param="formats",
             )
-    refuse_torn_groups(sites, step)
+    refuse_torn_groups(sites, schemes)
     for site in sites:
-        refuse_torn_words(site, step, "gptq")
+        refuse_torn_words(site, schemes[site.name], "gptq")
 
 
 def write(
     source: SourceModel, quantized: QuantizedModel, out: Path, notify: Notify, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Writes a directory that gptqmodel, transformers with optimum and gptqmodel, and vLLM load as it is."""
-    refuse(quantized.sites.values(), quantized.step)
+    refuse(quantized.sites.values(), quantized.schemes)
     for fusion in torn_fusions(quantized.sites, quantized.ignored):
         notify.event("warning", f"vLLM will not load the result: it fuses {fusion}, of which only a part is quantized")
 
@@ -66,7 +66,7 @@ def write(
         config = _config(quantized)
         write_config(source, quantized, config, partial)
         write_json(partial / "quantize_config.json", config)
-        write_shards(partial, pieces_of(source, skeleton_of(source), quantized.sites, site_piece), notify, shard_bytes)
+        write_shards(partial, pieces_of(source, skeleton_of(source), quantized, site_piece), notify, shard_bytes)
 
 
 def read(out: Path, module: str) -> Codes:
@@ -79,28 +79,29 @@ def read(out: Path, module: str) -> Codes:
 
     columns = len(tensor("g_idx"))
     scale = tensor("scales").t().contiguous().float()  # (out, groups)
-    rows, groups = scale.shape
+    rows = len(scale)
     codes = unpack(tensor("qweight").t(), bits, columns)
     zero = unpack(tensor("qzeros"), bits, rows).t().contiguous() + 1
-    return Codes(codes, scale, zero, bits, columns // groups, config["sym"])
+    group = config["group_size"]
+    return Codes(codes, scale, zero, Scheme("int", bits, "channel" if group == WHOLE_ROW else group, config["sym"]))
 
 
 def _config(quantized: QuantizedModel) -> dict[str, Any]:
     """Settings for every reader: gptqmodel and vLLM take `dynamic`, optimum takes `modules_in_block_to_quantize`."""
-    step = quantized.step
+    step, scheme = quantized.step, next(iter(quantized.schemes.values()))
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
-        "bits": step.bits,
-        "group_size": WHOLE_ROW if step.group_size == "channel" else step.group_size,
-        "sym": step.symmetric,
+        "bits": scheme.bits,
+        "group_size": WHOLE_ROW if scheme.group_size == "channel" else scheme.group_size,
+        "sym": scheme.symmetric,
         # Groups are of neighbouring columns, in whatever order these were rounded.
         "desc_act": False,
         "lm_head": False,
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"squeeze:{__version__}"], "method": step.method},
     }
-    if step.bits == 4 and step.group_size == "channel" and not step.symmetric:
+    if scheme.bits == 4 and scheme.group_size == "channel" and not scheme.symmetric:
         # On a CPU gptqmodel 7.6 would choose a kernel that takes every zero point for 8 (`TorchFusedLinear`).
         config["backend"] = "torch"
     if quantized.ignored:
@@ -111,25 +112,25 @@ def _config(quantized: QuantizedModel) -> dict[str, Any]:
 
 
 def _piece(quantized: QuantizedModel, site: Site) -> Piece:
-    step = quantized.step
-    group_size = group_columns(step, site)
+    scheme = quantized.schemes[site.name]
+    group_size = scheme.columns(site.columns)
     groups = site.columns // group_size
     shapes = {
-        f"{site.name}.qweight": (torch.int32, (words_for(site.columns, step.bits), site.rows)),
-        f"{site.name}.qzeros": (torch.int32, (groups, words_for(site.rows, step.bits))),
+        f"{site.name}.qweight": (torch.int32, (words_for(site.columns, scheme.bits), site.rows)),
+        f"{site.name}.qzeros": (torch.int32, (groups, words_for(site.rows, scheme.bits))),
         f"{site.name}.scales": (torch.float16, (groups, site.rows)),
         f"{site.name}.g_idx": (torch.int32, (site.columns,)),
     }
 
     def make() -> dict[str, Tensor]:
-        codes = quantized.codes(site.name)
+        codes = cast(Codes, quantized.codes(site.name))
         if int(codes.zero.min()) < 1:
             raise FormatUnfit(
                 f"{site.name} has a zero point of 0, which gptq can't hold; the least is 1", param="formats"
             )
         return {
-            f"{site.name}.qweight": pack(codes.codes, step.bits).t(),
-            f"{site.name}.qzeros": pack(codes.zero.t() - 1, step.bits),
+            f"{site.name}.qweight": pack(codes.codes, scheme.bits).t(),
+            f"{site.name}.qzeros": pack(codes.zero.t() - 1, scheme.bits),
             f"{site.name}.scales": codes.scale.to(torch.float16).t(),
             f"{site.name}.g_idx": torch.arange(site.columns, dtype=torch.int32) // group_size,
         }

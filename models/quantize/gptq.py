@@ -1,131 +1,163 @@
 """GPTQ: rounds a linear's columns one by one, each time making the columns to come pay for the error.
 
-Source: Frantar et al., arXiv 2210.17323, §3 and the authors' reference code. We differ so: linears with a shared input
-share the Hessian and its factor; activation order keeps every group where it was (static groups: scales are fitted to
-the original weights before the columns move), so that any loader reads the result; scales minimise the
-Hessian-weighted rounding error over shrunken ranges instead of spanning min to max; a column whose inputs were never
-active is rounded to nearest instead of being set to zero, since text that we did not see may use it; the weight is
-held transposed, so that a column is contiguous.
+Source: Frantar et al., arXiv 2210.17323, §3 and the authors' reference code, as Chen et al., arXiv 2507.18553, write
+it: with H = G D² Gᵀ, G unit triangular, a column's target is its own weight plus what the errors of the columns before
+it put on it through G. That takes one Cholesky factorisation and no inverse, and gives the same codes. We differ so:
+linears with a shared input share the Hessian and its factor; activation order keeps every group where it was (static
+groups: scales are fitted to the original weights before the columns move), so that any loader reads the result; scales
+minimise the Hessian-weighted rounding error over shrunken ranges instead of spanning min to max; a column whose inputs
+were never active is rounded to nearest instead of being set to zero, since text that we did not see may use it; the
+weight is held transposed, so that a column is contiguous, and worked on in bands of rows that fit the cache.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.codes import Codes
 from models.quantize.grid import fit
-from models.quantize.solution import Solution
+from models.quantize.problem import Problem, Solution
 from models.statistics import Hessian
 from squeeze.errors import FactorisationFailed
 from squeeze.steps import GPTQ
 
 BLOCK_COLUMNS = 128  # rounded before the columns after them are updated at once; group sizes divide it
+BAND_ROWS = 1024  # of the weight, worked on together on a CPU: a block's columns of them fit the second-level cache
+GATHERED_ROWS = 256  # of the Hessian, put into another order at once
 DAMPING_FACTOR = 10.0  # each time that the factorisation fails, until the damping exceeds MOST_DAMPING
 MOST_DAMPING = 10.0
 
 
-def quantize(W: Tensor, statistics: Hessian | None, step: GPTQ, group_size: int, dtype: torch.dtype) -> Solution:
-    """Codes of one linear.
-
-    W: (out, in) float32. statistics: of its calibration inputs. dtype: of the model, which bounds what scales can be
-    stored. Raises FactorisationFailed where no damping makes the Hessian positive definite.
-    """
-    if statistics is None:
+def quantize(problem: Problem, step: GPTQ) -> Solution:
+    """Codes of linears with one input. Raises FactorisationFailed where no damping makes H positive definite."""
+    if problem.statistics is None or problem.statistics.hessian is None:
         raise ValueError("GPTQ needs the Hessian of the layer's inputs")
-    H = statistics.matrix
-    diagonal = H.diagonal()
-    columns = W.shape[1]
+    W, scheme, hessian = problem.W, problem.scheme, problem.statistics.hessian
+    diagonal = hessian.sum.diagonal()
     # Stable, so that ties (columns never active) fall the same way on every run.
     order = (
         torch.argsort(diagonal, descending=True, stable=True)
         if step.activation_order
-        else torch.arange(columns, device=W.device)
+        else torch.arange(W.shape[1], device=W.device)
     )
-    U, damping, escalations = _factor(statistics, H, order, step)
-    importance = diagonal.view(-1, group_size)
-    scale = zero = None
-    if step.activation_order:
-        scale, zero = fit(W.view(W.shape[0], -1, group_size), step.bits, step.symmetric, dtype, importance)
-
-    def fit_group(columns_of_group: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        grouped = columns_of_group.T.unsqueeze(1)  # (group_size, out) -> (out, 1, group_size)
-        one_scale, one_zero = fit(grouped, step.bits, step.symmetric, dtype, importance[group : group + 1])
-        return one_scale[:, 0], one_zero[:, 0]
-
-    codes, scale, zero = _round_columns(W, U, order, scale, zero, fit_group, group_size, 2**step.bits - 1)
-    return Solution(
-        Codes(codes, scale, zero.to(torch.uint8), step.bits, group_size, step.symmetric), damping, escalations
-    )
+    G, damping, escalations = _factor(hessian, order, step)
+    grid = _Grid(scheme.bits, scheme.symmetric, problem.dtype, diagonal.view(-1, problem.group_size))
+    band_rows = BAND_ROWS if W.device.type == "cpu" else len(W)
+    bands = [_round_columns(band, G, order, grid, step.activation_order) for band in torch.split(W, band_rows)]
+    codes, scale, zero = (torch.cat(parts) for parts in zip(*bands, strict=True))
+    return Solution(Codes(codes, scale, zero.to(torch.uint8), scheme), damping, escalations)
 
 
-def _factor(statistics: Hessian, H: Tensor, order: Tensor, step: GPTQ) -> tuple[Tensor, float, int]:
-    """U (in, in), upper triangular with H⁻¹ = Uᵀ U in the given column order; the damping that it took; escalations."""
+@dataclass(frozen=True)
+class _Grid:
+    """What a group's scale and zero point are fitted to besides its weights. importance: (groups, group_size)."""
+
+    bits: int
+    symmetric: bool
+    dtype: torch.dtype
+    importance: Tensor
+
+    @property
+    def group_size(self) -> int:
+        return self.importance.shape[1]
+
+    def of(self, W: Tensor, groups: slice) -> tuple[Tensor, Tensor]:
+        """Scale and zero, (out, groups) each. W: (out, columns of these groups)."""
+        grouped = W.view(len(W), -1, self.group_size)
+        return fit(grouped, self.bits, self.symmetric, self.dtype, self.importance[groups])
+
+
+def _factor(hessian: Hessian, order: Tensor, step: GPTQ) -> tuple[Tensor, float, int]:
+    """G (in, in), unit lower triangular with H = G D² Gᵀ; the damping that it took; escalations.
+
+    Rows and columns stand in the reverse of `order`: the column that is rounded first is the last.
+    """
     key = (step.activation_order, step.damping)
-    if key in statistics.factors:
-        return statistics.factors[key]
-    ordered = H[order][:, order]
-    mean = float(ordered.diagonal().mean())
+    if key in hessian.factors:
+        return hessian.factors[key]
+    mean = float(hessian.sum.diagonal().mean())
     if mean <= 0:  # no input was ever active: nothing to compensate
         mean = 1.0
-    dead = ordered.diagonal() == 0
     damping, escalations = step.damping, 0
     while damping <= MOST_DAMPING:
-        damped = ordered.clone()
-        damped.diagonal().add_(damping * mean)
-        damped.diagonal()[dead] = mean
-        L, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-            if not failed and bool(torch.isfinite(U).all()):
-                statistics.factors[key] = (U, damping, escalations)
-                return statistics.factors[key]
+        A = _reordered(hessian.sum, order.flip(0))
+        dead = A.diagonal() == 0
+        A.diagonal().add_(damping * mean)[dead] = mean
+        # In place: the transpose of a symmetric matrix is itself, and has the layout that LAPACK works on.
+        failed = torch.empty((), dtype=torch.int32, device=A.device)
+        L, failed = torch.linalg.cholesky_ex(A.mT, out=(A.mT, failed))
+        scale = L.diagonal().clone()
+        if not failed and bool(torch.isfinite(scale).all()):
+            hessian.factors[key] = (L.div_(scale), damping, escalations)
+            return hessian.factors[key]
         damping, escalations = damping * DAMPING_FACTOR, escalations + 1
     raise FactorisationFailed(
-        f"the Hessian of a layer with {H.shape[0]} inputs is not positive definite even with damping {MOST_DAMPING:g}; "
+        f"the Hessian of a layer with {len(order)} inputs is not positive definite even with damping {MOST_DAMPING:g}; "
         "its activations are degenerate: give other or more calibration text"
     )
 
 
-def _round_columns(
-    W: Tensor,
-    U: Tensor,
-    order: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    fit_group: Callable[[Tensor, int], tuple[Tensor, Tensor]],
-    group_size: int,
-    top: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loop of the paper's Algorithm 1. Returns codes (out, in) uint8, scale and zero (out, groups) float32.
+def _reordered(H: Tensor, order: Tensor) -> Tensor:
+    """H[order][:, order] without a second copy on the way."""
+    A = torch.empty_like(H)
+    for start in range(0, len(H), GATHERED_ROWS):
+        rows = order[start : start + GATHERED_ROWS]
+        torch.index_select(H[rows], 1, order, out=A[start : start + len(rows)])
+    return A
 
-    Without given scales, `fit_group` fits them as each group is reached, to weights that already paid for earlier
-    errors. A group either lies within one lazy block or is the whole row, so its weights stand as they should by then.
+
+def _round_columns(
+    W: Tensor, G: Tensor, order: Tensor, grid: _Grid, static_groups: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 1 of the paper on some rows. Returns codes (out, in) uint8, scale and zero (out, groups) float32.
+
+    Without static groups, scales are fitted as each group is reached, to targets that already hold what earlier errors
+    put on them. A group is then a block of columns, or the whole row.
     """
     rows, columns = W.shape
-    Wt = W.T[order].contiguous()  # (in, out): a column of W is a contiguous row here
-    Qt = torch.empty(columns, rows, dtype=torch.uint8, device=W.device)
-    groups_of = torch.div(order, group_size, rounding_mode="floor").tolist()
-    fitting = scales is None or zeros is None
-    St = torch.empty(columns // group_size, rows, device=W.device) if scales is None else scales.T.contiguous()
-    Zt = torch.empty_like(St) if zeros is None else zeros.T.contiguous()
-    for start in range(0, columns, BLOCK_COLUMNS):
-        end = min(start + BLOCK_COLUMNS, columns)
-        Wb, Ub = Wt[start:end], U[start:end, start:end]
-        errors = torch.empty_like(Wb)
-        for i in range(end - start):
-            group = groups_of[start + i]
-            if fitting and (start + i) % group_size == 0:
-                St[group], Zt[group] = fit_group(Wt[start + i : start + i + group_size], group)
-            w, s, z = Wb[i], St[group], Zt[group]
-            q = (w / s).round_().add_(z).clamp_(0, top)
-            Qt[start + i] = q.to(torch.uint8)
-            error = torch.sub(w, (q - z).mul_(s)).div_(Ub[i, i])
-            errors[i] = error
-            if i + 1 < end - start:
-                Wb[i + 1 :].addr_(Ub[i, i + 1 :], error, alpha=-1)
-        if end < columns:
-            Wt[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
+    layout = order.flip(0)  # as G has it: rounded from the last to the first
+    T = W.T[layout]  # targets, (in, out): a column of W is a contiguous row here
+    originals = T.clone()
+    fit_by_group = not static_groups and grid.group_size <= BLOCK_COLUMNS
+    block_columns = grid.group_size if fit_by_group else BLOCK_COLUMNS
+    groups_of = torch.div(layout, grid.group_size, rounding_mode="floor")
+    S = torch.empty(columns // grid.group_size, rows, device=W.device)
+    Z = torch.empty_like(S)
+    if not fit_by_group:
+        S, Z = (part.T.contiguous() for part in grid.of(W, slice(None)))
+    top = 2.0**grid.bits - 1
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=W.device)
-    codes[:, order] = Qt.T
-    return codes, St.T.contiguous(), Zt.T.contiguous()
+    for stop in range(columns, 0, -block_columns):
+        start = max(stop - block_columns, 0)
+        if fit_by_group:
+            group = int(groups_of[start])
+            scale, zero = grid.of(T[start:stop].flip(0).T.contiguous(), slice(group, group + 1))
+            S[group], Z[group] = scale[:, 0], zero[:, 0]
+        block = slice(start, stop)
+        Q, errors = _round_block(T[block], originals[block], G[block, block], S, Z, groups_of[block], top)
+        codes[:, layout[block]] = Q.T
+        if start:
+            T[:start].addmm_(G[start:stop, :start].T, errors)
+    return codes, S.T.contiguous(), Z.T.contiguous()
+
+
+def _round_block(
+    T: Tensor, originals: Tensor, G: Tensor, S: Tensor, Z: Tensor, groups_of: Tensor, top: float
+) -> tuple[Tensor, Tensor]:
+    """Codes uint8 and errors float32 of a block of columns, (columns, out) each, from the last to the first.
+
+    T: targets, which are used up, and originals, (columns, out). G: (columns, columns). S, Z: (groups, out).
+    """
+    Q, errors = torch.empty_like(T), torch.empty_like(T)
+    zeros = Z[groups_of]
+    least, most = -zeros, top - zeros
+    scales = S[groups_of]
+    for i in range(len(T) - 1, -1, -1):
+        t, q, s = T[i], Q[i], scales[i]
+        if i + 1 < len(T):
+            t.addmv_(errors[i + 1 :].T, G[i + 1 :, i])
+        torch.div(t, s, out=q).round_()
+        torch.clamp(q, least[i], most[i], out=q)
+        torch.addcmul(originals[i], q, s, value=-1, out=errors[i])
+    return Q.add_(zeros).to(torch.uint8), errors

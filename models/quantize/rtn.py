@@ -1,29 +1,17 @@
 """Round to nearest: every weight on its own. The baseline that the others have to beat; needs no data."""
 
 import torch
-from torch import Tensor
 
 from models.codes import Codes
 from models.quantize.grid import fit, round_to
-from models.quantize.solution import Solution
-from models.statistics import Hessian
+from models.quantize.problem import Problem, Solution
 from squeeze.steps import RTN
 
 
-def quantize(W: Tensor, statistics: Hessian | None, step: RTN, group_size: int, dtype: torch.dtype) -> Solution:
-    """Codes of one linear. W: (out, in) float32. dtype: of the model, which bounds what scales can be stored."""
-    del statistics  # looks at no data
-    rows, columns = W.shape
-    grouped = W.view(rows, columns // group_size, group_size)
-    scale, zero = fit(grouped, step.bits, step.symmetric, dtype, importance=None)
-    codes = round_to(grouped, scale, zero, step.bits)
-    return Solution(
-        Codes(
-            codes.to(torch.uint8).view(rows, columns),
-            scale,
-            zero.to(torch.uint8),
-            step.bits,
-            group_size,
-            step.symmetric,
-        )
-    )
+def quantize(problem: Problem, step: RTN) -> Solution:  # noqa: ARG001 - the scheme says it all
+    """Codes of linears, each weight rounded to the nearest point of its group's grid."""
+    W, scheme = problem.W, problem.scheme
+    grouped = W.view(W.shape[0], -1, problem.group_size)
+    scale, zero = fit(grouped, scheme.bits, scheme.symmetric, problem.dtype, importance=None)
+    codes = round_to(grouped, scale, zero, scheme.bits)
+    return Solution(Codes(codes.to(torch.uint8).view(W.shape), scale, zero.to(torch.uint8), scheme))

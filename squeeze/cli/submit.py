@@ -17,7 +17,8 @@ from squeeze.errors import SpecInvalid
 from squeeze.specs import Data, Evaluation, JobSpec, Limits
 from squeeze.steps import METHODS, Format, Quantize
 
-FILE_ID = re.compile(r"^file-[0-9a-z]{8,64}$")
+NO_FILE = re.compile(r"^(file-[0-9a-z]{8,64}|hub:.*|self)$")
+TO_UPLOAD = "file-toupload"  # in the place of an id that is not there yet
 NAMES_A_MODEL = (
     "MODEL is a Hub id (org/name or org/name@revision), an earlier job (job-…) or a directory of the service."
 )
@@ -85,7 +86,10 @@ def methods(ctx: click.Context, as_json: bool) -> None:
 
 def spec_parameters(some: Sequence[type[Quantize]]) -> list[click.Parameter]:
     """Everything that describes the job, and no more: the step's parameters, the data, the formats, the limits."""
-    source = "A file to upload (JSONL with a text field, plain text, parquet), or the id of one that is uploaded."
+    source = (
+        "A file to upload (JSONL with a text field, plain text, parquet), the id of one that is uploaded, or a Hub "
+        "dataset (hub:org/name[:split])"
+    )
     data, evaluation = Data.model_fields, Evaluation.model_fields
     return [
         click.Argument(["model"]),
@@ -97,10 +101,18 @@ def spec_parameters(some: Sequence[type[Quantize]]) -> list[click.Parameter]:
             multiple=True,
             help="A format to write; may be given several times. [default: compressed-tensors]",
         ),
-        click.Option(["--data", "data_source"], metavar="FILE", help=f"Text to calibrate and evaluate on. {source}"),
+        click.Option(
+            ["--data", "data_source"],
+            metavar="FILE",
+            help=f"Text to calibrate and evaluate on. {source}; or self: the model samples what it is calibrated on.",
+        ),
+        option("data_column", data["column"]),
         option("samples", data["samples"]),
         option("sequence_length", data["sequence_length"]),
-        click.Option(["--evaluation-data", "evaluation_source"], metavar="FILE", help=f"Text to evaluate on. {source}"),
+        click.Option(
+            ["--evaluation-data", "evaluation_source"], metavar="FILE", help=f"Text to evaluate on. {source}."
+        ),
+        option("evaluation_column", evaluation["column"]),
         option("evaluation_samples", evaluation["samples"]),
         option("evaluation_stride", evaluation["stride"]),
         option("perplexity", evaluation["perplexity"]),
@@ -128,14 +140,22 @@ def spec_of(client: Client, values: dict[str, Any], some: Sequence[type[Quantize
     for name in ("samples", "stride"):
         if values[f"evaluation_{name}"] is not None:
             evaluation[name] = values[f"evaluation_{name}"]
+    texts: dict[str, tuple[dict[str, Any], Purpose]] = {
+        "data": (data, "calibration"),
+        "evaluation": (evaluation, "evaluation"),
+    }
+    for name, (part, _) in texts.items():
+        if values[f"{name}_column"] is not None:
+            part["column"] = values[f"{name}_column"]
+        if (source := values[f"{name}_source"]) is not None:
+            part["source"] = source if _is_no_file(source) else TO_UPLOAD
     fields = given(values, ["model", "formats", "seed", "priority", "metadata"])
     parts = {"data": data, "evaluation": evaluation, "limits": given(values, [*Limits.model_fields])}
     described: dict[str, Any] = fields | {name: part for name, part in parts.items() if part} | {"steps": [step]}
     checked(described)
-    for name, part in (("data", data), ("evaluation", evaluation)):
-        if values[f"{name}_source"]:
-            purpose: Purpose = "calibration" if name == "data" else "evaluation"
-            described[name] = part | {"source": _source(client, values[f"{name}_source"], purpose)}
+    for name, (part, purpose) in texts.items():
+        if part.get("source") == TO_UPLOAD:
+            part["source"] = _uploaded(client, values[f"{name}_source"], purpose, f"{name}.source")
     return checked(described)
 
 
@@ -151,12 +171,18 @@ def checked(described: dict[str, Any]) -> JobSpec:
         raise SpecInvalid(f"{option_name}: {said}", param=where or None) from wrong
 
 
-def _source(client: Client, value: str, purpose: Purpose) -> str:
-    """The id of the text: as given, or of the upload of that file."""
-    if FILE_ID.match(value) and not Path(value).exists():
-        return value
+def _is_no_file(source: str) -> bool:
+    """An id, a dataset or `self`, unless a file here has that name."""
+    return bool(NO_FILE.match(source)) and not Path(source).exists()
+
+
+def _uploaded(client: Client, value: str, purpose: Purpose, param: str) -> str:
+    """The id of a file of this machine, which is uploaded."""
     if not Path(value).is_file():
-        raise SpecInvalid(f"{value} is neither a file here nor the id of an uploaded one (file-…)", param="data.source")
+        raise SpecInvalid(
+            f"{value} is neither a file here, nor the id of an uploaded one (file-…), nor a dataset (hub:org/name)",
+            param=param,
+        )
     uploaded = client.files.upload(value, purpose)
     show.say(f"Uploaded {value} as {uploaded.id}")
     return uploaded.id

@@ -59,6 +59,11 @@ def test_the_same_key_and_body_give_the_same_job_and_ring_once(running: Running)
         ({"modle": "org/name", "steps": [STEP]}, "modle", "did you mean `model`"),
         ({**SPEC, "model": "../etc"}, "model", "Hub id"),
         ({**SPEC, "data": {"source": "file-00000000"}}, "data.source", "file-00000000"),
+        ({**SPEC, "data": {"source": "hub:org/name:a/b/c"}}, "data.source", "hub:org/name:subset/split"),
+        ({**SPEC, "data": {"source": "hub:../name"}}, "data.source", "hub:org/name"),
+        ({**SPEC, "data": {"source": "org/name"}}, "data.source", "hub:org/name"),
+        ({**SPEC, "data": {"column": "body"}}, None, "data.source names no file or dataset"),
+        ({**SPEC, "evaluation": {"source": "self"}}, "evaluation.source", "text of its own making"),
         ({**SPEC, "model": "job-00000000"}, "model", "job-00000000"),
     ],
 )

@@ -72,6 +72,7 @@ def sick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyHub]:
                 (directory / file).write_bytes(content)
             hub.add(name, directory)
         hub.repos["org/gated"].token = "hf_of_somebody_else"
+        hub.add_dataset("org/texts", directory)
         yield hub
 
 
@@ -158,6 +159,22 @@ def test_one_obstacle_does_not_hide_the_others(planner: Callable[..., Plan]) -> 
     assert params["formats.0"].code == "format_unfit" and "compressed-tensors" in params["formats.0"].message
     assert "96 inputs" in params["steps.0.group_size"].message
     assert planner("org/gpt2", {"group_size": 32}).feasible
+
+
+def test_a_dataset_has_to_be_there(planner: Callable[..., Plan]) -> None:
+    assert planner("org/llama", data={"source": "hub:org/texts:train"}).feasible
+    (obstacle,) = planner("org/llama", evaluation={"source": "hub:org/none"}).obstacles
+    assert (obstacle.code, obstacle.param) == ("data_unusable", "evaluation.source")
+    assert "no dataset org/none" in obstacle.message
+
+
+def test_a_model_that_samples_its_own_text_needs_its_whole_self_in_memory(planner: Callable[..., Plan]) -> None:
+    streaming, sampling = planner("org/llama"), planner("org/llama", data={"source": "self"})
+    assert streaming.host_bytes is not None and sampling.host_bytes is not None and streaming.source_bytes is not None
+    assert sampling.feasible and sampling.host_bytes >= streaming.source_bytes + 1_200_000_000 + (1 << 30)
+    rounding = {"method": "rtn"}
+    plain, unused = (planner("org/llama", rounding, data=data) for data in ({}, {"source": "self"}))
+    assert plain.host_bytes == unused.host_bytes
 
 
 def test_legacy_weights_are_no_obstacle_but_tell_less(planner: Callable[..., Plan]) -> None:

@@ -53,6 +53,17 @@ def test_data_is_uploaded_and_an_id_is_taken_as_it_is(squeeze: Squeeze, client: 
     assert len([*client.files.list()]) == 1
 
 
+def test_a_dataset_and_the_model_s_own_text_need_no_file(squeeze: Squeeze, client: Client) -> None:
+    data = ("--data", "hub:org/texts:train", "--data-column", "body", "--evaluation-data", "hub:org/texts:test")
+    job = json.loads(squeeze(*QUANTIZE, *data, "--json").stdout)
+    assert (job["data"]["source"], job["data"]["column"]) == ("hub:org/texts:train", "body")
+    assert job["evaluation"]["source"] == "hub:org/texts:test"
+    assert json.loads(squeeze(*QUANTIZE, "--data", "self", "--json").stdout)["data"]["source"] == "self"
+    assert [*client.files.list()] == []
+    for wrong in (("--data", "hub:org/"), ("--evaluation-data", "self"), ("--data-column", "body")):
+        assert squeeze(*QUANTIZE, *wrong).exit_code == 2
+
+
 def test_a_wrong_spec_uploads_nothing_and_ends_with_2(squeeze: Squeeze, client: Client, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("words\n" * 100)

@@ -39,6 +39,8 @@ def test_every_variable_is_read() -> None:
         "SQUEEZE_SWEEP_SECONDS": "0.5",
         "SQUEEZE_DEVICE": "cuda:1",
         "SQUEEZE_VLLM_PYTHON": "/opt/vllm/bin/python",
+        "SQUEEZE_LLAMACPP_PYTHON": "/opt/llamacpp/bin/python",
+        "SQUEEZE_ACTIVATION_BYTES": "1000000000",
         "SQUEEZE_LOG_FORMAT": "console",
         "SQUEEZE_PUBLIC_URL": "https://squeeze.example/",
     }
@@ -58,6 +60,8 @@ def test_every_variable_is_read() -> None:
         sweep_seconds=0.5,
         worker_device="cuda:1",
         vllm_python=Path("/opt/vllm/bin/python"),
+        llamacpp_python=Path("/opt/llamacpp/bin/python"),
+        activation_bytes=1_000_000_000,
         log_format="console",
         public_url="https://squeeze.example",
     )

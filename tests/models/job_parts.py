@@ -19,7 +19,7 @@ def spec_of(step: dict[str, Any] | None = None, **changes: Any) -> JobSpec:
     return JobSpec.model_validate({"model": "org/model", "steps": steps, "formats": BOTH} | sizes | changes)
 
 
-def inputs_of(spec: JobSpec, model: Path, text: Path, room: Path) -> Inputs:
+def inputs_of(spec: JobSpec, model: Path, text: Path | None, room: Path) -> Inputs:
     (room / "out").mkdir(parents=True, exist_ok=True)
     return Inputs(
         spec=spec,
@@ -32,7 +32,7 @@ def inputs_of(spec: JobSpec, model: Path, text: Path, room: Path) -> Inputs:
         work=room / "work",
         out=room / "out",
         device="cpu",
-        vllm_python=None,
+        consumers={},
         job_id="job-x",
         snapshot_seconds=0.0,
     )

@@ -1,5 +1,6 @@
 """Rounds a tiny model to nearest, in the plainest way, so that formats have codes to hold before any method runs."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -8,8 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from models.checkpoint import SourceModel, open_model
 from models.codes import Codes
-from models.formats.directory import skeleton_of
+from models.frame import Frame
 from models.quantized import QuantizedModel, Site, block_file, tensors_of
+from squeeze.schemes import Scheme
 from squeeze.steps import RTN, GroupSize
 
 
@@ -24,25 +26,23 @@ def rounded(
 ) -> tuple[SourceModel, QuantizedModel]:
     """Every linear of the decoder blocks but the `ignored` ones, under `work` as the engine would leave it."""
     source = open_model(model)
-    blocks_path = source.row.blocks
+    frame = Frame(source, torch.float32, torch.device("cpu"))
     step = RTN.model_validate({"method": "rtn", "bits": bits, "group_size": group_size, "symmetric": symmetric})
-    transposed = source.config["model_type"] == "gpt2"
     sites: dict[str, Site] = {}
     blocks: dict[int, dict[str, Codes]] = {}
-    for name in skeleton_of(source).linears:
-        if not name.startswith(f"{blocks_path}.") or name in ignored:
+    for index, site in ((n, site) for n in range(frame.count) for site in frame.sites(n)):
+        name, columns = site.name, site.columns
+        if name in ignored:
             continue
+        sites[name] = site
         weight = source.tensor(source.module_key(name, "weight")).float()
-        weight = weight.t() if transposed else weight
-        rows, columns = weight.shape
-        sites[name] = Site(name, rows, columns, transposed)
-        index = int(name.removeprefix(f"{blocks_path}.").split(".")[0])
+        weight = weight.t() if site.transposed else weight
         size = columns if group_size == "channel" else group_size
         blocks.setdefault(index, {})[name] = nearest(weight, bits, size, symmetric)
     work.mkdir(parents=True, exist_ok=True)
     for index, block in blocks.items():
         save_file({name: tensor.contiguous() for name, tensor in tensors_of(block)}, block_file(work, index))
-    return source, QuantizedModel(work, step, sites, ignored, source.dtype)
+    return source, QuantizedModel(work, step, sites, dict.fromkeys(sites, step.scheme()), ignored, source.dtype)
 
 
 def nearest(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -> Codes:
@@ -59,7 +59,12 @@ def nearest(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -
         zero = (-low / scale).round().clamp(1, top)
     scale = scale.bfloat16().float()
     codes = (groups / scale.unsqueeze(-1) + zero.unsqueeze(-1)).round().clamp(0, top)
-    return Codes(codes.view(rows, columns).byte(), scale, zero.byte(), bits, group_size, symmetric)
+    return Codes(
+        codes.view(rows, columns).byte(),
+        scale,
+        zero.byte(),
+        Scheme("int", bits, "channel" if group_size == columns else group_size, symmetric),
+    )
 
 
 def dequantized(model: Path, quantized: QuantizedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -67,6 +72,20 @@ def dequantized(model: Path, quantized: QuantizedModel, dtype: torch.dtype) -> P
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     with torch.no_grad():
         for name, site in quantized.sites.items():
-            weight = quantized.codes(name).dequantize(dtype)
-            plain.get_submodule(name).weight.copy_(weight.t() if site.transposed else weight)
+            place(plain, site, quantized.codes(name).dequantize(dtype))
     return plain
+
+
+def place(plain: PreTrainedModel, site: Site, weight: torch.Tensor) -> None:
+    """Puts a weight (out, in) where a model has it that transformers made: experts are parts of one parameter there."""
+    match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)", site.name)
+    with torch.no_grad():
+        if match is None:
+            plain.get_submodule(site.name).weight.copy_(weight.t() if site.transposed else weight)
+            return
+        experts = plain.get_submodule(match[1].replace("block_sparse_moe", "mlp"))
+        if match[3] in ("down_proj", "w2"):
+            experts.down_proj[int(match[2])].copy_(weight)
+        else:
+            both = experts.gate_up_proj[int(match[2])].chunk(2)
+            both[match[3] in ("up_proj", "w3")].copy_(weight)

@@ -45,7 +45,7 @@ class Written:
             "source_bytes": self.source_bytes,
             "dtype": torch.float32,
             "device": "cpu",
-            "vllm_python": None,
+            "consumers": {},
             "notify": Silent(),
         }
         return certify(directory or self.directories[name], name, **(arguments | changes))
@@ -182,7 +182,7 @@ def test_an_interpreter_without_vllm_is_reported_and_fails_nothing(written: Writ
         def event(self, kind: str, message: str, **data: Any) -> None:
             told.append(message)
 
-    vllm = written.certify("compressed-tensors", vllm_python=Path(sys.executable), notify=Notes())[1]
+    vllm = written.certify("compressed-tensors", consumers={"vllm": Path(sys.executable)}, notify=Notes())[1]
 
     assert vllm.outcome == "failed"
     assert "no vllm" in vllm.detail
@@ -266,7 +266,7 @@ def test_vllm_sees_the_perplexity_that_was_measured(tmp_path: Path) -> None:
             source_bytes=source.weight_bytes,
             dtype=torch.bfloat16,
             device="cpu",
-            vllm_python=Path(os.environ["SQUEEZE_VLLM_PYTHON"]),
+            consumers={"vllm": Path(os.environ["SQUEEZE_VLLM_PYTHON"])},
             notify=Silent(),
         )
 

@@ -113,3 +113,17 @@ def test_a_small_file_too_has_a_held_out_part_and_no_word_is_cut(tokenizer, tmp_
         assert windows.ids.shape == (4, 64)
         text = tokenizer.decode(windows.ids[0]).split(tokenizer.bos_token)
         assert all(part.lstrip().startswith("<") for part in text if part.strip())
+
+
+def test_a_directory_is_read_file_after_file_and_another_column_than_the_usual(tokenizer, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "00000").write_text("".join(json.dumps({"body": words(40, n), "text": "no"}) + "\n" for n in range(9)))
+    (folder / "00001").write_text("".join(json.dumps({"body": words(40, n)}) + "\n" for n in range(9, 200)))
+    calibration = calibration_batches(tokenizer, folder, "hub:o/d@0123:train", 16, 64, 0, "body")
+    assert calibration.ids.shape == (16, 64) and calibration.text.origin == "hub:o/d@0123:train"
+    windows = evaluation_windows(tokenizer, folder, None, True, 4, 64, None, "body")
+    assert windows.ids.shape == (4, 64)
+    with pytest.raises(DataUnusable, match="none of `title`") as refused:
+        calibration_batches(tokenizer, folder, None, 16, 64, 0, "title")
+    assert refused.value.param == "data.source"

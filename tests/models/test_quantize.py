@@ -1,5 +1,7 @@
 """The methods on random matrices, against references written the plain way in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,9 +10,10 @@ from torch import Tensor
 
 from models.codes import Codes
 from models.quantize import gptq, rtn
-from models.statistics import Hessian
+from models.quantize.problem import Problem, Solution
+from models.statistics import Statistics
 from squeeze.errors import FactorisationFailed
-from squeeze.steps import GPTQ, RTN
+from squeeze.steps import GPTQ, RTN, Quantize
 
 CPU = torch.device("cpu")
 
@@ -24,11 +27,15 @@ def correlated(n: int, columns: int, seed: int) -> Tensor:
     ).exp()
 
 
-def hessian_of(X: Tensor) -> Hessian:
-    hessian = Hessian(X.shape[1], CPU)
+def statistics_of(X: Tensor) -> Statistics:
+    statistics = Statistics({"hessian"}, X.shape[1], CPU)
     for part in X.split(100):
-        hessian.add(part)
-    return hessian
+        statistics.add(part)
+    return statistics
+
+
+def solved(method: Any, W: Tensor, statistics: Statistics | None, step: Quantize, dtype: torch.dtype) -> Solution:
+    return method.quantize(Problem(W.clone(), statistics, step.scheme(), dtype), step)
 
 
 def plain_gptq(W: Tensor, X: Tensor, codes: Codes, damping: float, order: Tensor) -> Tensor:
@@ -61,7 +68,7 @@ def test_rtn_chooses_the_nearest_code_of_its_grid(seed, bits, symmetric, group_s
     W = torch.randn(24, 128, generator=torch.Generator().manual_seed(seed)) * 0.05
     columns = 128 if group_size == "channel" else group_size
     step = RTN(method="rtn", bits=bits, symmetric=symmetric, group_size=group_size)
-    codes = rtn.quantize(W, None, step, columns, torch.float32).codes
+    codes = solved(rtn, W, None, step, torch.float32).encoded
     every = torch.arange(2**bits).view(-1, 1, 1, 1)
     grid = (every - codes.zero.unsqueeze(-1)) * codes.scale.unsqueeze(-1)  # (2^bits, out, groups, 1)
     best = (grid - W.view(24, -1, columns)).abs().amin(dim=0)
@@ -78,10 +85,10 @@ def test_gptq_gives_the_codes_of_the_paper_s_algorithm(activation_order, bits, s
     step = GPTQ(
         method="gptq", bits=bits, symmetric=symmetric, activation_order=activation_order, group_size=64, damping=0.05
     )
-    hessian = hessian_of(X)
-    codes = gptq.quantize(W, hessian, step, 64, torch.float32).codes
+    statistics = statistics_of(X)
+    codes = solved(gptq, W, statistics, step, torch.float32).encoded
     order = (
-        torch.argsort(hessian.matrix.diagonal(), descending=True, stable=True)
+        torch.argsort(statistics.hessian.matrix.diagonal(), descending=True, stable=True)
         if activation_order
         else torch.arange(256)
     )
@@ -101,27 +108,26 @@ def test_gptq_gives_the_codes_of_the_paper_s_algorithm(activation_order, bits, s
 def test_gptq_s_output_error_is_below_round_to_nearest_s(seed, bits, symmetric, activation_order, group_size):
     X = correlated(512, 128, seed)
     W = torch.randn(48, 128, generator=torch.Generator().manual_seed(seed + 1)) * 0.02
-    columns = 128 if group_size == "channel" else group_size
     shared = {"bits": bits, "symmetric": symmetric, "group_size": group_size}
-    hessian = hessian_of(X)
+    statistics = statistics_of(X)
     step = GPTQ(method="gptq", activation_order=activation_order, **shared)
-    ours = gptq.quantize(W, hessian, step, columns, torch.float32).codes
-    nearest = rtn.quantize(W, None, RTN(method="rtn", **shared), columns, torch.float32).codes
+    ours = solved(gptq, W, statistics, step, torch.float32).encoded
+    nearest = solved(rtn, W, None, RTN(method="rtn", **shared), torch.float32).encoded
     errors = [((codes.dequantize(torch.float32) - W) @ X.T).square().sum() for codes in (ours, nearest)]
     assert errors[0] < errors[1]
-    assert hessian.error_of(ours.dequantize(torch.float32) - W, W) == pytest.approx(
+    assert statistics.error_of(ours.dequantize(torch.float32) - W, W) == pytest.approx(
         float(errors[0] / (W @ X.T).square().sum()), rel=1e-3
     )
 
 
 def test_linears_with_a_shared_input_share_one_factorisation():
-    hessian = hessian_of(correlated(512, 64, 0))
+    statistics = statistics_of(correlated(512, 64, 0))
     step = GPTQ(method="gptq", group_size=32)
-    first = gptq.quantize(torch.randn(16, 64), hessian, step, 32, torch.float32)
-    assert len(hessian.factors) == 1
-    kept = next(iter(hessian.factors.values()))[0]
-    second = gptq.quantize(torch.randn(8, 64), hessian, step, 32, torch.float32)
-    assert len(hessian.factors) == 1 and next(iter(hessian.factors.values()))[0] is kept
+    first = solved(gptq, torch.randn(16, 64), statistics, step, torch.float32)
+    assert len(statistics.hessian.factors) == 1
+    kept = next(iter(statistics.hessian.factors.values()))[0]
+    second = solved(gptq, torch.randn(8, 64), statistics, step, torch.float32)
+    assert len(statistics.hessian.factors) == 1 and next(iter(statistics.hessian.factors.values()))[0] is kept
     assert first.damping == second.damping == 0.01
 
 
@@ -129,7 +135,7 @@ def test_a_column_that_was_never_active_is_rounded_to_nearest():
     X = correlated(512, 64, 3)
     X[:, 10:20] = 0
     W = torch.randn(16, 64) * 0.1
-    codes = gptq.quantize(W, hessian_of(X), GPTQ(method="gptq", group_size=32), 32, torch.float32).codes
+    codes = solved(gptq, W, statistics_of(X), GPTQ(method="gptq", group_size=32), torch.float32).encoded
     back = codes.dequantize(torch.float32)
     half_a_step = codes.scale.repeat_interleave(32, dim=1)[:, 10:20] / 2
     outermost = codes.scale.repeat_interleave(32, dim=1)[:, 10:20] * 7.5
@@ -140,21 +146,21 @@ def test_a_column_that_was_never_active_is_rounded_to_nearest():
 def test_too_little_text_for_a_definite_hessian_escalates_the_damping_and_counts_it():
     direction = torch.randn(1, 64).repeat(4, 1) * 1e4  # one direction alone: rank one
     step = GPTQ(method="gptq", group_size=32, damping=1e-9)
-    solution = gptq.quantize(torch.randn(16, 64), hessian_of(direction), step, 32, torch.float32)
+    solution = solved(gptq, torch.randn(16, 64), statistics_of(direction), step, torch.float32)
     assert solution.escalations > 0
     assert solution.damping == pytest.approx(1e-9 * 10**solution.escalations)
 
 
 def test_a_hessian_with_nan_is_an_error_not_a_silent_fallback():
-    broken = hessian_of(torch.full((8, 32), float("nan")))
+    broken = statistics_of(torch.full((8, 32), float("nan")))
     with pytest.raises(FactorisationFailed, match="calibration text"):
-        gptq.quantize(torch.randn(16, 32), broken, GPTQ(method="gptq", group_size=32), 32, torch.float32)
+        solved(gptq, torch.randn(16, 32), broken, GPTQ(method="gptq", group_size=32), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scales_survive_the_types_that_formats_store(dtype):
     W = torch.randn(32, 128) * torch.logspace(-6, 2, 32).unsqueeze(1)
-    scale = rtn.quantize(W, None, RTN(method="rtn", group_size=64), 64, dtype).codes.scale
+    scale = solved(rtn, W, None, RTN(method="rtn", group_size=64), dtype).encoded.scale
     assert torch.equal(scale.half().float(), scale)
     if dtype == torch.bfloat16:
         normal = scale >= 2.0**-14

@@ -106,6 +106,58 @@ def test_a_job_on_uploaded_text_killed_while_it_compresses_goes_on_and_gives_the
     assert (report["calibration"]["origin"], report["calibration"]["generic"]) == (file_id, False)
 
 
+def test_a_job_on_a_dataset_of_the_hub_reports_the_commit_and_split_that_it_read(
+    place: Place, worker: Worker, hub: FaultyHub, tmp_path: Path
+) -> None:
+    for split, word in (("train", "def"), ("test", "class")):
+        for shard in range(3):
+            path = tmp_path / "texts" / "code" / f"{split}-{shard:05d}-of-00003.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = (json.dumps({"body": f"{word} name_{n}_{shard}():\n    return {n}\n"}) for n in range(800))
+            path.write_text("\n".join(rows) + "\n")
+    commit = hub.add_dataset("tiny/texts", tmp_path / "texts").refs["main"]
+    hub.sent.clear()
+    fields = SMALL | {
+        "data": SMALL["data"] | {"source": "hub:tiny/texts:train", "column": "body"},
+        "evaluation": SMALL["evaluation"] | {"source": "hub:tiny/texts:code/test", "column": "body"},
+    }
+    job_id = place.submit(steps=[GPTQ], formats=["gptq"], **fields)
+    assert worker.run_job(job_id) == Status.succeeded, place.job(job_id).error
+    with place.database.read() as session:
+        report = listing.report(session, PROJECT, job_id)
+    assert report["calibration"]["origin"] == f"hub:tiny/texts@{commit}:train"
+    assert report["quality"]["text"]["origin"] == f"hub:tiny/texts@{commit}:test"
+    assert not report["calibration"]["generic"] and not report["quality"]["text"]["generic"]
+    shards = {name for name, _ in hub.sent if name.endswith(".jsonl")}
+    assert shards == {"train-00000-of-00003.jsonl", "test-00000-of-00003.jsonl"}
+
+
+def test_a_dataset_that_can_not_be_used_fails_the_job_before_the_model_s_weights_come(
+    place: Place, worker: Worker, hub: FaultyHub
+) -> None:
+    hub.sent.clear()
+    for part, source in (("data", "hub:tiny/none"), ("evaluation", "hub:tiny/nowhere:test")):
+        job_id = place.submit(steps=[GPTQ], **(SMALL | {part: SMALL[part] | {"source": source}}))
+        assert worker.run_job(job_id) == Status.failed
+        error = place.job(job_id).error
+        assert error is not None
+        assert error["code"] == "data_unusable"
+        assert source.removeprefix("hub:").partition(":")[0] in error["message"]
+    assert not hub.sent
+
+
+@pytest.mark.slow
+def test_a_job_calibrates_on_text_that_its_model_samples(place: Place, worker: Worker) -> None:
+    fields = SMALL | {"data": SMALL["data"] | {"source": "self"}}
+    job_id = place.submit(steps=[GPTQ], formats=["gptq"], **fields)
+    assert worker.run_job(job_id) == Status.succeeded, place.job(job_id).error
+    with place.database.read() as session:
+        report = listing.report(session, PROJECT, job_id)
+    assert report["calibration"]["origin"].startswith("sampled by the model itself")
+    assert report["quality"]["text"]["generic"]
+    assert any("name your text as evaluation.source" in warning for warning in report["warnings"])
+
+
 def test_a_model_that_does_not_fit_the_recipe_fails_before_its_weights_come(
     place: Place, worker: Worker, hub: FaultyHub, tmp_path: Path
 ) -> None:

@@ -19,9 +19,10 @@ from models.codes import Codes
 from models.formats import layout
 from models.progress import Silent
 from models.quantized import QuantizedModel
+from squeeze.architectures import HELD_BY
 from squeeze.steps import Format, GroupSize
 from tests.models.rounding import dequantized, nearest, rounded
-from tests.models.tiny import FAMILIES, llama
+from tests.models.tiny import FAMILIES, KINDS, MIXTURES, llama
 
 # What gptqmodel, optimum and transformers say when they load or are imported.
 pytestmark = [
@@ -43,8 +44,11 @@ FEW: list[tuple[torch.dtype, tuple[int, GroupSize, bool]]] = [
     (torch.bfloat16, (4, "channel", False)),
 ]
 HELD: list[tuple[Format, str]] = [
-    *(("compressed-tensors", family) for family in FAMILIES),
-    *(("gptq", family) for family in FAMILIES if family != "gpt2"),
+    (name, family)
+    for family in KINDS
+    if family not in MIXTURES
+    for name in HELD_BY[family]
+    if name in ("compressed-tensors", "gptq")
 ]
 IGNORED = {
     "llama": ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"),

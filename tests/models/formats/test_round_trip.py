@@ -77,7 +77,7 @@ def test_a_group_size_that_does_not_divide_the_inputs_is_refused_with_those_that
     site = Site("model.layers.0.mlp.down_proj", rows=64, columns=96, transposed=False)
 
     with pytest.raises(GroupSizeIndivisible, match=r"128.*96 inputs of model\.layers\.0\.mlp\.down_proj.*32") as caught:
-        layout(name).refuse([site], RTN(method="rtn", group_size=128))
+        layout(name).refuse([site], {site.name: RTN(method="rtn", group_size=128).scheme()})
 
     assert "64" not in caught.value.message
 
@@ -86,17 +86,17 @@ def test_gptq_refuses_outputs_that_end_within_a_word_and_names_bits_that_do_not(
     site = Site("model.layers.0.mlp.up_proj", rows=72, columns=64, transposed=False)
 
     with pytest.raises(FormatUnfit, match=r"multiple of 32; model\.layers\.0\.mlp\.up_proj has 72: use 4 or 8 bits"):
-        layout("gptq").refuse([site], RTN(method="rtn", bits=3, group_size=32))
+        layout("gptq").refuse([site], {site.name: RTN(method="rtn", bits=3, group_size=32).scheme()})
 
-    layout("gptq").refuse([site], RTN(method="rtn", bits=4, group_size=32))
-    layout("compressed-tensors").refuse([site], RTN(method="rtn", bits=3, group_size=32))
+    layout("gptq").refuse([site], {site.name: RTN(method="rtn", bits=4, group_size=32).scheme()})
+    layout("compressed-tensors").refuse([site], {site.name: RTN(method="rtn", bits=3, group_size=32).scheme()})
 
 
 def test_gptq_refuses_transposed_layers_and_names_the_format_that_holds_them() -> None:
     site = Site("transformer.h.0.attn.c_attn", rows=384, columns=128, transposed=True)
 
     with pytest.raises(FormatUnfit, match="compressed-tensors"):
-        layout("gptq").refuse([site], RTN(method="rtn"))
+        layout("gptq").refuse([site], {site.name: RTN(method="rtn").scheme()})
 
 
 def test_gptq_refuses_a_zero_point_of_zero_which_readers_would_carry_into_its_neighbour(
@@ -110,7 +110,7 @@ def test_gptq_refuses_a_zero_point_of_zero_which_readers_would_carry_into_its_ne
             codes.zero[0, 0] = 0
             return codes
 
-    broken = Broken(quantized.directory, quantized.step, quantized.sites, quantized.ignored, quantized.dtype)
+    broken = Broken(**vars(quantized))
     with pytest.raises(FormatUnfit, match="zero point of 0"):
         layout("gptq").write(source, broken, tmp_path / "out", Silent())
 

@@ -1,0 +1,175 @@
+"""Mixed precision under a budget: every linear gets as many bits as its share of the loss is worth (bits `auto`).
+
+`models.sensitivity` predicts what each candidate costs, `models.knapsack` finds the best choice that the budget allows.
+Linears that engines compute as one are one item. The budget counts code bits where the request names an average, and
+the bytes of all weight files where it names those.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from models import engine
+from models.formats.fitness import stored_alike
+from models.formats.packing import words_for
+from models.frame import Frame
+from models.knapsack import Option, solve
+from models.progress import Notify
+from models.quantized import Site
+from models.resources import available_host_bytes
+from models.sensitivity import GRADIENT_LENGTH, GRADIENT_SEQUENCES, Errors, measure
+from models.streams import Room
+from squeeze.errors import SpecInvalid
+from squeeze.formats import candidates
+from squeeze.objects import Stage
+from squeeze.report import Allocation, Allotment, Optimum, Trial
+from squeeze.schemes import Scheme
+from squeeze.steps import Format, Grouped, Quantize
+
+CURVE_STEP_BITS = 0.25
+TENSOR_HEADER_BYTES = 130  # of one tensor in a safetensors file, beside its name; never reached
+FILE_HEADER_BYTES = 1024
+
+Group = tuple[str, ...]
+
+
+def allots(step: Quantize) -> bool:
+    return isinstance(step, Grouped) and step.bits == "auto"
+
+
+def mixed(schemes: Mapping[str, Scheme], bits: Sequence[int]) -> dict[str, Scheme]:
+    """The schemes with all candidates in turn: what a format has to hold, whichever will be chosen."""
+    groups = stored_alike(schemes)
+    return {
+        name: replace(schemes[name], bits=bits[n % len(bits)]) for n, group in enumerate(groups) for name in group
+    }
+
+
+def allot(
+    frame: Frame,
+    step: Grouped,
+    formats: Sequence[Format],
+    calibration: Tensor,
+    directory: Path,
+    fingerprint: str,
+    notify: Notify,
+    memory_bytes: int | None = None,
+) -> tuple[dict[str, Scheme], Allocation]:
+    """How every linear will be stored, and the table that says why.
+
+    calibration: (n, T) int64. directory: keeps what was measured. fingerprint: of all that decides that, the target not
+    being part of it. Raises SpecInvalid where the target can't be met.
+    """
+    schemes = engine.schemes_of(frame, step)
+    sites = {site.name: site for n in range(frame.count) for site in frame.sites(n) if site.name in schemes}
+    bits = candidates(step, formats)
+    groups = stored_alike(sites)
+    budget = _budget(frame, step, sites, schemes, bits)
+    frame.refuse_misfits()
+    notify.stage(Stage.calibrating)
+    room = Room(available_host_bytes() // 2 if memory_bytes is None else memory_bytes, directory / "activations")
+    errors = measure(frame, step, schemes, bits, calibration, directory, fingerprint, room, notify)
+    choice = _choose(sites, schemes, groups, bits, errors, budget, in_bytes=step.target_bytes is not None)
+    total = sum(site.rows * site.columns for site in sites.values())
+    budgets = [int(total * (bits[0] + n * CURVE_STEP_BITS)) for n in range(int((bits[-1] - bits[0]) / CURVE_STEP_BITS) + 1)]
+    optima = [_choose(sites, schemes, groups, bits, errors, one, in_bytes=False) for one in budgets]
+    count, length = min(len(calibration), GRADIENT_SEQUENCES), min(calibration.shape[1], GRADIENT_LENGTH)
+    how = "to nearest" if step.by_block else f"by {step.method}"
+    allocation = Allocation(
+        measure=f"½ tr(G ΔW H ΔWᵀ), rounded {how}; H from {calibration.numel():,} tokens of the calibration set, G from "
+        f"{count * length:,}; nats a token",
+        bits=_average(sites, choice),
+        divergence_nats=_predicted(errors, choice),
+        layers=[
+            Allotment(
+                name=name,
+                weights=site.rows * site.columns,
+                trials=[Trial(bits=one, divergence_nats=errors[name][one]) for one in bits],
+                bits=choice[name],
+            )
+            for name, site in sites.items()
+        ],
+        curve=[Optimum(bits=_average(sites, one), divergence_nats=_predicted(errors, one)) for one in optima],
+    )
+    notify.event(
+        "info",
+        f"{allocation.bits:.3f} bits a code on average: "
+        + ", ".join(f"{sum(one == each for one in choice.values())} layers with {each}" for each in bits),
+    )
+    return {name: replace(scheme, bits=choice[name]) for name, scheme in schemes.items()}, allocation
+
+
+def _budget(
+    frame: Frame, step: Grouped, sites: Mapping[str, Site], schemes: Mapping[str, Scheme], bits: Sequence[int]
+) -> int:
+    """Bits that all codes may take together, or bytes that all linears may, as they are stored."""
+    weights = sum(site.rows * site.columns for site in sites.values())
+    if step.target_bits is not None:
+        if step.target_bits < bits[0]:
+            raise SpecInvalid(
+                f"target_bits {step.target_bits:g} is less than the {bits[0]} bits that the formats hold at least",
+                param="target_bits",
+            )
+        return int(step.target_bits * weights)
+    assert step.target_bytes is not None
+    source = frame.source
+    own = {source.file_key(f"{name}.weight") for name in sites}
+    rest = sum(
+        entry.end - entry.start + TENSOR_HEADER_BYTES + len(name)
+        for name, entry in source.entries.items()
+        if name not in own
+    )
+    left = step.target_bytes - rest - FILE_HEADER_BYTES
+    least = sum(_stored_bytes(site, replace(schemes[name], bits=bits[0])) for name, site in sites.items())
+    if left < least:
+        raise SpecInvalid(
+            f"target_bytes {step.target_bytes:,} can't be met: {rest + FILE_HEADER_BYTES:,} bytes are not quantized, "
+            f"and {bits[0]} bits for all layers take {least:,}",
+            param="target_bytes",
+        )
+    return left
+
+
+def _choose(
+    sites: Mapping[str, Site],
+    schemes: Mapping[str, Scheme],
+    groups: Sequence[Group],
+    bits: Sequence[int],
+    errors: Errors,
+    budget: int,
+    *,
+    in_bytes: bool,
+) -> dict[str, int]:
+    """The bits of each linear with the least predicted divergence within the budget, which allows the least bits."""
+
+    def cost(name: str, candidate: int) -> int:
+        site = sites[name]
+        if in_bytes:
+            return _stored_bytes(site, replace(schemes[name], bits=candidate))
+        return site.rows * site.columns * candidate
+
+    items = [
+        [Option(sum(cost(name, one) for name in group), sum(errors[name][one] for name in group)) for one in bits]
+        for group in groups
+    ]
+    chosen = solve(items, budget)
+    assert chosen is not None
+    return {name: bits[place] for group, place in zip(groups, chosen, strict=True) for name in group}
+
+
+def _stored_bytes(site: Site, scheme: Scheme) -> int:
+    """Of one linear in compressed-tensors, headers counted in: whole 32-bit words a row, scales, the shape."""
+    groups = site.columns // scheme.columns(site.columns)
+    headers = 3 * (len(site.name) + len(".weight_packed") + TENSOR_HEADER_BYTES)
+    return site.rows * (4 * words_for(site.columns, scheme.bits) + 2 * groups) + 16 + headers
+
+
+def _average(sites: Mapping[str, Site], choice: Mapping[str, int]) -> float:
+    weights = sum(site.rows * site.columns for site in sites.values())
+    return sum(site.rows * site.columns * choice[name] for name, site in sites.items()) / weights
+
+
+def _predicted(errors: Errors, choice: Mapping[str, int]) -> float:
+    return sum(errors[name][bits] for name, bits in choice.items())

@@ -1,0 +1,95 @@
+"""How every block of a model is called: hidden states come and go batch by batch, the rest of the call is kept."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from models.frame import Call, Frame
+from models.streams import Stream
+
+TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH_CPU = 1024  # what lies between two products then stays in the cache: a tenth quicker than 4096
+PROBE_TOKENS = 8  # go through a block to find out how it is made
+
+Batch = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
+
+
+class Calls:
+    """How each block is called for each shape of batch: masks, positions, rotary tables."""
+
+    def __init__(self, frame: Frame, streams: Sequence[Tensor]) -> None:
+        self.frame = frame
+        self._by_shape: dict[tuple[int, ...], list[Call]] = {}
+        # Without streams too: what lies around the blocks is read once, so that damage in it shows.
+        with frame.surroundings(), torch.no_grad():
+            for ids in streams:
+                probe = ids[:1, :PROBE_TOKENS]
+                for batch in {part.shape: part for part in (probe, *_batches(ids, frame.device))}.values():
+                    self._by_shape[tuple(batch.shape)] = frame.enter(batch)[1]
+
+    def enter(self, ids: Tensor | None) -> Iterator[Tensor]:
+        """The first block's hidden states for every batch of ids, on the host."""
+        if ids is not None:
+            with self.frame.surroundings(), torch.no_grad():
+                for batch in _batches(ids, self.frame.device):
+                    yield self.frame.enter(batch)[0].cpu()
+
+    def batch(self, index: int, hidden: Tensor) -> Batch:
+        """What block `index` is called with for these hidden states (B, T, C), on the device."""
+        shape = tuple(hidden.shape[:2])
+        if shape not in self._by_shape:  # which tokens they are makes no difference to the call
+            with self.frame.surroundings(), torch.no_grad():
+                self._by_shape[shape] = self.frame.enter(torch.zeros(shape, dtype=torch.int64))[1]
+        args, kwargs = self._by_shape[shape][index]
+        return hidden.to(self.frame.device), args, kwargs
+
+    def forward(self, index: int, module: nn.Module, stream: Stream) -> None:
+        """Moves a stream behind a loaded block."""
+        for number in range(len(stream)):
+            stream.replace(number, run(module, self.batch(index, stream[number])).cpu())
+
+
+class Batches(Sequence[Batch]):
+    """A stream as calls of one block, each made when it is asked for."""
+
+    def __init__(self, calls: Calls, index: int, stream: Stream) -> None:
+        self._calls, self._index, self._stream = calls, index, stream
+
+    def __len__(self) -> int:
+        return len(self._stream)
+
+    @overload
+    def __getitem__(self, number: int) -> Batch: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, number: int | slice) -> Batch | Sequence[Batch]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(*number.indices(len(self)))]
+        return self._calls.batch(self._index, self._stream[number])
+
+    def rows(self, number: int, rows: Tensor) -> Batch:
+        """Some sequences of a batch. rows: their places in it, int64."""
+        return self._calls.batch(self._index, self._stream[number][rows])
+
+    @property
+    def tokens(self) -> int:
+        """In all batches together."""
+        return sum(shape[0] * shape[1] for shape in self._stream.shapes)
+
+    def probe(self) -> Batch:
+        """A few tokens of the first batch."""
+        return self._calls.batch(self._index, self._stream[0][:1, :PROBE_TOKENS])
+
+
+def run(module: nn.Module, batch: Batch) -> Tensor:
+    """A block's hidden states for one batch, (B, T, C)."""
+    hidden, args, kwargs = batch
+    output = module(hidden, *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _batches(ids: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    tokens = TOKENS_PER_BATCH_CPU if device.type == "cpu" else TOKENS_PER_BATCH
+    return torch.split(ids, max(1, tokens // ids.shape[1]))

@@ -1,0 +1,154 @@
+"""ONNX with weights of 2, 4 or 8 bits, for ONNX Runtime: `model.onnx`, its weights in `model.onnx_data`, the tokenizer.
+
+A linear is a `MatMulNBits`: `<name>.codes` uint8 (out, blocks, block·bits/8), the first code in the lowest bits;
+`<name>.scale` float32 (out, blocks); where asymmetric, `<name>.zero` uint8 (out, ⌈blocks·bits/8⌉). One scale a row is
+written once for each block of 128. Everything is computed in float32, activations too, so that a token costs the same
+alone and among others; weights that are not quantized stay in the source's type on disk.
+
+Keys and values go in and out (`past_key_values.0.key`, `present.0.key` and so on), named as optimum names them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from models.checkpoint import SourceModel
+from models.codes import Codes
+from models.formats.directory import without_private, write_companions, write_json, written_whole
+from models.formats.fitness import refuse_torn_groups
+from models.formats.onnx_graph import Blocks, graph_of, narrow
+from models.formats.packing import pack, unpack
+from models.frame import weightless
+from models.progress import Notify
+from models.quantized import QuantizedModel, Site
+from models.safetensors_file import read as read_tensor
+from squeeze.errors import CompressionBug, ModelMalformed
+from squeeze.schemes import Scheme
+
+FILE, DATA = "model.onnx", "model.onnx_data"
+CHANNEL_BLOCK = 128  # of a linear with one scale a row
+TYPES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+
+
+def refuse(sites: Iterable[Site], schemes: Mapping[str, Scheme]) -> None:
+    """Raises GroupSizeIndivisible where this format can't hold one of these layers."""
+    refuse_torn_groups(list(sites), schemes)
+
+
+def write(source: SourceModel, quantized: QuantizedModel, out: Path, notify: Notify) -> None:
+    """Writes a directory that ONNX Runtime runs. The graph is exported without weights, which are then streamed in."""
+    refuse(quantized.sites.values(), quantized.schemes)
+    linears = {name: _blocks(site, quantized.schemes[name]) for name, site in quantized.sites.items()}
+    plain = weightless(source.path, torch.float32)
+    model = graph_of(source.path, linears, _ties(source, plain.all_tied_weights_keys))
+    contents = _Contents(source, quantized, linears, frozenset(name for name, _ in plain.named_parameters()))
+    for name in tuple(model.graph.initializers):
+        contents.fill(model.graph, name)
+
+    def advance(_: object, place: ir.external_data.CallbackInfo) -> None:
+        notify.advance(place.index + 1, place.total, "tensors")
+
+    with written_whole(out) as partial:
+        write_companions(source, partial)
+        config = without_private(source.config)
+        config.pop("torch_dtype", None)
+        write_json(partial / "config.json", config | {"dtype": "float32"})
+        ir.save(model, partial / FILE, external_data=DATA, callback=advance)
+
+
+def read(out: Path, module: str) -> Codes:
+    """The codes of one layer, from what `write` wrote."""
+    graph = ir.load(out / FILE).graph
+    ((node, _),) = graph.initializers[f"{module}.codes"].uses()
+    bits, size, columns = (node.attributes[name].as_int() for name in ("bits", "block_size", "K"))
+    group = node.metadata_props["group"]
+
+    def tensor(part: str) -> Tensor | None:
+        value = graph.initializers.get(f"{module}.{part}")
+        return None if value is None or value.const_value is None else torch.tensor(value.const_value.numpy())
+
+    packed, scale, zero = tensor("codes"), tensor("scale"), tensor("zero")
+    if packed is None or scale is None:
+        raise ModelMalformed(f"{FILE} holds no codes of {module}")
+    rows, count, _ = packed.shape
+    codes = unpack(packed.view(rows, -1).view(torch.int32), bits, count * size)[:, :columns].contiguous()
+    if zero is None:
+        zeros = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
+    else:
+        zeros = unpack(torch.nn.functional.pad(zero, (0, -zero.shape[1] % 4)).view(torch.int32), bits, count)
+    if group == "channel":
+        return Codes(codes, scale[:, :1], zeros[:, :1], Scheme("int", bits, "channel", zero is None))
+    return Codes(codes, scale, zeros, Scheme("int", bits, int(group), zero is None))
+
+
+class _Contents:
+    """What each initializer of the graph holds, read when it is written."""
+
+    def __init__(
+        self,
+        source: SourceModel,
+        quantized: QuantizedModel,
+        linears: Mapping[str, Blocks],
+        parameters: frozenset[str],
+    ) -> None:
+        self.source, self.quantized, self.linears, self.parameters = source, quantized, linears, parameters
+        self.changed = quantized.changed()
+
+    def fill(self, graph: ir.Graph, name: str) -> None:
+        module, _, leaf = name.rpartition(".")
+        value = graph.initializers[name]
+        if module in self.linears and leaf in ("codes", "scale", "zero"):
+            _lazy(value, lambda: self._part(module, leaf))
+            return
+        if name not in self.parameters:
+            return  # what the model computes, which the exporter filled in
+        if name in self.changed:
+            _lazy(value, lambda: read_tensor(self.changed[name]).float())
+            return
+        key = self.source.file_key(name)
+        if key is None:
+            raise CompressionBug(f"the graph asks for {name}, which the files do not have")
+        stored = TYPES.get(self.source.entries[key].dtype)
+        if stored is not None and len(value.shape or ()) > 1:
+            _lazy(narrow(graph, name, stored), lambda: self.source.tensor(key))
+        else:
+            _lazy(value, lambda: self.source.tensor(key).to(torch.float32))
+
+    def _part(self, module: str, leaf: str) -> Tensor:
+        blocks = self.linears[module]
+        part = self.quantized.part(module, leaf)
+        if leaf == "codes":
+            padding = blocks.count * blocks.size - blocks.columns
+            padded = torch.nn.functional.pad(part, (0, padding), value=2 ** (blocks.bits - 1))
+            words = pack(padded, blocks.bits)
+            return words.view(torch.uint8).view(blocks.rows, blocks.count, -1)
+        part = part.expand(-1, blocks.count) if blocks.group == "channel" else part
+        if leaf == "scale":
+            return part.contiguous()
+        zeros = pack(part.contiguous(), blocks.bits).view(torch.uint8)
+        return zeros[:, : -(-blocks.count * blocks.bits // 8)].contiguous()
+
+
+def _lazy(value: ir.Value, make: Callable[[], Tensor]) -> None:
+    dtype, shape, name = value.dtype, value.shape, str(value.name)
+    assert dtype is not None and isinstance(shape, ir.Shape)
+    value.const_value = ir.LazyTensor(lambda: ir.tensor(make(), name=name), dtype, shape, name=name)
+
+
+def _blocks(site: Site, scheme: Scheme) -> Blocks:
+    size = scheme.group_size if isinstance(scheme.group_size, int) else CHANNEL_BLOCK
+    return Blocks(site.rows, site.columns, scheme.bits, size, not scheme.symmetric, str(scheme.group_size))
+
+
+def _ties(source: SourceModel, pairs: Mapping[str, str]) -> dict[str, str]:
+    """Parameters that the files have under another's name alone. pairs: of which the model makes one where it can."""
+    found = {}
+    for target, partner in pairs.items():
+        if source.file_key(target) is None:
+            found[target] = partner
+        elif source.file_key(partner) is None:
+            found[partner] = target
+    return found

@@ -1,0 +1,83 @@
+"""Collects the calibration inputs of a block's linears with one batch in memory at a time.
+
+The same statistics as in lock step (`models.lockstep`), bit for bit, in several passes over the batches instead of
+one. A pass gathers the inputs of every linear that no uncompressed linear stands before: where one is reached, it is
+handed NaN, and whatever comes out of that is left for a later pass.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.calls import Batch, run
+from models.statistics import Statistics
+from squeeze.errors import NotFinite
+
+
+class _AllSeen(Exception):
+    """Stops a forward pass behind the last linear that this pass can gather."""
+
+
+def run_in_passes(
+    block: nn.Module,
+    batches: Sequence[Batch],
+    linears: Mapping[str, nn.Module],
+    gathering: Callable[[int], Statistics],
+    solve: Callable[[str, Statistics], None],
+) -> None:
+    """Calls `solve` for every linear with the statistics of all its inputs, those before it compressed already.
+
+    linears: modules by name. gathering: makes statistics for so many columns. solve: replaces the weights of a linear,
+    and may do so of others that read the same input.
+    """
+    unsolved = dict(linears)
+    while unsolved:
+        found = _gather(block, batches, unsolved, gathering)
+        if not found:
+            raise NotFinite(f"the inputs of {next(iter(unsolved))} are NaN; the model is damaged")
+        for name, statistics in found.items():
+            solve(name, statistics)
+            del unsolved[name]
+
+
+def _gather(
+    block: nn.Module,
+    batches: Sequence[Batch],
+    linears: Mapping[str, nn.Module],
+    gathering: Callable[[int], Statistics],
+) -> dict[str, Statistics]:
+    """Statistics of the linears that read nothing of what the others put out, in the order in which they run."""
+    found: dict[str, Statistics] = {}
+    tainted: set[str] = set()
+    last: str | None = None  # of the linears that this pass can gather
+
+    def gather(name: str) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> Any:
+            X = inputs[0]
+            if name in tainted or bool(X.isnan().any()):
+                tainted.add(name)
+                found.pop(name, None)  # an earlier batch had no token for it
+                return None
+            if name not in found:
+                found[name] = gathering(X.shape[-1])
+            found[name].add(X)
+            if name == last:
+                raise _AllSeen
+            return (torch.full_like(X, torch.nan), *inputs[1:])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(gather(name)) for name, module in linears.items()]
+    try:
+        for batch in batches:
+            with suppress(_AllSeen):
+                run(block, batch)
+            last = list(found)[-1] if found else None
+    finally:
+        for handle in handles:
+            handle.remove()
+    # No token at all may also mean that NaN went the router's other ways; the next pass knows more, if there is one.
+    return {name: statistics for name, statistics in found.items() if statistics.count} or found

@@ -1,0 +1,10 @@
+"""A cast to bfloat16: no codes, no scales, no data."""
+
+from models.plain import TYPES, Plain, saturated
+from models.quantize.problem import Problem, Solution
+from squeeze.steps import BF16
+
+
+def quantize(problem: Problem, step: BF16) -> Solution:  # noqa: ARG001 - the scheme says it all
+    """The weights of linears, rounded to the nearest that bfloat16 holds."""
+    return Solution(Plain(saturated(problem.W, TYPES[problem.scheme.element]), problem.scheme))
