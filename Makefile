@@ -12,7 +12,7 @@ LOCKS := $(wildcard requirements/*.lock requirements/*.txt)
 PACKAGES := squeeze storage jobs models api workers
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test test-long test-chaos check format fuzz bench-service bench-memory bench-quality bench-calibration clean
+.PHONY: help install quickstart serve test test-long test-chaos check format fuzz bench-service bench-memory bench-quality bench-calibration bench-wide table test-kills clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -44,6 +44,9 @@ test-long: $(INSTALLED) ## the test suite with what takes long
 test-chaos: $(INSTALLED) ## kill -9 everything at random while 50 jobs run, then check that each ended right, once
 	$(BIN)/python scripts/chaos.py
 
+test-kills: $(INSTALLED) ## kill -9 a job at a random block, ten times a method; the result must be the same
+	$(BIN)/python scripts/kills.py
+
 check: $(INSTALLED) ## formatting, lint, types, who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -65,6 +68,12 @@ bench-memory: $(INSTALLED) ## peak memory of a whole job with 8 and with 64 bloc
 
 bench-quality: $(INSTALLED) ## GPTQ against RTN and against the peers, on the bundled model
 	$(BIN)/python benchmarks/quality.py
+
+bench-wide: $(INSTALLED) ## three blocks of a 70B-shaped model: seconds and memory of each
+	$(BIN)/python benchmarks/wide.py
+
+table: $(INSTALLED) ## every method through the service, and who loads what it makes: docs/loads.md (an hour)
+	$(BIN)/python benchmarks/methods.py
 
 bench-calibration: $(INSTALLED) ## what calibration text is worth: sources, numbers of samples, bits
 	$(BIN)/python benchmarks/calibration.py

@@ -9,7 +9,7 @@ from api.service import Service
 from api.sources import Files, files_of, refuse_absent_dataset
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
 from jobs import files as uploads
-from squeeze.architectures import ARCHITECTURES, HELD_BY
+from squeeze.architectures import ARCHITECTURES, HELD_BY, refuse_unrotatable
 from squeeze.errors import (
     ArchitectureUnsupported,
     DataUnusable,
@@ -34,6 +34,7 @@ LOADING_SHARE, SAMPLING_BYTES = (
     1.1,
     (1 << 30) + (512 << 20),
 )  # while a model samples: loading it; keys, values and logits
+LEAST = {"bits": 2, "target_bytes": None}
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -116,6 +117,18 @@ def _in_the_model(
     if not tensors and not _weight_bytes(files):
         yield ModelMalformed("The model has no weights: neither safetensors nor .bin files.", param="model")
     for number, step in enumerate(spec.steps):
+        if step.rotation is not None and kind in ARCHITECTURES:
+            try:
+                refuse_unrotatable(kind, f"steps.{number}.rotation")
+            except ArchitectureUnsupported as error:
+                yield error
+        if isinstance(step, Grouped) and step.target_bytes is not None and tensors:
+            smallest = min(_estimates(spec, step.model_copy(update=LEAST), tensors, linears).values())
+            if step.target_bytes < smallest:
+                yield SpecInvalid(
+                    f"2 bits for all layers take about {smallest:,} bytes, more than target_bytes allows.",
+                    param=f"steps.{number}.target_bytes",
+                )
         group_size = step.scheme().group_size
         if not isinstance(group_size, int):
             continue
@@ -140,13 +153,19 @@ def _weight_bytes(files: Files) -> int:
 
 
 def _result_bytes(spec: JobSpec, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[str, int]:
-    """Of the weight files, by format: what stays as it is, and the layers in codes, scales and zero points."""
+    """Of the weight files, by format."""
     step = next(step for step in spec.steps if isinstance(step, Quantize))
-    kept = sum(tensor.size_bytes for tensor in tensors.values()) - sum(linear.size_bytes for linear in linears)
-    estimated = {name: kept + sum(_layer_bytes(linear, step, name) for linear in linears) for name in spec.formats}
     if isinstance(step, Grouped) and step.target_bytes is not None:
-        return dict.fromkeys(estimated, step.target_bytes)
-    return estimated
+        return dict.fromkeys(map(str, spec.formats), step.target_bytes)
+    return _estimates(spec, step, tensors, linears)
+
+
+def _estimates(spec: JobSpec, step: Quantize, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[str, int]:
+    """What stays as it is, and the layers in codes, scales and zero points."""
+    kept = sum(tensor.size_bytes for tensor in tensors.values()) - sum(linear.size_bytes for linear in linears)
+    if step.rotation is not None and not any(name.endswith("lm_head.weight") for name in tensors):
+        kept += sum(one.size_bytes for name, one in tensors.items() if name.endswith("embed_tokens.weight"))
+    return {name: kept + sum(_layer_bytes(linear, step, name) for linear in linears) for name in spec.formats}
 
 
 def _layer_bytes(linear: Linear, step: Quantize, name: str) -> int:

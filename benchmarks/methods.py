@@ -68,7 +68,7 @@ def cases() -> Iterator[tuple[str, Step]]:
     for method in ("mxfp4", "nvfp4", "nf4", "int8", "fp16"):
         yield BUNDLED, {"method": method}
     for kind in ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k"):
-        yield BUNDLED, {"method": "kquant", "type": kind}
+        yield BUNDLED, {"method": "kquant", "mixture": kind}
     for model in SHAPES:
         for method in ("rtn", "gptq", "awq", "autoround", "hqq"):
             yield model, {"method": method, "bits": 4, "group_size": 32}

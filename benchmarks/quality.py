@@ -4,7 +4,8 @@
 
 Every directory that comes out is judged alike: loaded by transformers, its logits compared with the original's on
 held-out windows. llm-compressor lives in an environment of its own (`pip install llmcompressor==0.14.0.1`, its
-interpreter given by `--llmcompressor-python`); left out, its rows are missing and the table says so.
+interpreter given by `--llmcompressor-python`), and so does AutoRound's library (`pip install auto-round==0.16.1`,
+`--autoround-python`), which serves as the peer of AWQ too; left out, its rows are missing and the table says so.
 """
 
 import argparse
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--llmcompressor-python", type=os.path.abspath)
+    parser.add_argument("--autoround-python", type=os.path.abspath)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     windows = evaluation_windows(tokenizer, options.text, None, True, options.windows, options.length, None).ids
@@ -77,6 +79,9 @@ def main() -> None:
     for bits in options.bits:
         peers = [("rtn", "squeeze", sys.executable), ("gptq", "squeeze", sys.executable)]
         peers.append(("gptq", "gptqmodel", sys.executable))
+        if options.autoround_python:
+            peers += [("awq", "squeeze", sys.executable), ("awq", "autoround", options.autoround_python)]
+            peers += [("autoround", "squeeze", sys.executable), ("autoround", "autoround", options.autoround_python)]
         if options.llmcompressor_python and bits == 4:
             peers.append(("gptq", "llmcompressor", options.llmcompressor_python))
         rows: dict[str, list[tuple[float, float, float]]] = {}
@@ -104,6 +109,8 @@ def main() -> None:
         for name, figures in rows.items():
             columns = [_spread([figure[n] for figure in figures]) for n in range(3)]
             print(f"{bits:<5} {name:<19} {columns[0]:<19} {columns[1]:<19} {columns[2]}", flush=True)
+    if not options.autoround_python:
+        print("AutoRound was not run, nor AWQ: give its interpreter as --autoround-python")
     if not options.llmcompressor_python:
         print("llm-compressor was not run: give its interpreter as --llmcompressor-python")
 

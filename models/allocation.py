@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from models import engine
@@ -42,9 +43,7 @@ def allots(step: Quantize) -> bool:
 def mixed(schemes: Mapping[str, Scheme], bits: Sequence[int]) -> dict[str, Scheme]:
     """The schemes with all candidates in turn: what a format has to hold, whichever will be chosen."""
     groups = stored_alike(schemes)
-    return {
-        name: replace(schemes[name], bits=bits[n % len(bits)]) for n, group in enumerate(groups) for name in group
-    }
+    return {name: replace(schemes[name], bits=bits[n % len(bits)]) for n, group in enumerate(groups) for name in group}
 
 
 def allot(
@@ -70,16 +69,20 @@ def allot(
     frame.refuse_misfits()
     notify.stage(Stage.calibrating)
     room = Room(available_host_bytes() // 2 if memory_bytes is None else memory_bytes, directory / "activations")
-    errors = measure(frame, step, schemes, bits, calibration, directory, fingerprint, room, notify)
-    choice = _choose(sites, schemes, groups, bits, errors, budget, in_bytes=step.target_bytes is not None)
+    errors = measure(frame, step, schemes, bits, calibration, directory, f"{fingerprint} {bits}", room, notify)
+    choice = _choose(
+        sites, schemes, groups, bits, errors, budget, None if step.target_bytes is None else frame.source.dtype
+    )
     total = sum(site.rows * site.columns for site in sites.values())
-    budgets = [int(total * (bits[0] + n * CURVE_STEP_BITS)) for n in range(int((bits[-1] - bits[0]) / CURVE_STEP_BITS) + 1)]
-    optima = [_choose(sites, schemes, groups, bits, errors, one, in_bytes=False) for one in budgets]
+    budgets = [
+        int(total * (bits[0] + n * CURVE_STEP_BITS)) for n in range(int((bits[-1] - bits[0]) / CURVE_STEP_BITS) + 1)
+    ]
+    optima = [_choose(sites, schemes, groups, bits, errors, one) for one in budgets]
     count, length = min(len(calibration), GRADIENT_SEQUENCES), min(calibration.shape[1], GRADIENT_LENGTH)
     how = "to nearest" if step.by_block else f"by {step.method}"
     allocation = Allocation(
-        measure=f"½ tr(G ΔW H ΔWᵀ), rounded {how}; H from {calibration.numel():,} tokens of the calibration set, G from "
-        f"{count * length:,}; nats a token",
+        measure=f"½ tr(G ΔW H ΔWᵀ) in nats a token, rounded {how}; H from {calibration.numel():,} calibration tokens, "
+        f"G from {count * length:,}",
         bits=_average(sites, choice),
         divergence_nats=_predicted(errors, choice),
         layers=[
@@ -122,7 +125,7 @@ def _budget(
         if name not in own
     )
     left = step.target_bytes - rest - FILE_HEADER_BYTES
-    least = sum(_stored_bytes(site, replace(schemes[name], bits=bits[0])) for name, site in sites.items())
+    least = sum(_stored_bytes(site, replace(schemes[name], bits=bits[0]), source.dtype) for name, site in sites.items())
     if left < least:
         raise SpecInvalid(
             f"target_bytes {step.target_bytes:,} can't be met: {rest + FILE_HEADER_BYTES:,} bytes are not quantized, "
@@ -139,15 +142,17 @@ def _choose(
     bits: Sequence[int],
     errors: Errors,
     budget: int,
-    *,
-    in_bytes: bool,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, int]:
-    """The bits of each linear with the least predicted divergence within the budget, which allows the least bits."""
+    """The bits of each linear with the least predicted divergence within the budget, which allows the least bits.
+
+    budget: of bits that all codes take; where a dtype (of the model) is given, of bytes that all linears do.
+    """
 
     def cost(name: str, candidate: int) -> int:
         site = sites[name]
-        if in_bytes:
-            return _stored_bytes(site, replace(schemes[name], bits=candidate))
+        if dtype is not None:
+            return _stored_bytes(site, replace(schemes[name], bits=candidate), dtype)
         return site.rows * site.columns * candidate
 
     items = [
@@ -159,11 +164,11 @@ def _choose(
     return {name: bits[place] for group, place in zip(groups, chosen, strict=True) for name in group}
 
 
-def _stored_bytes(site: Site, scheme: Scheme) -> int:
-    """Of one linear in compressed-tensors, headers counted in: whole 32-bit words a row, scales, the shape."""
+def _stored_bytes(site: Site, scheme: Scheme, dtype: torch.dtype) -> int:
+    """Of one linear in compressed-tensors, headers counted in: whole 32-bit words a row, scales in the model's type, the shape."""
     groups = site.columns // scheme.columns(site.columns)
     headers = 3 * (len(site.name) + len(".weight_packed") + TENSOR_HEADER_BYTES)
-    return site.rows * (4 * words_for(site.columns, scheme.bits) + 2 * groups) + 16 + headers
+    return site.rows * (4 * words_for(site.columns, scheme.bits) + dtype.itemsize * groups) + 16 + headers
 
 
 def _average(sites: Mapping[str, Site], choice: Mapping[str, int]) -> float:

@@ -1,7 +1,7 @@
 """The work on one decoder block: its linears are compressed, the streams of hidden states move behind it."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from models.quantized import Site, block_file, tensors_of
 from models.resources import available_device_bytes, peak_gpu_bytes, peak_host_bytes
 from models.snapshots import STREAMS, Activations
 from models.statistics import Statistics
-from models.streams import Room, Stream
+from models.streams import Stream
 from models.wiring import Producer, Wiring, scale_outputs, wiring_of
 from squeeze.errors import NotFinite
 from squeeze.report import Block, Layer
@@ -53,8 +53,8 @@ class BlockWork:
 
     module: the block, its weights loaded and free to change. linears: the modules to compress by name, with their
     sites and schemes. batches: hidden states (B, T, C) and the other arguments of the block's call, for every batch of
-    the calibration set, read when asked for. room: for streams of hidden states that the method wants to keep.
-    dtype: of the model, which bounds what scales can be stored.
+    the calibration set, read when asked for, as the compressed blocks before made them. targets: what the block puts
+    out in the uncompressed model, batch by batch. dtype: of the model, which bounds what scales can be stored.
     """
 
     module: nn.Module
@@ -62,7 +62,7 @@ class BlockWork:
     sites: Mapping[str, Site]
     schemes: Mapping[str, Scheme]
     batches: Batches
-    room: Room
+    targets: Stream
     dtype: torch.dtype
 
     def weight(self, name: str) -> Tensor:
@@ -110,7 +110,7 @@ class BlockJob:
                 self.calls.forward(self.index, module, activations.original)
             if len(activations.calibration):
                 with kv_cache.observed(module, self._reach) if self.step.kv_cache else nullcontext():
-                    self._calibrate(module, activations.calibration)
+                    self._calibrate(module, activations)
             else:
                 for group in computed_as_one(self.sites):  # engines want one scale where one serves a whole tensor
                     self._solve(group, None, None)
@@ -131,13 +131,15 @@ class BlockJob:
             layers=[self.layers[name] for name in self.sites],
         )
 
-    def _calibrate(self, module: nn.Module, stream: Stream) -> None:
+    def _calibrate(self, module: nn.Module, activations: Activations) -> None:
         """Compresses the block's linears on its calibration inputs, which it moves behind the block."""
+        stream = activations.calibration
         batches = Batches(self.calls, self.index, stream)
         if self.step.by_block:
+            self.calls.forward(self.index, module, activations.uncompressed)
             originals = {name: _weight(self.linears[name], self.sites[name]) for name in self.sites}
             dtype = self.frame.source.dtype
-            work = BlockWork(module, self.linears, self.sites, self.schemes, batches, stream.room, dtype)
+            work = BlockWork(module, self.linears, self.sites, self.schemes, batches, activations.uncompressed, dtype)
             for name, solution in self.method.quantize_block(work, self.step).items():
                 self._keep(name, solution, originals.pop(name), None)
             self.calls.forward(self.index, module, stream)
@@ -147,7 +149,7 @@ class BlockJob:
         leaders = {name: self.linears[name] for name in groups}
 
         def gathering(columns: int) -> Statistics:
-            return Statistics(self.step.wanted(), columns, self.frame.device)
+            return Statistics(self.step.wanted(), columns, self.frame.device, batches.tokens)
 
         def solve(name: str, statistics: Statistics) -> None:
             self._solve(groups[name], statistics, wiring.producer(module, name))
@@ -176,9 +178,10 @@ class BlockJob:
         """Compresses the linears that read one input, those that are stored alike in one go."""
         fold = None
         if producer is not None:
-            fold = self.method.fold(self._problem(group, statistics, None), self.step)
+            fold = self.method.fold(self._problem(group, statistics, None, producer.ties), self.step)
         if fold is not None and producer is not None:
-            self._producer_scales[producer] = 1 / fold
+            fold, by = producer.share(fold, self.frame.source.dtype)
+            self._producers[producer.name], self._producer_scales[producer.name] = producer, by
             statistics = statistics and statistics.rescaled(1 / fold)
         for scheme in dict.fromkeys(self.schemes[name] for name in group):
             alike = tuple(name for name in group if self.schemes[name] == scheme)
@@ -193,8 +196,10 @@ class BlockJob:
                 self._keep(name, part, W if fold is None else W.mul_(fold), statistics, fold)
                 start += height
 
-    def _problem(self, names: tuple[str, ...], statistics: Statistics | None, fold: Tensor | None) -> Problem:
-        """fold: by what the columns of the weights are multiplied."""
+    def _problem(
+        self, names: tuple[str, ...], statistics: Statistics | None, fold: Tensor | None, ties: Tensor | None = None
+    ) -> Problem:
+        """fold: by what the columns of the weights are multiplied. ties: as in `Wiring`."""
         heights = tuple(self.sites[name].rows for name in names)
         joined = torch.empty(sum(heights), self.sites[names[0]].columns, device=self.frame.device)
         for name, part in zip(names, torch.split(joined, list(heights)), strict=True):
@@ -202,7 +207,7 @@ class BlockJob:
             part.copy_(weight.T if self.sites[name].transposed else weight)
         if fold is not None:
             joined.mul_(fold)
-        return Problem(joined, statistics, self.schemes[names[0]], self.frame.source.dtype, names, heights)
+        return Problem(joined, statistics, self.schemes[names[0]], self.frame.source.dtype, names, heights, ties)
 
     def _keep(
         self, name: str, solution: Solution, W: Tensor, statistics: Statistics | None, fold: Tensor | None = None

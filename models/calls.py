@@ -1,7 +1,7 @@
 """How every block of a model is called: hidden states come and go batch by batch, the rest of the call is kept."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def run(module: nn.Module, batch: Batch) -> Tensor:
     """A block's hidden states for one batch, (B, T, C)."""
     hidden, args, kwargs = batch
     output = module(hidden, *args, **kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 def _batches(ids: Tensor, device: torch.device) -> tuple[Tensor, ...]:

@@ -14,8 +14,17 @@ LOADING = {
     "awq": "pip install transformers accelerate gptqmodel",
     "bitsandbytes": "pip install transformers accelerate bitsandbytes",
     "safetensors": "pip install transformers",
-    "onnx": "pip install onnxruntime tokenizers",
+    "onnx": "pip install onnxruntime-genai",
+    "gguf": "llama-cli --model model.gguf --prompt 'Once upon a time'",
 }
+
+ONNX_LINES = [
+    "import onnxruntime_genai as og  # or onnxruntime itself: past_key_values.N.key goes in, present.N.key comes out",
+    "",
+    'directory = "…"  # where this file lies',
+    "model = og.Model(directory)",
+    "tokenizer = og.Tokenizer(model)",
+]
 
 
 def write_card(directory: Path, format_name: Format, report: Report) -> None:
@@ -103,22 +112,10 @@ def _quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
 
 
 def _loading(directory: Path, format_name: Format, report: Report) -> str:
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    lines = [
-        "## Loading",
-        "",
-        f"```sh\n{LOADING[format_name]}\n```",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'directory = "…"  # where this file lies',
-        f'model = AutoModelForCausalLM.from_pretrained(directory, dtype="{dtype}")',
-        "tokenizer = AutoTokenizer.from_pretrained(directory)",
-        "```",
-        "",
-    ]
+    lines = ["## Loading", "", f"```sh\n{LOADING[format_name]}\n```", ""]
+    if format_name != "gguf":
+        program = ONNX_LINES if format_name == "onnx" else _transformers_lines(directory)
+        lines += ["```python", *program, "```", ""]
     for one in report.certificates:
         if one.format == format_name:
             version = f" {one.version}" if one.version else ""
@@ -128,6 +125,18 @@ def _loading(directory: Path, format_name: Format, report: Report) -> str:
     ):
         lines += ["", "```sh", "vllm serve <directory>", "```"]
     return "\n".join([*lines, ""])
+
+
+def _transformers_lines(directory: Path) -> list[str]:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'directory = "…"  # where this file lies',
+        f'model = AutoModelForCausalLM.from_pretrained(directory, dtype="{dtype}")',
+        "tokenizer = AutoTokenizer.from_pretrained(directory)",
+    ]
 
 
 def _is_hub_id(name: str) -> bool:

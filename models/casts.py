@@ -60,8 +60,8 @@ def lost(values: Tensor, dtype: torch.dtype) -> Loss:
     limit = torch.finfo(dtype)
     counts, error, whole = torch.zeros(3, dtype=torch.int64), 0.0, 0.0
     for part in torch.split(values.reshape(-1), CHUNK):
-        result, size = within(part, dtype).to(dtype), part.abs()
-        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        result, wide = within(part, dtype).to(dtype), part.to(torch.promote_types(part.dtype, torch.float32))
+        size = wide.abs()
         small = size < limit.smallest_normal
         counts += torch.stack(
             [(size > limit.max).sum(), ((result == 0) & (size > 0)).sum(), ((result != 0) & small).sum()]

@@ -1,4 +1,4 @@
-"""How a certifier is asked and what its answer is worth: a fresh process scores the windows that the engine measured."""
+"""How a certifier is asked and what its answer is worth: a fresh process scores the windows that were measured."""
 
 import json
 import math

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.architectures import Architecture, architecture_of
+from models.disk import write_whole
 from models.experts import split
 from models.safetensors_file import Entry, read, read_header
 from squeeze.errors import ModelMalformed, ModelUnsafe
@@ -103,6 +105,19 @@ def open_model(path: Path) -> SourceModel:
     config = read_config(path)
     row = architecture_of(config)
     return SourceModel(path, config, split(tensor_entries(path), row), row)
+
+
+def open_or_convert(path: Path, converted: Path) -> SourceModel:
+    """As `open_model`; pickled weights are rewritten into `converted` first, unless that was done for these files."""
+    if not has_legacy_weights_only(path):
+        return open_model(path)
+    mark, files = converted / "complete", [file for file in sorted(path.glob("*.bin")) if file.is_file()]
+    origin = json.dumps([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != origin:
+        shutil.rmtree(converted, ignore_errors=True)
+        convert_legacy(path, converted)
+        write_whole(mark, origin)
+    return open_model(converted)
 
 
 def tensor_entries(path: Path) -> dict[str, Entry]:

@@ -96,6 +96,7 @@ def quantize(
             Stream(room, calls.enter(calibration)),
             Stream(room, reference_calls.enter(window_ids)),
             Stream(room, calls.enter(window_ids)),
+            Stream(room, calls.enter(calibration if step.by_block else None)),
         )
     else:
         blocks, activations = resumed

@@ -9,13 +9,14 @@ live however large the budget is. Costs are whole numbers and never rounded.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-SLACK = 1e-12  # relative; by how much sums of the same losses in another order may differ
+SLACK = 1e-9  # relative; far more than sums of the same losses in another order differ by
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,23 @@ def solve(items: Sequence[Sequence[Option]], budget: int) -> list[int] | None:
     if room < 0:
         return None
     room = room // unit if unit else 0
-    costs = [np.array([(o.cost - base) // max(unit, 1) for _, o in options]) for options, base in zip(useful, least, strict=True)]
-    losses = [np.array([o.loss for _, o in options]) for options in useful]
+    costs = [
+        np.array([(one.cost - base) // max(unit, 1) for _, one in options])
+        for options, base in zip(useful, least, strict=True)
+    ]
+    losses = [np.array([one.loss for _, one in options]) for options in useful]
     relaxed = [_Relaxation(costs[n:], losses[n:]) for n in range(len(items) + 1)]
     best = relaxed[0].rounded(room)
     cost, loss = np.zeros(1, np.int64), np.zeros(1)
     steps: list[tuple[Integers, Integers]] = []  # of each item: the state that a state came from, the option taken
     for n in range(len(items)):
-        best = min(best, min(float(l) + relaxed[n].rounded(room - int(c)) for c, l in _few(cost, loss)))
+        best = min(best, *(lost + relaxed[n].rounded(room - spent) for spent, lost in _few(cost, loss)))
         options = len(costs[n])
         wide_cost = (cost[:, None] + costs[n]).ravel()
         wide_loss = (loss[:, None] + losses[n]).ravel()
         fits = wide_cost <= room
-        fits[fits] = wide_loss[fits] + relaxed[n + 1].bound(room - wide_cost[fits]) <= best * (1 + SLACK) + SLACK * SLACK
+        promised = wide_loss[fits] + relaxed[n + 1].bound(room - wide_cost[fits])
+        fits[fits] = promised <= best * (1 + SLACK)
         places = np.flatnonzero(fits)
         order = places[np.lexsort((wide_loss[places], wide_cost[places]))]
         ordered = wide_loss[order]
@@ -78,19 +83,22 @@ class _Relaxation:
     """Some items when fractions of options may be taken: the lower convex hulls of their options, steepest first."""
 
     def __init__(self, costs: Sequence[Integers], losses: Sequence[Floats]) -> None:
-        gains: list[tuple[float, int, float]] = []  # slope, cost, loss of one step along a hull
+        gains: list[tuple[float, int, float]] = []  # slope, cost, change of loss of one step along a hull
         for cost, loss in zip(costs, losses, strict=True):
             hull = _hull(cost, loss)
-            for a, b in zip(hull, hull[1:], strict=False):
+            for a, b in pairwise(hull):
                 width, drop = int(cost[b] - cost[a]), float(loss[b] - loss[a])
                 gains.append((drop / width, width, drop))
         gains.sort()
         self._cost = np.cumsum([0, *(width for _, width, _ in gains)])
-        self._loss = np.cumsum([sum(float(loss[0]) for loss in losses), *(drop for _, _, drop in gains)])
+        # Summed from the small end: what is left after large drops would be lost among their roundings.
+        least = sum(float(loss[-1]) for loss in losses)
+        self._loss = np.cumsum([least, *(-drop for _, _, drop in reversed(gains))])[::-1]
 
     def bound(self, room: Integers) -> Floats:
         """The least loss at most so much cost, fractions allowed."""
-        return np.interp(room, self._cost, self._loss)
+        bound: Floats = np.interp(room, self._cost, self._loss)
+        return bound
 
     def rounded(self, room: int) -> float:
         """The loss of whole steps alone, as many as fit: what can be had."""

@@ -4,9 +4,6 @@ loading -> calibrating -> compressing (evaluating in the same pass) -> evaluatin
 """
 
 import fnmatch
-import hashlib
-import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,32 +16,49 @@ import torch
 from torch import nn
 
 from models import casts, engine
+from models.allocation import allot, allots, mixed
 from models.architectures import architecture_of
 from models.card import write_card
 from models.certify import certify
 from models.certify_run import tokenized
-from models.checkpoint import SourceModel, convert_legacy, has_legacy_weights_only, open_model, read_config
+from models.checkpoint import SourceModel, open_or_convert, read_config
 from models.disk import disk_faults, write_whole
+from models.ends import RoundedEnds
 from models.evaluation import Measured, measure
+from models.experts import refuse_torn
+from models.fingerprint import fingerprint
 from models.formats import layout
 from models.formats.directory import refuse_broken_companions, weight_bytes
-from models.experts import refuse_torn
+from models.formats.gguf import refuse_source
 from models.frame import Frame
 from models.kv_cache import refuse_unknown_attention
 from models.material import Material, read_tokenizer, refuse_too_large_for_self
 from models.plain import TYPES
 from models.progress import Notify
 from models.quantized import QuantizedModel
-from models.resources import cpu_seconds, peak_gpu_bytes, peak_host_bytes
+from models.resources import cpu_seconds, device_name, peak_gpu_bytes, peak_host_bytes
+from models.rotation import Rotated, told
 from squeeze import __version__
-from squeeze.architectures import HELD_BY
+from squeeze.architectures import HELD_BY, refuse_unrotatable
 from squeeze.errors import CertificationFailed, FormatUnfit, ModelMalformed, SqueezeError
+from squeeze.formats import candidates
 from squeeze.objects import Result, Stage
-from squeeze.report import Block, Certificate, Report, Size, Source, Spent
+from squeeze.report import Allocation, Block, Certificate, Report, Rotation, Size, Source, Spent
+from squeeze.schemes import Scheme
 from squeeze.specs import JobSpec
-from squeeze.steps import Format, Quantize
+from squeeze.steps import Format, Grouped, Quantize
 
-LIBRARIES = ("torch", "transformers", "compressed-tensors", "gptqmodel", "safetensors", "tokenizers")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "compressed-tensors",
+    "gptqmodel",
+    "bitsandbytes",
+    "gguf",
+    "onnx",
+    "safetensors",
+    "tokenizers",
+)
 
 
 @dataclass(frozen=True)
@@ -100,24 +114,25 @@ def check(spec: JobSpec, model: Path) -> Facts:
     frame = Frame(SourceModel(model, config, {}, architecture_of(config)), torch.float32, torch.device("cpu"))
     step = _quantize_step(spec)
     refuse_too_large_for_self(spec, step, frame)
+    if step.rotation is not None:
+        refuse_unrotatable(config["model_type"], _param(spec, "rotation"))
     schemes = engine.schemes_of(frame, step)
     sites = [site for n in range(frame.count) for site in frame.sites(n) if site.name in schemes]
     if not sites:
         raise ModelMalformed("`ignore` leaves no linear layer to quantize", param=_param(spec, "ignore"))
+    if isinstance(step, Grouped) and allots(step):
+        schemes = mixed(schemes, candidates(step, spec.formats))
     held = HELD_BY[config["model_type"]]
     for name in spec.formats:
         if name not in held:
             raise FormatUnfit(
                 f"{name} can't hold {config['model_type']} models; {', '.join(held)} can", param="formats"
             )
-        try:
+        with _params_named(spec):
             layout(name).refuse(sites, schemes)
             if step.kv_cache is not None:
                 refuse_unknown_attention(frame)
             refuse_torn([linears for n in range(frame.count) for linears in frame.experts(n).values()], schemes)
-        except SqueezeError as error:
-            error.param = error.param and _param(spec, error.param)
-            raise
     return Facts(config["model_type"], frame.count, len(sites))
 
 
@@ -135,13 +150,20 @@ def _run(inputs: Inputs, notify: Notify) -> Outcome:
     check(spec, inputs.model)
     with clock.stage("loading"):
         notify.stage(Stage.loading)
-        source = _open(inputs)
+        source = open_or_convert(inputs.model, inputs.work / "source")
         refuse_broken_companions(source)
+        if "gguf" in spec.formats:
+            refuse_source(source)
         device = torch.device(inputs.device)
         frame = Frame(source, compute_dtype(source.dtype, device), device)
         target = TYPES.get(step.scheme().element)  # of a cast
         losses = None if target is None else casts.losses(source, target)
         result = frame if target is None else Frame(source, compute_dtype(target, device), device, stored=target)
+        turned = None if step.rotation is None else Rotated.of(source)
+        if turned is not None:
+            result = Frame(turned, frame.dtype, device)
+        if step.scheme().element == "ggml":
+            result = Frame(RoundedEnds.of(result), frame.dtype, device)
         tokenizer = read_tokenizer(inputs.model)
         texts = Material(
             spec,
@@ -159,18 +181,23 @@ def _run(inputs: Inputs, notify: Notify) -> Outcome:
             warnings += casts.told(losses, target)
         for warning in warnings:
             notify.event("warning", warning)
+    schemes, allocation = None, None
+    if isinstance(step, Grouped) and allots(step):
+        with clock.stage("allotting"):
+            schemes, allocation = _allot(inputs, result, step, texts, notify)
     with clock.stage("compressing"):
         done = engine.quantize(
             result,
             step,
-            texts.calibration.ids if texts.calibration else None,
+            texts.calibration.ids if texts.calibration and step.reads_inputs else None,
             texts.windows,
             inputs.work / "quantize",
-            _fingerprint(inputs, source, texts),
+            fingerprint(spec, inputs.revision, inputs.device, source, texts, schemes),
             notify,
             inputs.snapshot_seconds,
             memory_bytes=inputs.activation_bytes,
             reference=frame,
+            schemes=schemes,
         )
     blocks = done.blocks if losses is None else casts.noted(done.blocks, losses, source)
     measured: Measured | None = None
@@ -180,7 +207,10 @@ def _run(inputs: Inputs, notify: Notify) -> Outcome:
             streams = done.activations.original, done.activations.compressed
             measured = measure(result, texts.windows, *streams, notify, reference=frame)
     done.activations.release()
-    written = _Written(inputs, source, tokenizer, done.model, blocks, texts, measured, warnings)
+    rotation = None if turned is None else told(turned, frame, result)
+    written = _Written(
+        inputs, source, turned or source, tokenizer, done.model, blocks, texts, measured, warnings, rotation, allocation
+    )
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
         directories = written.export(notify)
@@ -210,17 +240,25 @@ def _param(spec: JobSpec, name: str) -> str:
     return f"steps.{number}.{name}" if name in type(spec.steps[number]).model_fields else name
 
 
-def _open(inputs: Inputs) -> SourceModel:
-    if not has_legacy_weights_only(inputs.model):
-        return open_model(inputs.model)
-    converted = inputs.work / "source"
-    mark, files = converted / "complete", [file for file in sorted(inputs.model.glob("*.bin")) if file.is_file()]
-    origin = json.dumps([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
-    if not mark.is_file() or mark.read_text(encoding="utf-8") != origin:
-        shutil.rmtree(converted, ignore_errors=True)
-        convert_legacy(inputs.model, converted)
-        write_whole(mark, origin)
-    return open_model(converted)
+@contextmanager
+def _params_named(spec: JobSpec) -> Iterator[None]:
+    """Errors that name a field of the step name it as the request does."""
+    try:
+        yield
+    except SqueezeError as error:
+        error.param = error.param and _param(spec, error.param)
+        raise
+
+
+def _allot(
+    inputs: Inputs, frame: Frame, step: Grouped, texts: Material, notify: Notify
+) -> tuple[dict[str, Scheme], Allocation]:
+    assert texts.calibration is not None, "bits `auto` needs text"
+    spec, source, directory = inputs.spec, frame.source, inputs.work / "sensitivity"
+    mark = fingerprint(spec, inputs.revision, inputs.device, source, texts)
+    with _params_named(spec):
+        ids = texts.calibration.ids
+        return allot(frame, step, spec.formats, ids, directory, mark, notify, inputs.activation_bytes)
 
 
 def _idle_patterns(step: Quantize, frame: Frame) -> list[str]:
@@ -247,38 +285,30 @@ class _Clock:
         self.seconds[name] = round(time.monotonic() - began, 3)
 
 
-def _fingerprint(inputs: Inputs, source: SourceModel, texts: Material) -> str:
-    """Of all that decides the codes, so that leavings of another recipe, model or text are not resumed from."""
-    parts = {
-        "steps": [step.model_dump(mode="json") for step in inputs.spec.steps],
-        "model": [inputs.revision, source.config, source.weight_bytes, sorted(map(str, source.entries))],
-        "written": None if inputs.revision else sorted({e.path.stat().st_mtime_ns for e in source.entries.values()}),
-        "calibration": texts.calibration.text.model_dump() if texts.calibration else None,
-        "windows": texts.windows.text.model_dump() if texts.windows else None,
-        "device": inputs.device,
-        "versions": [__version__, torch.__version__],
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class _Written:
-    """Everything that the end of a job needs: writes the directories, has them certified, tells the story."""
+    """Everything that the end of a job needs: writes the directories, has them certified, tells the story.
+
+    stored: what the tensors that are not quantized are taken from, where that is not the source itself.
+    """
 
     inputs: Inputs
     source: SourceModel
+    stored: SourceModel
     tokenizer: Any
     model: QuantizedModel
     blocks: list[Block]
     texts: Material
     measured: Measured | None
     warnings: list[str]
+    rotation: Rotation | None
+    allocation: Allocation | None
 
     def export(self, notify: Notify) -> dict[Format, Path]:
         directories: dict[Format, Path] = {}
         for name in self.inputs.spec.formats:
             directories[name] = self.inputs.out / name
-            layout(name).write(self.source, self.model, directories[name], notify)
+            layout(name).write(self.stored, self.model, directories[name], notify)
         return directories
 
     def certify(self, directories: dict[Format, Path], frame: Frame, notify: Notify) -> list[Certificate]:
@@ -308,7 +338,7 @@ class _Written:
             job=inputs.job_id,
             squeeze=__version__,
             libraries={name: version(name) for name in LIBRARIES},
-            device=_device_name(frame.device),
+            device=device_name(frame.device),
             source=Source(
                 model=inputs.model_name,
                 revision=inputs.revision,
@@ -323,6 +353,8 @@ class _Written:
             calibration=self.texts.calibration.text if self.texts.calibration else None,
             quality=quality,
             bits_per_weight=self.model.bits_per_weight,
+            rotation=self.rotation,
+            allocation=self.allocation,
             sizes=[self._size(name, directory) for name, directory in directories.items()],
             blocks=self.blocks,
             damping_escalations=sum(layer.damping_escalations for block in self.blocks for layer in block.layers),
@@ -347,13 +379,6 @@ class _Written:
             )
         whole = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
         return Size(format=name, bytes=whole, weight_bytes=weights, ratio=self.source.weight_bytes / weights)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _result(report: Report, directories: dict[Format, Path]) -> Result:

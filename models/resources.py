@@ -53,3 +53,11 @@ def available_host_bytes() -> int:
 def available_device_bytes(device: torch.device) -> int:
     """Memory that is free where the work is done."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_host_bytes()
+
+
+def device_name(device: torch.device) -> str:
+    """For people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'' if threads == 1 else 's'}"

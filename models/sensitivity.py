@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +37,7 @@ from models.statistics import Statistics
 from models.streams import Room, Stream
 from models.wiring import Wiring, wiring_of
 from squeeze.schemes import Scheme
-from squeeze.steps import RTN, Grouped, Quantize
+from squeeze.steps import RTN, Grouped, Quantize, Statistic
 
 GRADIENT_SEQUENCES, GRADIENT_LENGTH = 16, 512
 SKETCH_ROWS = 128  # of a sketch; the estimate's spread is at most √(2/128), an eighth, and the same for all candidates
@@ -110,7 +110,7 @@ def _sketch(
             for number in range(len(hidden)):
                 given, args, kwargs = calls.batch(index, before[index][number])
                 given = given.detach().requires_grad_()
-                run(module, (given, args, kwargs)).backward(hidden[number].to(frame.device))
+                torch.autograd.backward(run(module, (given, args, kwargs)), hidden[number].to(frame.device))
                 hidden.replace(number, cast(Tensor, given.grad).cpu())
         save_file({name: total.cpu() for name, total in sums.items()}, directory / f"block-{index:05d}.sketch")
         before.pop().clear()
@@ -135,15 +135,13 @@ def _gradients_of_head(frame: Frame, ids: Tensor, hidden: Stream, dice: torch.Ge
                     given = states[n : n + 1, part].detach().requires_grad_()
                     likelihood = torch.log_softmax(frame.leave(given, own[n : n + 1, part])[0].float(), dim=-1)
                     drawn = torch.multinomial(likelihood.detach().exp().cpu(), 1, generator=dice)
-                    likelihood.gather(-1, drawn.to(frame.device)).sum().neg().backward()  # type: ignore[no-untyped-call]
+                    torch.autograd.backward(likelihood.gather(-1, drawn.to(frame.device)).sum().neg())
                     gradients[n, part] = cast(Tensor, given.grad)[0]
             hidden.replace(number, gradients.cpu())
 
 
 @contextmanager
-def _summing(
-    frame: Frame, sites: Sequence[Site], sums: Mapping[str, Tensor], dice: torch.Generator
-) -> Iterator[None]:
+def _summing(frame: Frame, sites: Sequence[Site], sums: Mapping[str, Tensor], dice: torch.Generator) -> Iterator[None]:
     """Meanwhile, what comes back to the sites' outputs is added to the sums, every token with random signs."""
 
     def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -154,7 +152,7 @@ def _summing(
 
         def watch(_: nn.Module, __: Any, output: Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(add)
+                output.register_hook(add)  # type: ignore[no-untyped-call]
 
         return watch
 
@@ -213,7 +211,7 @@ class _Trial:
         # A linear of an expert that no token of the probe came to stands in no group.
         alone = [name for name in sites if not any(name in group for group in wiring.groups)]
         leading |= {name: (name,) for name in alone}
-        wanted = self.step.wanted() | {"hessian"}
+        wanted: frozenset[Statistic] = self.step.wanted() | {"hessian"}
         statistics = {name: Statistics(wanted, sites[name].columns, self.frame.device) for name in leading}
         handles = [
             linears[name][1].register_forward_pre_hook(lambda _, given, name=name: statistics[name].add(given[0]))

@@ -9,7 +9,7 @@ from models.resources import return_free_memory
 from models.streams import Room, Stream
 from squeeze.report import Block
 
-STREAMS = ("calibration", "original", "compressed")
+STREAMS = ("calibration", "original", "compressed", "uncompressed")
 
 
 @dataclass
@@ -17,15 +17,17 @@ class Activations:
     """Hidden states before the next block.
 
     calibration: made by compressed blocks. original, compressed: the evaluation windows through either model.
+    uncompressed: the calibration set through the model as it is, for methods that work on whole blocks; else empty.
     """
 
     calibration: Stream
     original: Stream
     compressed: Stream
+    uncompressed: Stream
 
     def release(self) -> None:
         """Gives the memory back: what comes after the evaluation, the certifier above all, can use it."""
-        for stream in (self.calibration, self.original, self.compressed):
+        for stream in (self.calibration, self.original, self.compressed, self.uncompressed):
             stream.clear()
         return_free_memory()
 

@@ -67,7 +67,7 @@ class Stream:
     """Batches of hidden states (B, T, C) on the host, in order."""
 
     def __init__(self, room: Room, batches: Iterable[Tensor] = ()) -> None:
-        self.room = room
+        self._room = room
         self._kept: list[Tensor | _File] = [room.keep(batch) for batch in batches]
 
     def __len__(self) -> int:
@@ -86,13 +86,13 @@ class Stream:
 
     def replace(self, index: int, batch: Tensor) -> None:
         """Another batch in the place of one, whose room it takes."""
-        self.room.drop(self._kept[index])
-        self._kept[index] = self.room.keep(batch)
+        self._room.drop(self._kept[index])
+        self._kept[index] = self._room.keep(batch)
 
     def clear(self) -> None:
         """Gives memory and files back."""
         for kept in self._kept:
-            self.room.drop(kept)
+            self._room.drop(kept)
         self._kept.clear()
         return_free_memory()
 

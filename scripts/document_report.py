@@ -36,24 +36,24 @@ def page() -> str:
 def _section(cls: type[report.Part]) -> str:
     about = inspect.cleandoc(cls.__doc__) + "\n\n" if cls.__doc__ and cls.__doc__ != report.Part.__doc__ else ""
     rows = [
-        f"| `{name}` | {_type(field.annotation)} | {(field.description or '').replace('|', chr(92) + '|')} |"
+        f"| `{name}` | {type_name(field.annotation)} | {(field.description or '').replace('|', chr(92) + '|')} |"
         for name, field in cls.model_fields.items()
     ]
     return "\n".join([f"## {cls.__name__}\n", f"{about}| field | type | meaning |\n|---|---|---|", *rows])
 
 
-def _type(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type(inner[0])
+        return type_name(inner[0])
     if origin is Literal:
         return ", ".join(f"`{value}`" if isinstance(value, str) else str(value) for value in inner)
     if origin in (Union, types.UnionType):
-        return " or ".join(_type(one) for one in inner)
-    if origin is list:
-        return f"list of {_type(inner[0])}"
+        return " or ".join(type_name(one) for one in inner)
+    if origin in (list, tuple):
+        return f"list of {type_name(inner[0])}"
     if origin is dict:
-        return f"object of {_type(inner[1])}"
+        return f"object of {type_name(inner[1])}"
     if inspect.isclass(annotation) and issubclass(annotation, report.Part):
         return f"[{annotation.__name__}](#{re.sub('[^a-z]', '', annotation.__name__.lower())})"
     return {types.NoneType: "null", Any: "anything"}.get(annotation, getattr(annotation, "__name__", str(annotation)))

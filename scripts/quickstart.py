@@ -129,7 +129,11 @@ def first_url(process: subprocess.Popen[bytes], log: Path) -> str:
 def service_environment(data: Path, hub_url: str) -> dict[str, str]:
     """A service of its own: no setting of the machine's other services leaks in."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEEZE_", "HF_"))}
-    kept = {name: os.environ[name] for name in ("SQUEEZE_DEVICE", "SQUEEZE_VLLM_PYTHON", "SQUEEZE_LLAMACPP_PYTHON") if name in os.environ}
+    kept = {
+        name: os.environ[name]
+        for name in ("SQUEEZE_DEVICE", "SQUEEZE_VLLM_PYTHON", "SQUEEZE_LLAMACPP_PYTHON")
+        if name in os.environ
+    }
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

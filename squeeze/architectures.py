@@ -1,47 +1,76 @@
 """Which architectures (`model_type` of config.json) can be compressed, and which formats can hold each; no torch."""
 
+from squeeze.errors import ArchitectureUnsupported
 from squeeze.steps import Format
 
 # gptq in transformers 5.23, by trying it: the weights of experts, of Falcon's own linears and of Conv1D are not filled
 # from the files and keep what they were drawn as, GPT-BigCode looks at a weight that is packed, and optimum does not
-# find MPT's blocks.
+# find MPT's blocks. awq there: the same, and BLOOM, GPT-NeoX, GPT-J and StarCoder2 get activation functions with a
+# scale that the files would have to hold. bitsandbytes replaces neither fused experts nor Falcon's linears. onnx:
+# torch's exporter fails on MPT, and can't follow a router, which chooses as it runs.
 HELD_BY: dict[str, tuple[Format, ...]] = {
-    "bloom": ("compressed-tensors", "gptq", "bitsandbytes", "safetensors", "gguf"),
-    "codegen": ("compressed-tensors", "gptq", "bitsandbytes", "safetensors"),
-    "cohere": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
-    "cohere2": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors"),
+    "bloom": ("compressed-tensors", "gptq", "bitsandbytes", "safetensors", "gguf", "onnx"),
+    "codegen": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx"),
+    "cohere": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
+    "cohere2": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx"),
     "deepseek_v2": ("compressed-tensors", "safetensors"),
     "deepseek_v3": ("compressed-tensors", "safetensors"),
-    "falcon": ("compressed-tensors", "safetensors", "gguf"),
-    "gemma": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
-    "gemma2": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
-    "gemma3_text": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
-    "glm": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors"),
-    "glm4": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors"),
+    "falcon": ("compressed-tensors", "safetensors", "gguf", "onnx"),
+    "gemma": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
+    "gemma2": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
+    "gemma3_text": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
+    "glm": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx"),
+    "glm4": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx"),
     "gpt2": ("compressed-tensors", "bitsandbytes", "safetensors", "onnx", "gguf"),
-    "gpt_bigcode": ("compressed-tensors", "bitsandbytes", "safetensors"),
-    "gpt_neox": ("compressed-tensors", "gptq", "bitsandbytes", "safetensors", "gguf"),
-    "gptj": ("compressed-tensors", "gptq", "bitsandbytes", "safetensors"),
-    "granite": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
+    "gpt_bigcode": ("compressed-tensors", "bitsandbytes", "safetensors", "onnx"),
+    "gpt_neox": ("compressed-tensors", "gptq", "bitsandbytes", "safetensors", "gguf", "onnx"),
+    "gptj": ("compressed-tensors", "gptq", "bitsandbytes", "safetensors", "onnx"),
+    "granite": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
     "llama": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx", "gguf"),
-    "mistral": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
+    "mistral": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
     "mixtral": ("compressed-tensors", "safetensors", "gguf"),
     "mpt": ("compressed-tensors", "bitsandbytes", "safetensors"),
-    "nemotron": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
-    "olmo": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
-    "olmo2": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
-    "olmo3": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
+    "nemotron": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
+    "olmo": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
+    "olmo2": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
+    "olmo3": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
     "olmoe": ("compressed-tensors", "safetensors", "gguf"),
     "opt": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx"),
-    "phi": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
-    "phi3": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
+    "phi": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
+    "phi3": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
     "qwen2": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx", "gguf"),
     "qwen2_moe": ("compressed-tensors", "safetensors", "gguf"),
-    "qwen3": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
+    "qwen3": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
     "qwen3_moe": ("compressed-tensors", "safetensors", "gguf"),
-    "smollm3": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
-    "stablelm": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf"),
-    "starcoder2": ("compressed-tensors", "gptq", "bitsandbytes", "safetensors", "gguf"),
+    "smollm3": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
+    "stablelm": ("compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "gguf", "onnx"),
+    "starcoder2": ("compressed-tensors", "gptq", "bitsandbytes", "safetensors", "gguf", "onnx"),
 }
 
 ARCHITECTURES: tuple[str, ...] = tuple(HELD_BY)
+
+# Rotations can be folded into their weights: norms by the root mean square, each right before what reads it.
+ROTATABLE: tuple[str, ...] = (
+    "gemma",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmoe",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
+
+
+def refuse_unrotatable(kind: object, param: str) -> None:
+    """Raises ArchitectureUnsupported where rotations can't be folded into the weights of a family."""
+    if kind not in ROTATABLE:
+        raise ArchitectureUnsupported(
+            f"rotations can't be folded into {kind} models: that takes norms without a mean, each right before the "
+            f"linears that read it. They can into {', '.join(ROTATABLE)}; leave `rotation` out",
+            param=param,
+        )

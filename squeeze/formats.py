@@ -24,7 +24,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What one format can hold. mixes: layers of several numbers of bits side by side, where they have no zero points."""
+    """What one format can hold. mixes: layers of several numbers of bits, where they have no zero points."""
 
     held: tuple[Held, ...]
     consumers: tuple[str, ...]

@@ -104,6 +104,22 @@ class Allocation(Part):
     curve: list[Optimum] = Field(description="Of other budgets, from the least to the most bits.")
 
 
+class Rotation(Part):
+    """Rotations that were folded into the weights before they were compressed."""
+
+    kind: str
+    hidden_states: str = Field(description="The matrix that hidden states are multiplied by.")
+    values: str = Field(description="The matrix that each head's values are multiplied by.")
+    untied_bytes: int = Field(
+        description="By how much the model grew, since its output head could not stay its embedding."
+    )
+    peak_before: float = Field(
+        description="Of the weights of three blocks: mean over groups of 128 neighbours of (largest magnitude / root "
+        "mean square)², which the rounding error on an even grid is proportional to."
+    )
+    peak_after: float
+
+
 class Block(Part):
     index: int
     seconds: float
@@ -159,6 +175,7 @@ class Report(Part):
     calibration: Text | None
     quality: Quality | None
     bits_per_weight: float
+    rotation: Rotation | None = Field(None, description="Of `rotation` alone.")
     allocation: Allocation | None = Field(None, description="Of bits `auto` alone.")
     sizes: list[Size]
     blocks: list[Block]

@@ -46,6 +46,12 @@ class Quantize(Wire):
         description="`fp8`: keys and values are cached in 8 bits by engines that can (vLLM), with a scale a layer that "
         "this step finds on the calibration text. Left out: in 16 bits. Only compressed-tensors holds such scales.",
     )
+    rotation: Literal["hadamard"] | None = Field(
+        None,
+        description="`hadamard`: orthogonal rotations are folded into the weights before anything is rounded, so that "
+        "outliers are spread; the function stays the same and the result loads like any other. A tied output head is "
+        "written apart from the embedding, so that the result grows. Left out: weights are rounded as they are.",
+    )
     statistics: ClassVar[frozenset[Statistic]] = frozenset()
     by_block: ClassVar[bool] = False
 
@@ -189,7 +195,7 @@ class FP8(Quantize):
     """Eight-bit floating-point numbers (E4M3) on both sides of the multiplication, or for the weights alone."""
 
     method: Literal["fp8"]
-    group_size: Literal["channel", "tensor"] = Field(
+    weight_scales: Literal["channel", "tensor"] = Field(
         "channel", description="What of the weights shares one scale: an output row, or a layer's whole weight."
     )
     activations: Literal["dynamic", "static", "none"] = Field(
@@ -203,7 +209,7 @@ class FP8(Quantize):
 
     def scheme(self) -> Scheme:
         rounded: dict[str, Activations | None] = {"dynamic": "float8", "static": "float8-static", "none": None}
-        return Scheme("float8", 8, self.group_size, activations=rounded[self.activations])
+        return Scheme("float8", 8, self.weight_scales, activations=rounded[self.activations])
 
 
 class MXFP4(Quantize):
@@ -252,9 +258,11 @@ class Int8(Quantize):
 class Cast(Quantize):
     """What the 16-bit casts share: every floating-point tensor of the model takes the type, not only linears."""
 
-    ignore: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(
-        (), max_length=0, description="Must be empty: a cast leaves nothing out."
-    )
+    @model_validator(mode="after")
+    def _leaves_nothing_out(self) -> Self:
+        if self.ignore:
+            raise ValueError("a cast takes the whole model: leave `ignore` out")
+        return self
 
 
 class BF16(Cast):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import document_report
+from scripts import document_methods, document_report
 from squeeze.architectures import ARCHITECTURES
 from squeeze.formats import CAPACITIES
 from squeeze.steps import METHODS, tag_of
@@ -18,6 +18,10 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 def test_the_page_of_the_report_is_the_one_that_its_schema_makes() -> None:
     assert document_report.PAGE.read_text() == document_report.page(), "run python scripts/document_report.py"
+
+
+def test_the_catalogue_of_methods_is_the_one_that_their_classes_make() -> None:
+    assert document_methods.PAGE.read_text() == document_methods.page(), "run python scripts/document_methods.py"
 
 
 def test_every_method_parameter_format_and_architecture_is_in_the_catalogue() -> None:

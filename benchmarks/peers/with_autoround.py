@@ -8,7 +8,6 @@ bits that its packed formats lack can be judged too.
 import json
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -17,12 +16,14 @@ from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.transforms.awq.config import AWQConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from usage import Usage
 
 BATCH = 8
 
 
 def main(job: dict) -> None:
     torch.set_num_threads(1)
+    usage = Usage()
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     ids = load_file(job["tokens"])["ids"]
@@ -44,15 +45,15 @@ def main(job: dict) -> None:
         seed=job.get("seed", 42),
         enable_torch_compile=False,
     )
-    began = time.monotonic()
+    usage.start()
     quantizer.quantize()
-    seconds = time.monotonic() - began
+    usage.stop()
     out = Path(job["out"])
     quantizer.save_quantized(str(out), format="fake")
     nested = next(iter(out.rglob("config.json"))).parent  # it may add a directory of its own
     if nested != out:
         shutil.copytree(nested, out, dirs_exist_ok=True)
-    print(json.dumps({"seconds": seconds}))
+    usage.report()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
@@ -11,19 +10,21 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 from safetensors.torch import load_file
+from usage import Usage
 
 
 def main(job: dict) -> None:
     torch.set_num_threads(1)
+    usage = Usage()
     ids = load_file(job["tokens"])["ids"]
     examples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
     config = QuantizeConfig(bits=job["bits"], group_size=job["group_size"], sym=True)
     model = GPTQModel.load(job["model"], config, device="cpu")
-    began = time.monotonic()
+    usage.start()
     model.quantize(examples, batch_size=8)
-    seconds = time.monotonic() - began
+    usage.stop()
     model.save(job["out"])
-    print(json.dumps({"seconds": seconds}))
+    usage.report()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ quantization itself took.
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -16,10 +15,12 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from usage import Usage
 
 
 def main(job: dict) -> None:
     torch.set_num_threads(1)
+    usage = Usage()
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     ids = load_file(job["tokens"])["ids"]
@@ -34,7 +35,7 @@ def main(job: dict) -> None:
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     recipe = GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
-    began = time.monotonic()
+    usage.start()
     oneshot(
         model=model,
         dataset=data,
@@ -42,10 +43,10 @@ def main(job: dict) -> None:
         num_calibration_samples=len(ids),
         max_seq_length=ids.shape[1],
     )
-    seconds = time.monotonic() - began
+    usage.stop()
     model.save_pretrained(job["out"], save_compressed=True)
     tokenizer.save_pretrained(job["out"])
-    print(json.dumps({"seconds": seconds}))
+    usage.report()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from models.quantized import QuantizedModel, Site
 from models.safetensors_file import read as read_tensor
 from squeeze import __version__
 from squeeze.errors import FormatUnfit
-from squeeze.schemes import Scheme
+from squeeze.schemes import Group, Scheme
 
 BITS = 4
 PER_WORD = 8
@@ -89,9 +89,11 @@ def read(out: Path, module: str) -> Codes:
         return read_tensor(entries[f"{module}.{part}"])
 
     scale = tensor("scales").t().contiguous().float()  # (out, groups)
-    group = "channel" if config["group_size"] == WHOLE_ROW else config["group_size"]
+    group: Group = "channel" if config["group_size"] == WHOLE_ROW else config["group_size"]
     scheme = Scheme("int", BITS, group, config["meta"]["symmetric"])
-    return Codes(_columns(tensor("qweight")).t().contiguous(), scale, _columns(tensor("qzeros")).t().contiguous(), scheme)
+    return Codes(
+        _columns(tensor("qweight")).t().contiguous(), scale, _columns(tensor("qzeros")).t().contiguous(), scheme
+    )
 
 
 def _config(quantized: QuantizedModel, skeleton: Skeleton) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.checkpoint import SourceModel, read_config, tensor_entries
 from models.codes import Encoded
-from models.formats.compressed_tensors_config import entry_of, quantization_config
+from models.formats.compressed_tensors_config import INTEGERS, NVFP4, entry_of, layout_name, quantization_config
 from models.formats.compressed_tensors_parts import piece_of, restore
 from models.formats.directory import pieces_of, skeleton_of, write_companions, write_config, written_whole
 from models.formats.fitness import refuse_torn_groups, torn_fusions
@@ -29,6 +29,8 @@ def refuse(sites: Iterable[Site], schemes: Mapping[str, Scheme]) -> None:
     for site in sites:
         if site.transposed:
             _refuse_transposed(site, schemes[site.name])
+        elif ".experts." in site.name:
+            _refuse_expert(site, schemes[site.name])
     torn = next((site for site in sites if site.columns % schemes[site.name].columns(site.columns)), None)
     if torn is not None and schemes[torn.name].element == "float4":
         block = schemes[torn.name].group_size
@@ -37,6 +39,11 @@ def refuse(sites: Iterable[Site], schemes: Mapping[str, Scheme]) -> None:
             param="ignore",
         )
     refuse_torn_groups(sites, schemes)
+    experts = {schemes[site.name] for site in sites if ".experts." in site.name}
+    if len(experts) > 1:
+        raise FormatUnfit(
+            "transformers and vLLM unpack all experts of a mixture by one rule; store them alike", param="formats"
+        )
     kinds = {schemes[site.name] for site in sites}
     if len(kinds) > 1:
         unpacked = next((one for one in kinds if not one.symmetric), None)
@@ -102,5 +109,17 @@ def _refuse_transposed(site: Site, scheme: Scheme) -> None:
         raise FormatUnfit(
             f"{site.name} keeps its weight transposed (Conv1D), and compressed-tensors has no blocks of four-bit "
             "floats along its inputs; rtn or gptq at 4 bits can be used",
+            param="method",
+        )
+
+
+def _refuse_expert(site: Site, scheme: Scheme) -> None:
+    """transformers 5.23 unpacks experts as it loads them, by code of its own that knows neither bare integers nor the
+    one scale over NVFP4's blocks.
+    """
+    if layout_name(scheme) in (INTEGERS, NVFP4):
+        raise FormatUnfit(
+            f"{site.name} is an expert of a mixture, and transformers can't load those from {layout_name(scheme)}; "
+            "fp8, mxfp4, or integers of weights alone (rtn, gptq) can be used, or name `*.experts.*` in `ignore`",
             param="method",
         )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from models.checkpoint import SourceModel
 from models.codes import Codes, Encoded
+from models.ends import KIND, fits
 from models.formats.directory import COMPUTED, skeleton_of, written_whole
 from models.formats.gguf_families import EXPERT, FAMILIES, Family, Heads, config_of, family_of, heads_of, tensor_name
 from models.formats.gguf_metadata import extra_tensors, write_settings
@@ -41,6 +42,7 @@ GROUP = 32  # columns of a scale in the types that hold integer codes
 FLOATS: dict[torch.dtype, Name] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 # Kept in float32 by llama.cpp too: learned positions, and what sends tokens to experts.
 EXACT, ROUTER = "position_embd", "ffn_gate_inp"
+ENDS = ("token_embd.weight", "output.weight")
 GUESSED = 1024  # general.file_type of a mixture that has no name
 
 
@@ -188,14 +190,17 @@ def _piece(
     site = quantized.sites.get(source.row.file_name(module)) if leaf == "weight" else None
     if site is not None:
         return _quantized(target, quantized, site, order)
-    entry = quantized.changed().get(parameter, source.entries[key])
+    changed = quantized.changed().get(parameter)
+    entry = changed or source.entries[key]
     transposed = leaf == "weight" and _is_conv1d(config, module)
     shape = tuple(reversed(entry.shape)) if transposed else entry.shape
     shift = family.norm_shift if len(shape) == 1 and leaf == "weight" else 0.0
     kind: Name = "f32" if len(shape) == 1 or target.startswith(EXACT) or ROUTER in target else FLOATS[entry.dtype]
+    if target in ENDS and quantized.step.scheme().element == "ggml" and fits(shape[-1]):
+        kind = KIND
 
     def make() -> Tensor:
-        tensor = read_tensor(entry)
+        tensor = source.tensor(key) if changed is None else read_tensor(changed)
         tensor = tensor.t() if transposed else tensor
         tensor = tensor if order is None else tensor[order]
         return tensor.float() + shift if shift else tensor

@@ -46,6 +46,12 @@ def refuse(sites: Iterable[Site], schemes: Mapping[str, Scheme]) -> None:
                 param="formats",
             )
     refuse_torn_groups(sites, schemes)
+    if len({schemes[site.name].bits for site in sites}) > 1:
+        # vLLM and gptqmodel take `dynamic`; optimum, through which transformers loads, knows one number of bits.
+        raise FormatUnfit(
+            "transformers can't load layers of several numbers of bits from gptq; compressed-tensors can hold them",
+            param="formats",
+        )
     for site in sites:
         refuse_torn_words(site, schemes[site.name], "gptq")
 

@@ -10,6 +10,7 @@ Keys and values go in and out (`past_key_values.0.key`, `present.0.key` and so o
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -29,6 +30,7 @@ from squeeze.errors import CompressionBug, ModelMalformed
 from squeeze.schemes import Scheme
 
 FILE, DATA = "model.onnx", "model.onnx_data"
+FALLBACK_CONTEXT = 2048  # tokens, where the config sets no bound
 CHANNEL_BLOCK = 128  # of a linear with one scale a row
 TYPES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 
@@ -56,6 +58,7 @@ def write(source: SourceModel, quantized: QuantizedModel, out: Path, notify: Not
         config = without_private(source.config)
         config.pop("torch_dtype", None)
         write_json(partial / "config.json", config | {"dtype": "float32"})
+        write_json(partial / "genai_config.json", _genai_config(model.graph, plain.config))
         ir.save(model, partial / FILE, external_data=DATA, callback=advance)
 
 
@@ -82,6 +85,44 @@ def read(out: Path, module: str) -> Codes:
     if group == "channel":
         return Codes(codes, scale[:, :1], zeros[:, :1], Scheme("int", bits, "channel", zero is None))
     return Codes(codes, scale, zeros, Scheme("int", bits, int(group), zero is None))
+
+
+def _genai_config(graph: ir.Graph, config: Any) -> dict[str, Any]:
+    """What onnxruntime-genai wants to know; `decoder` is its name for any model with such inputs and outputs."""
+    inputs = [str(value.name) for value in graph.inputs]
+    shape = next(value.shape for value in graph.inputs if value.name == "past_key_values.0.key")
+    assert isinstance(shape, ir.Shape)
+    end = config.eos_token_id
+    first_end = (end[0] if isinstance(end, list) else end) or 0
+    context = getattr(config, "max_position_embeddings", None) or FALLBACK_CONTEXT
+    named = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+    return {
+        "model": {
+            "type": "decoder",
+            "bos_token_id": config.bos_token_id or 0,
+            "eos_token_id": end if end is not None else 0,
+            "pad_token_id": first_end if config.pad_token_id is None else config.pad_token_id,
+            "context_length": context,
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "session_options": {"provider_options": []},
+                "filename": FILE,
+                "hidden_size": config.hidden_size,
+                "head_size": shape[3],
+                "num_attention_heads": config.num_attention_heads,
+                "num_key_value_heads": shape[1],
+                "num_hidden_layers": sum(name.endswith(".key") for name in inputs),
+                "inputs": named
+                | {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {"max_length": context, "do_sample": False, "past_present_share_buffer": False},
+    }
 
 
 class _Contents:

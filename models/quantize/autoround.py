@@ -1,12 +1,11 @@
-"""AutoRound: learns by sign-gradient descent which way each weight of a block is rounded, and how far its grid reaches.
+"""AutoRound: learns by sign-gradient descent which way each weight of a block is rounded, and how far grids reach.
 
-Source: Cheng et al., arXiv 2309.05516 (SignRound), §3: an offset V in [−½, ½] for every weight before it is rounded, and
-factors for either end of every group's range, learned on the squared error of the block's outputs, with a step that
+Source: Cheng et al., arXiv 2309.05516 (SignRound), §3: an offset V in [−½, ½] for every weight before it is rounded,
+and factors for either end of every group's range, learned on the squared error of the block's outputs, with a step that
 falls linearly from 1/iterations to 0. We differ so: ranges start from a search for the least rounding error, weighed
 by the inputs' mean squares, instead of from the extremes; the gradient of the rounding is written out, so that
-nothing but the gradient of the weights has to be kept; the batches are those of the engine, in random order; what is
-kept is the end or the start, whichever does better on all of the calibration set, where the paper keeps the best of
-single batches. Without iterations the start is all there is: rounding to nearest on a searched grid.
+nothing but the gradient of the weights has to be kept; what is kept is the end, where the step has come to nothing, and
+not the best of single batches. Without iterations the start is all: rounding to nearest on a searched grid.
 """
 
 import zlib
@@ -24,7 +23,6 @@ from models.codes import Codes, storable
 from models.quantize.grid import fit
 from models.quantize.problem import Solution
 from models.statistics import Moments
-from models.streams import Stream
 from squeeze.schemes import Scheme
 from squeeze.steps import AutoRound
 
@@ -36,7 +34,7 @@ def quantize_block(work: BlockWork, step: AutoRound) -> dict[str, Solution]:
     """Codes of all linears of a block, by name."""
     squares = _mean_squares(work)
     linears = {
-        name: _Linear.started(
+        name: Learned.started(
             work.weight(name), work.schemes[name], work.dtype, squares[name].mean_square if name in squares else None
         )
         for name in work.sites
@@ -47,11 +45,11 @@ def quantize_block(work: BlockWork, step: AutoRound) -> dict[str, Solution]:
 
 
 @dataclass
-class _Linear:
+class Learned:
     """What is learned of one linear.
 
     W: (out, groups, group_size) float32. low, high: ends of each group's range at the start, (out, groups).
-    V: offsets in units of a code. below, above: the factors of the ends, (out, groups); one and the same when symmetric.
+    V: offsets in units of a code. below, above: factors of the ends, (out, groups); one and the same when symmetric.
     """
 
     W: Tensor
@@ -64,7 +62,7 @@ class _Linear:
     dtype: torch.dtype
 
     @classmethod
-    def started(cls, W: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor | None) -> "_Linear":
+    def started(cls, W: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor | None) -> "Learned":
         grouped = W.view(len(W), -1, scheme.columns(W.shape[1]))
         weighed = None if importance is None else importance.view(-1, grouped.shape[-1])
         scale, zero = fit(grouped, scheme.bits, scheme.symmetric, dtype, weighed)
@@ -147,26 +145,24 @@ def _mean_squares(work: BlockWork) -> dict[str, Moments]:
     return found
 
 
-def _learn(work: BlockWork, linears: dict[str, _Linear], iterations: int) -> None:
+def _learn(work: BlockWork, linears: dict[str, Learned], iterations: int) -> None:
     """Moves what is learned of all linears of the block, in place."""
-    targets = Stream(work.room, (run(work.module, batch).cpu() for batch in work.batches))
     inner = {id(module): name for name, module in work.module.named_modules()}
     paths = {name: f"{inner[id(module)]}.weight" for name, module in work.linears.items()}
     # The same draw whichever attempt comes to this block.
     generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(next(iter(linears)).encode()))
-    draws = _draws([shape[0] for shape in targets.shapes], generator)
+    draws = _draws([shape[0] for shape in work.targets.shapes], generator)
     for iteration in range(iterations):
         leaves = {name: _as_kept(linear.weight(), work, name).requires_grad_() for name, linear in linears.items()}
         weights = {paths[name]: leaf for name, leaf in leaves.items()}
         for number, rows in next(draws):
             with torch.enable_grad():
-                loss = _loss(work.module, weights, work.batches.rows(number, rows), targets[number][rows])
+                loss = _loss(work.module, weights, work.batches.rows(number, rows), work.targets[number][rows])
                 loss.backward()  # type: ignore[no-untyped-call]
         for name, leaf in leaves.items():
             if leaf.grad is not None:
                 gradient = leaf.grad.T if work.sites[name].transposed else leaf.grad
                 linears[name].descend(gradient, (1 - iteration / iterations) / iterations)
-    targets.clear()
 
 
 def _draws(sizes: list[int], generator: torch.Generator) -> Iterator[list[tuple[int, Tensor]]]:
@@ -188,7 +184,7 @@ def _loss(module: nn.Module, weights: dict[str, Tensor], batch: Batch, target: T
     hidden, args, kwargs = batch
     output = functional_call(module, weights, (hidden, *args), kwargs)
     output = output[0] if isinstance(output, tuple) else output
-    return (output.float() - target.to(output.device).float()).square().sum()
+    return cast(Tensor, (output.float() - target.to(output.device).float()).square().sum())
 
 
 def _as_kept(weight: Tensor, work: BlockWork, name: str) -> Tensor:

@@ -1,97 +1,102 @@
 """AWQ: scales up the input columns that matter before rounding, and clips each group where that costs least.
 
-Source: Lin et al., arXiv 2306.00978, §3 and the authors' released code (clipping is described there alone). We differ
-so: the error of a trial is the exact output error of the linears that share the input, from their Hessian, where the
-paper runs the calibration tokens through them anew for every trial; a column's importance is the root mean square of
-its inputs, which the Hessian has, where the paper takes the mean magnitude; each group's range is clipped by the error
-of the group's own part of the output, from the Hessian's diagonal block.
+Source: Lin et al., arXiv 2306.00978, §3, and the authors' released code (where alone the clipping is). We differ so:
+the error of a trial is the exact output error of all linears that share the input, tr(ΔW H ΔWᵀ), from their Hessian,
+where the paper runs calibration tokens through them anew for every trial; weights are clipped in the trials too, as
+they will be; a column's importance is the root mean square
+of its inputs, which the Hessian has, where the paper takes the mean magnitude; a group's range is clipped by the error
+of the group's own part of the outputs, from the Hessian's diagonal block, over all tokens instead of a sample of them;
+whatever can take a scale over does, also repeated values of grouped-query attention, whose copies then share one.
 """
 
 import torch
 from torch import Tensor
 
 from models.codes import Codes, storable
-from models.quantize.grid import dequantize, fit, round_to
+from models.quantize.grid import dequantize, round_to
 from models.quantize.problem import Problem, Solution
 from squeeze.steps import AWQ
 
-SMALLEST = 1e-4  # of an unnormalised scale, as the released code has it
+SMALLEST = 1e-4  # of a scale before it is normalised, as in the released code
+SEARCH_ROWS = 1024  # of the weights, evenly spaced, at most, tell the error of a scale: trials cost rows · in²
+CLIP_STEPS = 20
+CLIP_LEAST = {2: 0.7, 3: 0.75, 4: 0.8, 8: 0.95}  # share of a range that is left at the least
 
 
 def fold(problem: Problem, step: AWQ) -> Tensor | None:
-    """The scale of each input column, (in,) float32, with the least output error; None where none beats no scale."""
+    """The scale of each input column, (in,) float32, with the least output error: importance^ratio for the best of
+    `step.grid` + 1 ratios from 0 to 1. None where no ratio beats 0, which scales nothing.
+    """
     H = _hessian(problem)
-    X = importance(problem, H)
+    X = importance(H, problem.ties)
+    W = problem.W[:: -(-len(problem.W) // SEARCH_ROWS)]
     best, least = None, torch.inf
     for ratio in torch.linspace(0, 1, step.grid + 1).tolist():
         s = scale_of(X, ratio)
-        W, G = problem.W * s, H / s / s.unsqueeze(-1)
-        error = output_error(search_round(W, problem, G) - W, G)
+        error = _scaled_error(W, problem, H, s)
         if error < least:
-            best, least = s, error
+            best, least = (s if ratio else None), error
     return best
 
 
-def importance(problem, H):
-    X = H.diagonal().sqrt()
-    if problem.ties is not None:
-        X = tied(X.square(), problem.ties).sqrt()
-    return X
+def quantize(problem: Problem, step: AWQ) -> Solution:  # noqa: ARG001 - `fold` was given what it asks for
+    """Codes of linears with one input, whose columns `fold` has scaled where something could take over the scale."""
+    W, scheme = problem.W, problem.scheme
+    grouped = W.view(W.shape[0], -1, problem.group_size)
+    scale, zero = clip(grouped, _hessian(problem), scheme.bits, scheme.symmetric, problem.dtype)
+    codes = round_to(grouped, scale, zero, scheme.bits)
+    return Solution(Codes(codes.to(torch.uint8).view(W.shape), scale, zero.to(torch.uint8), scheme))
 
 
-def tied(X, ties):
-    rows = int(ties.max()) + 1
-    total = torch.zeros(rows).index_add_(0, ties, X)
-    return (total / torch.bincount(ties, minlength=rows))[ties]
+def importance(H: Tensor, ties: Tensor | None) -> Tensor:
+    """Root mean square of each input column, up to a factor, (in,). H: (in, in). Columns that are tied share theirs."""
+    squares = H.diagonal()
+    if ties is not None:
+        sums = torch.zeros(int(ties.max()) + 1, device=H.device).index_add_(0, ties, squares)
+        squares = (sums / torch.bincount(ties))[ties]
+    return squares.sqrt()
 
 
 def scale_of(X: Tensor, ratio: float) -> Tensor:
-    """X^ratio, normalised so that the extremes lie as far above one as below (the released code's)."""
+    """X^ratio, normalised so that the largest is as far above 1 as the smallest is below."""
     s = X.pow(ratio).clamp_min(SMALLEST)
     return s / (s.max() * s.min()).sqrt()
 
 
-def search_round(W, problem, G):
-    grouped = W.view(W.shape[0], -1, problem.group_size)
-    scale, zero = fit(grouped, problem.scheme.bits, problem.scheme.symmetric, problem.dtype, G.diagonal().view(-1, problem.group_size))
-    return dequantize(round_to(grouped, scale, zero, problem.scheme.bits), scale, zero).view(W.shape)
+def clip(W: Tensor, H: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each group with the least e·H_g·eᵀ among shrunken ranges; e: a row's errors in the group.
 
-
-def quantize(problem: Problem, step: AWQ) -> Solution:
-    H = _hessian(problem)
-    W, scheme, g = problem.W, problem.scheme, problem.group_size
-    grouped = W.view(W.shape[0], -1, g)
-    scale, zero = clip(grouped, scheme.bits, scheme.symmetric, problem.dtype, H)
-    codes = round_to(grouped, scale, zero, scheme.bits)
-    return Solution(Codes(codes.to(torch.uint8).view(W.shape), scale, zero.to(torch.uint8), scheme))
-
-LEAST = {2: 0.5, 3: 0.6, 4: 0.7, 8: 0.9}
-STEPS = 20
-
-def clip(grouped, bits, symmetric, dtype, H):
-    g = grouped.shape[-1]
-    blocks = torch.stack([H[i : i + g, i : i + g] for i in range(0, len(H), g)])  # (groups, g, g)
-    top = float(2**bits - 1)
-    low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+    W: (out, groups, group_size) float32. H: (in, in), of which H_g is the group's diagonal block. Returns scale (out,
+    groups) float32, storable, and zero (out, groups) float32, whole numbers.
+    """
+    size, top = W.shape[-1], float(2**bits - 1)
+    blocks = torch.stack([H[start : start + size, start : start + size] for start in range(0, len(H), size)])
+    low, high = W.amin(dim=-1).clamp_max(0), W.amax(dim=-1).clamp_min(0)  # (out, groups)
     if symmetric:
         high = torch.maximum(high, -low)
         low = -high
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
-    for shrink in torch.linspace(1, LEAST[bits], STEPS).tolist():
+    for shrink in torch.linspace(1.0, CLIP_LEAST[bits], CLIP_STEPS).tolist():
         scale = storable((high - low) * (shrink / top), dtype)
-        zero = torch.full_like(scale, 2.0 ** (bits - 1)) if symmetric else torch.round(-low * shrink / scale).clamp(1, top)
-        E = dequantize(round_to(grouped, scale, zero, bits), scale, zero) - grouped
-        error = (torch.einsum("ogi,gij->ogj", E, blocks) * E).sum(-1)
+        middle = torch.full_like(scale, 2.0 ** (bits - 1))
+        zero = middle if symmetric else torch.round(-low * shrink / scale).clamp(1, top)
+        E = (dequantize(round_to(W, scale, zero, bits), scale, zero) - W).transpose(0, 1)  # (groups, out, group_size)
+        error = torch.bmm(E, blocks).mul_(E).sum(dim=-1).T  # (out, groups)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
     return best_scale, best_zero
 
 
-def output_error(D: Tensor, H: Tensor) -> float:
-    return float(((D @ H) * D).sum(dtype=torch.float64))
+def _scaled_error(W: Tensor, problem: Problem, H: Tensor, s: Tensor) -> float:
+    """tr(ΔW H ΔWᵀ) with the columns of W multiplied by s, clipped and rounded, and divided again."""
+    scheme = problem.scheme
+    scaled = (W * s).view(len(W), -1, problem.group_size)
+    scale, zero = clip(scaled, H / s / s.unsqueeze(-1), scheme.bits, scheme.symmetric, problem.dtype)
+    rounded = dequantize(round_to(scaled, scale, zero, scheme.bits), scale, zero).view(W.shape)
+    D = rounded.div_(s).sub_(W)
+    return float((D @ H).mul_(D).sum(dtype=torch.float64))
 
 
 def _hessian(problem: Problem) -> Tensor:

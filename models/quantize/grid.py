@@ -37,6 +37,7 @@ def _fit(W: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, importance: 
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
     trial = torch.empty_like(W)
+    weights = torch.ones_like(W[0]) if importance is None else importance
     for shrink in torch.linspace(1.0, SHRINK_LEAST[bits], SHRINK_STEPS).tolist():
         scale = storable((high - low) * (shrink / top), dtype)
         zero = torch.full_like(scale, middle) if symmetric else torch.round(-low * shrink / scale).clamp(1, top)
@@ -45,10 +46,9 @@ def _fit(W: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, importance: 
             trial.clamp_(-middle, top - middle)
         else:
             trial.clamp_((-zero).unsqueeze(-1), (top - zero).unsqueeze(-1))
-        error = trial.mul_(scale.unsqueeze(-1)).sub_(W).square_()
-        if importance is not None:
-            error *= importance
-        error = error.sum(dim=-1)
+        trial.mul_(scale.unsqueeze(-1)).sub_(W).square_()
+        # (groups, out, group_size) @ (groups, group_size, 1)
+        error = torch.bmm(trial.transpose(0, 1), weights.unsqueeze(-1)).squeeze(-1).T
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)

@@ -27,6 +27,8 @@ def fold(problem: Problem, step: SmoothQuant) -> Tensor | None:
     if problem.statistics is None or problem.statistics.moments is None:
         raise ValueError("SmoothQuant needs the moments of the layer's inputs")
     inputs, weights = problem.statistics.moments.largest, problem.W.abs().amax(dim=0)
+    if problem.ties is not None:
+        inputs, weights = _largest_of_tied(inputs, problem.ties), _largest_of_tied(weights, problem.ties)
     if not bool(inputs.any()):
         return None
     scale = inputs.clamp_min(LEAST).pow(step.alpha) / weights.clamp_min(LEAST).pow(1 - step.alpha)
@@ -34,3 +36,9 @@ def fold(problem: Problem, step: SmoothQuant) -> Tensor | None:
     # A column that nothing reached keeps its size beside the others.
     scale = torch.where(inputs > 0, scale, scale.log().mean().exp())
     return scale / scale.log().mean().exp()
+
+
+def _largest_of_tied(values: Tensor, ties: Tensor) -> Tensor:
+    """The largest among the columns that come from the same output of the producer. values: (in,), not negative."""
+    largest = torch.zeros(int(ties.max()) + 1, device=values.device)
+    return largest.scatter_reduce_(0, ties, values, "amax")[ties]

@@ -12,7 +12,7 @@ from squeeze.cli import main
 from squeeze.cli.options import option, step_options
 from squeeze.cli.submit import checked, spec_of, spec_parameters
 from squeeze.errors import SpecInvalid
-from squeeze.steps import METHODS, Quantize
+from squeeze.steps import METHODS, Grouped, Quantize
 
 
 class Wanda(Quantize):
@@ -49,11 +49,11 @@ def test_a_new_method_brings_its_options_along_with_types_bounds_and_who_takes_t
     assert options["pattern"].type.convert("2:4", None, context) == "2:4"
     assert options["student"].type.convert('{"layers": 12}', None, context) == {"layers": 12}
     assert options["layers"].multiple and isinstance(options["layers"].type, click.IntRange)
-    assert "only" not in (options["bits"].help or "")
+    assert "only" not in (options["ignore"].help or "")
 
 
 def test_numbers_and_words_of_one_literal_keep_their_types() -> None:
-    kind = option("group_size", Quantize.model_fields["group_size"]).type
+    kind = option("group_size", Grouped.model_fields["group_size"]).type
     assert kind.convert("128", None, None) == 128
     assert kind.convert("channel", None, None) == "channel"
     with pytest.raises(click.BadParameter, match="32, 64, 128, channel"):

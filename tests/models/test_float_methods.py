@@ -1,5 +1,7 @@
 """Methods that store floating-point numbers of eight and four bits, and SmoothQuant, against plain references."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,10 +49,10 @@ def nearest_e2m1(values: Tensor) -> Tensor:
     return VALUES[(values.unsqueeze(-1) - VALUES).abs().argmin(dim=-1)]
 
 
-@pytest.mark.parametrize("group_size", ["channel", "tensor"])
-def test_fp8_is_at_least_as_near_as_the_scale_that_puts_the_largest_weight_at_448(group_size: str) -> None:
-    W, step = weights(), FP8.model_validate({"method": "fp8", "group_size": group_size})
-    largest = W.abs().amax(dim=1, keepdim=True) if group_size == "channel" else W.abs().max()
+@pytest.mark.parametrize("scales", ["channel", "tensor"])
+def test_fp8_is_at_least_as_near_as_the_scale_that_puts_the_largest_weight_at_448(scales: str) -> None:
+    W, step = weights(), FP8.model_validate({"method": "fp8", "weight_scales": scales})
+    largest = W.abs().amax(dim=1, keepdim=True) if scales == "channel" else W.abs().max()
     usual = (W / (largest / 448)).to(torch.float8_e4m3fn).float() * (largest / 448)
 
     solution = fp8.quantize(problem_of(W, step), step)
@@ -58,7 +60,7 @@ def test_fp8_is_at_least_as_near_as_the_scale_that_puts_the_largest_weight_at_44
     assert error_of(solution, W) < float((usual - W).square().sum())
     encoded = solution.encoded
     assert isinstance(encoded, Float8Codes)
-    assert encoded.scale.unique().numel() == (len(W) if group_size == "channel" else 1)
+    assert len(set(encoded.scale.flatten().tolist())) == (len(W) if scales == "channel" else 1)
     assert (encoded.scale >= largest / 448 * 0.999).all()  # nothing is clipped
 
 
@@ -100,7 +102,7 @@ def test_nvfp4_is_nearer_than_blocks_that_all_reach_to_six() -> None:
 
 def test_linears_that_are_solved_together_share_the_scale_of_a_whole_tensor() -> None:
     W = torch.cat([weights(8), 3 * weights(8, seed=1)])
-    for step, method in ((NVFP4(method="nvfp4"), nvfp4), (FP8(method="fp8", group_size="tensor"), fp8)):
+    for step, method in ((NVFP4(method="nvfp4"), nvfp4), (FP8(method="fp8", weight_scales="tensor"), fp8)):
         both = method.quantize(problem_of(W, step), step).encoded
         parts = [both.rows(0, 8).tensors(), both.rows(8, 16).tensors()]
         name = "divisor" if isinstance(both, Float4Codes) else "scale"
@@ -148,6 +150,19 @@ def test_smoothquant_leaves_columns_that_nothing_reached_among_the_others() -> N
     assert torch.isfinite(fold).all()
     assert fold.min() <= fold[5] <= fold.max()
     assert smoothquant.fold(problem_of(W, step, torch.zeros_like(X)), step) is None
+
+
+def test_columns_that_come_from_one_output_share_the_scale_of_the_largest() -> None:
+    W, X, step = weights(), outliers(), SmoothQuant(method="smoothquant")
+    ties = torch.arange(128) // 4
+    problem = replace(problem_of(W, step, X), ties=ties)
+    expected = (X.abs().amax(dim=0).view(-1, 4).amax(-1) / W.abs().amax(dim=0).view(-1, 4).amax(-1)).sqrt()[ties]
+
+    fold = smoothquant.fold(problem, step)
+
+    assert fold is not None
+    ratio = fold / expected
+    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
 
 
 @pytest.mark.parametrize("rounding", ["rtn", "gptq"])

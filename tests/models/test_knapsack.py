@@ -17,7 +17,10 @@ def value(items: list[list[Option]], chosen: tuple[int, ...] | list[int]) -> tup
 def test_no_choice_within_the_budget_loses_less(seed: int) -> None:
     dice = random.Random(seed)
     items = [
-        [Option(dice.randint(1, 60), dice.choice([dice.random(), dice.randint(0, 3)])) for _ in range(dice.randint(1, 4))]
+        [
+            Option(dice.randint(1, 60), dice.choice([dice.random(), dice.randint(0, 3)]))
+            for _ in range(dice.randint(1, 4))
+        ]
         for _ in range(dice.randint(1, 7))
     ]
     budget = dice.randint(5, 250)
@@ -34,12 +37,10 @@ def test_no_choice_within_the_budget_loses_less(seed: int) -> None:
 
 
 def test_layers_of_a_large_model_with_odd_sizes_are_allotted_exactly() -> None:
-    """320 groups of four candidates each; no common factor makes the budget small. Checked by the relaxation's bound."""
+    """320 groups of four candidates, without a common factor that would make the budget small; checked by a bound."""
     dice = random.Random(0)
     sizes = [dice.randint(10**6, 10**8) for _ in range(320)]
-    items = [
-        [Option(size * bits, dice.uniform(0.5, 2) * size * 4.0**-bits) for bits in (2, 3, 4, 8)] for size in sizes
-    ]
+    items = [[Option(size * bits, dice.uniform(0.5, 2) * size * 4.0**-bits) for bits in (2, 3, 4, 8)] for size in sizes]
     budget = int(3.5 * sum(sizes))
     chosen = solve(items, budget)
     assert chosen is not None

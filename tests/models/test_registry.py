@@ -34,9 +34,10 @@ def modules_with(folder: str, *functions: str) -> dict[str, ModuleType]:
 
 
 def test_every_method_has_its_spec_and_its_file() -> None:
-    specs = {tag_of(method) for method in METHODS}
-    files = {f"{kind}.{name}" for kind in get_args(Kind) for name in modules_with(kind, kind)}
-    assert specs == files
+    for by_block, ending in ((False, ""), (True, "_block")):
+        specs = {tag_of(method) for method in METHODS if method.by_block == by_block}
+        files = {f"{kind}.{name}" for kind in get_args(Kind) for name in modules_with(kind, kind + ending)}
+        assert specs == files
 
 
 def test_every_format_has_its_capacity_and_its_file() -> None:

@@ -38,7 +38,7 @@ pytestmark = [
 STEPS: list[Quantize] = [
     SmoothQuant(method="smoothquant"),
     FP8(method="fp8"),
-    FP8(method="fp8", group_size="tensor"),
+    FP8(method="fp8", weight_scales="tensor"),
     FP8(method="fp8", activations="static"),
     FP8(method="fp8", activations="none"),
     MXFP4(method="mxfp4"),
@@ -63,7 +63,8 @@ def stored(
         step = next((one for ending, one in steps.items() if name.endswith(ending)), default)
         weight = source.tensor(f"{name}.weight").float()
         weight = (weight.t() if transposed else weight).contiguous()
-        sites[name], schemes[name] = Site(name, *weight.shape, transposed), step.scheme()
+        rows, columns = weight.shape
+        sites[name], schemes[name] = Site(name, rows, columns, transposed), step.scheme()
         encoded[name] = method_of(step).quantize(Problem(weight, None, step.scheme(), source.dtype), step).encoded
         if step.scheme().activations == "float8-static":
             changed[f"{name}.input_scale"] = torch.tensor([0.02]).to(source.dtype)
@@ -142,6 +143,19 @@ def test_transposed_layers_refuse_what_nobody_would_compute_and_name_what_can(st
 
     with pytest.raises(FormatUnfit, match=r"c_attn keeps its weight transposed.*rtn or gptq at . bits"):
         layout("compressed-tensors").refuse([site], {site.name: step.scheme()})
+
+
+@pytest.mark.parametrize("step", [NVFP4(method="nvfp4"), SmoothQuant(method="smoothquant")], ids=str)
+def test_experts_refuse_what_transformers_reads_wrong_and_name_what_it_reads_right(step: Quantize) -> None:
+    names = ("model.layers.0.mlp.experts.0.w1", "model.layers.0.mlp.experts.1.w1")
+    sites = [Site(name, rows=64, columns=64, transposed=False) for name in names]
+
+    with pytest.raises(FormatUnfit, match=r"experts\.0\.w1 is an expert of a mixture.*mxfp4"):
+        layout("compressed-tensors").refuse(sites, dict.fromkeys(names, step.scheme()))
+    with pytest.raises(FormatUnfit, match="store them alike"):
+        ways = (RTN(method="rtn", bits=4, group_size=32), RTN(method="rtn", bits=8, group_size=32))
+        layout("compressed-tensors").refuse(sites, {name: way.scheme() for name, way in zip(names, ways, strict=True)})
+    layout("compressed-tensors").refuse(sites, dict.fromkeys(names, MXFP4(method="mxfp4").scheme()))
 
 
 def test_every_layer_may_be_stored_in_its_own_way_and_transformers_loads_each(

@@ -1,5 +1,6 @@
 """ONNX Runtime computes what the codes stand for, in one go and token by token."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
+from models.certify import certify
 from models.codes import Codes
 from models.formats import layout
 from models.formats.onnx import DATA, FILE
@@ -16,6 +18,9 @@ from models.frame import weightless
 from models.progress import Silent
 from models.quantized import QuantizedModel
 from squeeze.architectures import HELD_BY
+from squeeze.errors import CertificationFailed
+from squeeze.report import Certificate
+from tests.models.engine_parts import thrown as thrown_windows
 from tests.models.rounding import dequantized, rounded
 from tests.models.tiny import FAMILIES, llama
 
@@ -122,6 +127,41 @@ def test_what_is_not_quantized_stands_once_and_in_the_source_s_type(
     assert (out / DATA).stat().st_size < (model / "model.safetensors").stat().st_size
     assert str(model) not in (out / FILE).read_bytes().decode("latin-1")
     assert b"onnx_graph.py" not in (out / FILE).read_bytes()
+
+
+def test_onnx_runtime_certifies_what_was_measured_and_nothing_else(
+    written: tuple[Path, Path, QuantizedModel], tmp_path: Path
+) -> None:
+    model, out, quantized = written
+    windows = thrown_windows(count=2, length=48)
+    with torch.no_grad():
+        logits = whole(model, quantized)(windows.ids).logits[:, :-1]
+    expected = [
+        float(torch.nn.functional.cross_entropy(row, ids[1:])) for row, ids in zip(logits, windows.ids, strict=True)
+    ]
+
+    def certified(directory: Path) -> Certificate:
+        (only,) = certify(
+            directory,
+            "onnx",
+            expected=expected,
+            windows=windows,
+            source_bytes=10**9,
+            dtype=torch.float32,
+            device="cpu",
+            consumers={},
+            notify=Silent(),
+        )
+        return only
+
+    certificate = certified(out)
+    assert (certificate.consumer, certificate.outcome) == ("onnxruntime", "passed")
+    assert certificate.perplexity == pytest.approx(certificate.expected_perplexity, rel=1e-4)
+    assert certificate.sample
+    damaged = shutil.copytree(out, tmp_path / "damaged")
+    (damaged / DATA).write_bytes((out / DATA).read_bytes()[::-1])
+    with pytest.raises(CertificationFailed, match="onnxruntime on the onnx result"):
+        certified(damaged)
 
 
 @pytest.mark.slow

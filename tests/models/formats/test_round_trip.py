@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.codes import Codes
+from models.codes import Codes, Encoded
 from models.formats import layout
 from models.progress import Silent
 from models.quantized import Site
@@ -17,7 +17,7 @@ from tests.models.tiny import gpt2, llama
 
 BITS = (2, 3, 4, 8)
 GROUPS: tuple[GroupSize, ...] = (32, 64, 128, "channel")
-FORMATS: tuple[Format, ...] = ("compressed-tensors", "gptq")
+FORMATS: tuple[Format, ...] = ("compressed-tensors", "gptq", "awq")
 HELD = [("compressed-tensors", "llama"), ("compressed-tensors", "gpt2"), ("gptq", "llama")]
 
 
@@ -30,7 +30,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def equal(a: Codes, b: Codes) -> bool:
+def equal(a: Encoded, b: Encoded) -> bool:
+    assert isinstance(a, Codes)
+    assert isinstance(b, Codes)
     return (
         torch.equal(a.codes, b.codes)
         and torch.equal(a.scale, b.scale)
@@ -106,7 +108,7 @@ def test_gptq_refuses_a_zero_point_of_zero_which_readers_would_carry_into_its_ne
 
     class Broken(type(quantized)):  # type: ignore[misc]
         def codes(self, name: str) -> Codes:
-            codes = super().codes(name)
+            codes: Codes = super().codes(name)
             codes.zero[0, 0] = 0
             return codes
 

@@ -1,0 +1,120 @@
+"""Writes the catalogue of methods and formats into docs/methods.md: `python scripts/document_methods.py`.
+
+What stands between the marks is replaced, the rest of the page is written by hand.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.document_report import type_name  # noqa: E402
+from squeeze.formats import CAPACITIES, Capacity, holders  # noqa: E402
+from squeeze.steps import METHODS, Grouped, Quantize, tag_of  # noqa: E402
+
+PAGE = ROOT / "docs" / "methods.md"
+MARKS = {
+    "methods": ("<!-- Methods: written by scripts/document_methods.py. -->", "<!-- End of the methods. -->"),
+    "formats": ("<!-- Formats: written by scripts/document_methods.py. -->", "<!-- End of the formats. -->"),
+}
+
+
+def page() -> str:
+    """The page as it should be."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, made in (("methods", _methods()), ("formats", _formats())):
+        begin, end = MARKS[name]
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n\n{made}\n\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def _methods() -> str:
+    parts = [
+        "Every method takes:\n\n" + _table(Quantize, ()),
+        "Methods that round to integer codes ("
+        + _listed(one for one in METHODS if issubclass(one, Grouped))
+        + ") take:\n\n"
+        + _table(Grouped, Quantize.model_fields),
+    ]
+    for method in METHODS:
+        base = Grouped if issubclass(method, Grouped) else Quantize
+        usual = method.model_construct(method=_name(method))
+        own = _table(method, base.model_fields)
+        needs = "Needs calibration text." if usual.needs_calibration else "Looks at no data."
+        held = ", ".join(f"`{name}`" for name in holders(usual.scheme()))
+        about = f"{inspect.getdoc(method)}\n\n{needs} By default it is held by {held or 'no format'}."
+        parts.append("\n\n".join(filter(None, (f"### {_name(method)}", about, own))))
+    return "\n\n".join(parts)
+
+
+def _formats() -> str:
+    rows = [
+        f"| `{name}` | {_held(capacity)} | {', '.join(capacity.consumers)} |" for name, capacity in CAPACITIES.items()
+    ]
+    return "\n".join(["| format | holds | who loads it |", "|---|---|---|", *rows])
+
+
+def _held(capacity: Capacity) -> str:
+    told = []
+    for held in capacity.held:
+        bits = "" if held.element in {"float16", "bfloat16"} else f", {_numbers(held.bits)} bits"
+        groups = "" if held.element in {"float16", "bfloat16", "ggml"} else f", groups {_numbers(held.group_sizes)}"
+        zero = ", zero points" if held.asymmetric else ""
+        rounded = [one for one in held.activations if one]
+        activations = f", activations {' or '.join(rounded)}" if rounded else ""
+        told.append(f"{held.element}{bits}{groups}{zero}{activations}")
+    return "; ".join(told)
+
+
+def _table(method: type[Quantize], shared: Iterable[str]) -> str:
+    fields = {name: field for name, field in method.model_fields.items() if name not in {"kind", "method", *shared}}
+    if not fields:
+        return ""
+    rows = [
+        f"| `{name}` | {type_name(field.annotation)}{_bounds(field)} | {_default(field)} | {_cell(field)} |"
+        for name, field in fields.items()
+    ]
+    return "\n".join(["| parameter | takes | default | |", "|---|---|---|---|", *rows])
+
+
+def _bounds(field: FieldInfo) -> str:
+    """What pydantic keeps as objects with one of `ge`, `gt`, `le`, `lt`."""
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    told = [
+        f"{sign} {getattr(one, word):,g}"
+        for one in field.metadata
+        for word, sign in signs.items()
+        if hasattr(one, word)
+    ]
+    return f", {', '.join(told)}" if told else ""
+
+
+def _default(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True, validated_data={})
+    return "none" if default in (None, ()) else str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _cell(field: FieldInfo) -> str:
+    return (field.description or "").replace("|", "\\|")
+
+
+def _numbers(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _listed(methods: Iterable[type[Quantize]]) -> str:
+    return ", ".join(f"`{_name(one)}`" for one in methods)
+
+
+def _name(method: type[Quantize]) -> str:
+    return tag_of(method).split(".")[1]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
