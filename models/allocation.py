@@ -73,11 +73,6 @@ def allot(
     choice = _choose(
         sites, schemes, groups, bits, errors, budget, None if step.target_bytes is None else frame.source.dtype
     )
-    total = sum(site.rows * site.columns for site in sites.values())
-    budgets = [
-        int(total * (bits[0] + n * CURVE_STEP_BITS)) for n in range(int((bits[-1] - bits[0]) / CURVE_STEP_BITS) + 1)
-    ]
-    optima = [_choose(sites, schemes, groups, bits, errors, one) for one in budgets]
     count, length = min(len(calibration), GRADIENT_SEQUENCES), min(calibration.shape[1], GRADIENT_LENGTH)
     how = "to nearest" if step.by_block else f"by {step.method}"
     allocation = Allocation(
@@ -94,7 +89,7 @@ def allot(
             )
             for name, site in sites.items()
         ],
-        curve=[Optimum(bits=_average(sites, one), divergence_nats=_predicted(errors, one)) for one in optima],
+        curve=_curve(sites, schemes, groups, bits, errors),
     )
     notify.event(
         "info",
@@ -135,6 +130,21 @@ def _budget(
     return left
 
 
+def _curve(
+    sites: Mapping[str, Site],
+    schemes: Mapping[str, Scheme],
+    groups: Sequence[Group],
+    bits: Sequence[int],
+    errors: Errors,
+) -> list[Optimum]:
+    """What the best choice promises at every quarter of a bit."""
+    weights = sum(site.rows * site.columns for site in sites.values())
+    steps = int((bits[-1] - bits[0]) / CURVE_STEP_BITS) + 1
+    budgets = [int(weights * (bits[0] + n * CURVE_STEP_BITS)) for n in range(steps)]
+    optima = [_choose(sites, schemes, groups, bits, errors, budget) for budget in budgets]
+    return [Optimum(bits=_average(sites, one), divergence_nats=_predicted(errors, one)) for one in optima]
+
+
 def _choose(
     sites: Mapping[str, Site],
     schemes: Mapping[str, Scheme],
@@ -165,7 +175,7 @@ def _choose(
 
 
 def _stored_bytes(site: Site, scheme: Scheme, dtype: torch.dtype) -> int:
-    """Of one linear in compressed-tensors, headers counted in: whole 32-bit words a row, scales in the model's type, the shape."""
+    """Of one linear in compressed-tensors: whole 32-bit words a row, scales in the model's type, the shape, headers."""
     groups = site.columns // scheme.columns(site.columns)
     headers = 3 * (len(site.name) + len(".weight_packed") + TENSOR_HEADER_BYTES)
     return site.rows * (4 * words_for(site.columns, scheme.bits) + dtype.itemsize * groups) + 16 + headers

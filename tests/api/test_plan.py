@@ -161,6 +161,25 @@ def test_one_obstacle_does_not_hide_the_others(planner: Callable[..., Plan]) -> 
     assert planner("org/gpt2", {"group_size": 32}).feasible
 
 
+def test_a_target_in_bits_or_bytes_is_what_the_plan_counts_with(planner: Callable[..., Plan]) -> None:
+    def size(step: dict[str, Any]) -> int:
+        return planner("org/llama", step).result_bytes["compressed-tensors"]
+
+    three, four = size({"bits": 3}), size({"bits": 4})
+    assert size({"bits": "auto", "target_bits": 3.5}) == (three + four) // 2
+    assert size({"bits": "auto", "target_bytes": three + 7}) == three + 7
+    plan = planner("org/llama", {"bits": "auto", "target_bytes": 1000})
+    assert [(one.code, one.param) for one in plan.obstacles] == [("spec_invalid", "steps.0.target_bytes")]
+
+
+def test_a_rotation_counts_the_head_that_it_unties_and_names_who_can_t_have_one(planner: Callable[..., Plan]) -> None:
+    plain, rotated = planner("org/llama"), planner("org/llama", {"rotation": "hadamard"})
+    embedding = 2 * 1000 * 256
+    assert rotated.result_bytes["compressed-tensors"] == plain.result_bytes["compressed-tensors"] + embedding
+    refused = planner("org/gpt2", {"rotation": "hadamard", "group_size": 32})
+    assert [(one.code, one.param) for one in refused.obstacles] == [("architecture_unsupported", "steps.0.rotation")]
+
+
 def test_a_dataset_has_to_be_there(planner: Callable[..., Plan]) -> None:
     assert planner("org/llama", data={"source": "hub:org/texts:train"}).feasible
     (obstacle,) = planner("org/llama", evaluation={"source": "hub:org/none"}).obstacles

@@ -22,17 +22,17 @@ from squeeze.errors import FormatUnfit, SpecInvalid
 from squeeze.formats import candidates, refuse_unfit
 from squeeze.report import Allocation
 from squeeze.schemes import Scheme
-from squeeze.steps import GPTQ, RTN, Grouped
+from squeeze.steps import GPTQ, RTN, Format, Grouped
 from tests.models.engine_parts import frame_of, thrown
 from tests.models.job_parts import spec_of
 from tests.models.tiny import FAMILIES, VOCABULARY
 
 IDS = torch.randint(0, VOCABULARY, (24, 64), generator=torch.Generator().manual_seed(5))
-CT = ("compressed-tensors",)
+CT: tuple[Format, ...] = ("compressed-tensors",)
 
 
 def step_of(method: str = "rtn", **fields: Any) -> Grouped:
-    kind: type[Grouped] = {"rtn": RTN, "gptq": GPTQ}[method]
+    kind = GPTQ if method == "gptq" else RTN
     return kind.model_validate({"method": method, "group_size": 32, "bits": "auto"} | fields)
 
 
