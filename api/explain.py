@@ -48,7 +48,10 @@ def one_of(value: object, known: Sequence[str]) -> str:
 
 
 def _without_echoes(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leaves out what only follows: a tuple is `too short` once its only item is wrong."""
+    """Leaves out what only follows: a tuple is `too short` once its only item is wrong, and a default that is made
+    from other fields is not made while one of them is wrong.
+    """
+    errors = [error for error in errors if error["type"] != "default_factory_not_called"]
     places = [tuple(error["loc"]) for error in errors]
     return [
         error

@@ -1,5 +1,6 @@
 """The work on one decoder block: its linears are compressed, the streams of hidden states move behind it."""
 
+import copy
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,7 @@ from models.calls import Batch, Batches, Calls, run
 from models.codes import Encoded
 from models.formats.fitness import computed_as_one
 from models.frame import Frame
-from models.lockstep import run_in_lockstep
+from models.lockstep import Twin, run_in_lockstep
 from models.passes import run_in_passes
 from models.quantize.problem import Problem, Solution
 from models.quantized import Site, block_file, tensors_of
@@ -101,11 +102,13 @@ class BlockJob:
         self._producers: dict[str, Producer] = {}
         self._producer_scales: dict[str, Tensor] = {}
         self._reach = kv_cache.Reach()
+        self._twin: nn.Module | None = None  # the block as it was
 
     def run(self, activations: Activations, directory: Path) -> Block:
         """Compresses the block, moves the activations behind it, writes its codes."""
         began = time.monotonic()
         with self.frame.block(self.index) as module, torch.no_grad():
+            self._twin = copy.deepcopy(module) if "drift" in self.step.wanted() else None
             if self.compares:
                 self.calls.forward(self.index, module, activations.original)
             if len(activations.calibration):
@@ -157,12 +160,23 @@ class BlockJob:
         limit = self.memory_bytes
         if limit is None:
             limit = int(available_device_bytes(self.frame.device) * LOCKSTEP_SHARE)
+        twin: Twin | None = None
+        if self._twin is not None:
+            inside = {one: path for path, one in module.named_modules()}
+            twins = {name: self._twin.get_submodule(inside[one]) for name, one in leaders.items()}
+            twin = (self._twin, Batches(self.calls, self.index, activations.uncompressed), twins)
+            held_bytes *= 2
         if held_bytes <= limit:
-            for number, output in enumerate(run_in_lockstep(module, batches, leaders, gathering, solve)):
-                stream.replace(number, output.cpu())
+            outputs = run_in_lockstep(module, batches, leaders, gathering, solve, twin)
+            for moved, own in zip((stream, activations.uncompressed), outputs, strict=True):
+                for number, output in enumerate(own):
+                    moved.replace(number, output.cpu())
         else:
-            run_in_passes(module, batches, leaders, gathering, solve)
+            run_in_passes(module, batches, leaders, gathering, solve, twin)
             self.calls.forward(self.index, module, stream)
+            if self._twin is not None:
+                self.calls.forward(self.index, self._twin, activations.uncompressed)
+        self._twin = None
         for name in self.sites:
             if name not in self.encoded:  # no token came to it
                 self._solve((name,), gathering(self.sites[name].columns), None)

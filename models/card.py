@@ -49,7 +49,8 @@ def _front_matter(format_name: Format, report: Report) -> str:
         fields["license"] = report.source.license
     fields["library_name"] = "transformers"
     fields["pipeline_tag"] = "text-generation"
-    bits = sorted({f"{step['bits']}-bit" for step in report.recipe if "bits" in step})
+    bits = sorted({f"{step['bits']}-bit" for step in report.recipe if "bits" in step and step["bits"] != "auto"})
+    bits += [] if report.allocation is None else ["mixed-precision"]
     fields["tags"] = ["squeeze", format_name, *dict.fromkeys(step["method"] for step in report.recipe), *bits]
     fields["tags"] = list(dict.fromkeys(fields["tags"]))
     # JSON is YAML, and quoted strings can't be mistaken for anything else.
@@ -154,8 +155,11 @@ def _short_name(report: Report) -> str:
 
 
 def _recipe_in_short(report: Report) -> str:
+    def bits(step: dict[str, Any]) -> str:
+        return f"{report.allocation.bits:.3g}" if report.allocation and step["bits"] == "auto" else str(step["bits"])
+
     return ", then ".join(
-        f"{step['method']} at {step['bits']} bits" if "bits" in step else str(step["method"]) for step in report.recipe
+        f"{step['method']} at {bits(step)} bits" if "bits" in step else str(step["method"]) for step in report.recipe
     )
 
 

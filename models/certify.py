@@ -129,8 +129,11 @@ def certify(
 def _transformers(
     directory: Path, format_name: Format, sample: Sample, dtype: torch.dtype, device: str, limit_bytes: int
 ) -> Certificate:
+    config = read_config(directory)
+    if format_name == "bitsandbytes" and "float16" in (config.get("dtype"), config.get("torch_dtype")):
+        dtype = torch.float16  # asked for another type, transformers 5.23 leaves a part of the rest in this one
     need_bytes = _need_bytes(directory, format_name, dtype)
-    quantization = read_config(directory).get("quantization_config", {})
+    quantization = config.get("quantization_config", {})
     # transformers 5.23 unpacks all layers by the first group's rule when it unpacks while it loads.
     movable = format_name in UNPACKED and len(quantization.get("config_groups", ())) <= 1
     offload = movable and need_bytes > limit_bytes

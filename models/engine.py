@@ -96,7 +96,7 @@ def quantize(
             Stream(room, calls.enter(calibration)),
             Stream(room, reference_calls.enter(window_ids)),
             Stream(room, calls.enter(window_ids)),
-            Stream(room, calls.enter(calibration if step.by_block else None)),
+            Stream(room, calls.enter(calibration if step.by_block or "drift" in step.wanted() else None)),
         )
     else:
         blocks, activations = resumed

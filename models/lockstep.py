@@ -4,9 +4,11 @@ Every batch's forward pass is a greenlet that halts when it reaches a linear. On
 inputs are handed out: statistics are taken, the weight is replaced by its compressed self, and all go on. So each
 linear runs once, on inputs that the compressed linears before it made: the true-sequential order of the GPTQ paper at
 the price of one forward pass a block. The price is memory: what a block holds half way, for all batches at once.
+A twin of the block, which stays as it was, may run beside it, for statistics that compare its inputs with the block's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from models.calls import Batch, run
 from models.statistics import Statistics
 
+Twin = tuple[nn.Module, Sequence[Batch], Mapping[str, nn.Module]]  # a block, its batches, its linears by name
+
 
 def run_in_lockstep(
     block: nn.Module,
@@ -23,11 +27,13 @@ def run_in_lockstep(
     linears: Mapping[str, nn.Module],
     gathering: Callable[[int], Statistics],
     solve: Callable[[str, Statistics], None],
-) -> list[Tensor]:
+    twin: Twin | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
     """Calls `solve` for every linear with the statistics of all its inputs, before it runs.
 
     linears: modules to halt at, by name. gathering: makes statistics for so many columns. solve: replaces the weights
-    of a linear, and may do so of others that read the same input. Returns the block's outputs, one for each batch.
+    of a linear, and may do so of others that read the same input. Returns the block's outputs, one for each batch, and
+    its twin's.
     """
 
     def halt(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -36,20 +42,29 @@ def run_in_lockstep(
 
         return hook
 
-    handles = [module.register_forward_pre_hook(halt(name)) for name, module in linears.items()]
-    runners = [greenlet(lambda batch: (None, run(block, batch))) for _ in batches]
+    blocks = [(block, batches, linears)] if twin is None else [(block, batches, linears), twin]
+    handles = [one.register_forward_pre_hook(halt(name)) for _, _, by_name in blocks for name, one in by_name.items()]
+    runners = [[greenlet(partial(_finish, module)) for _ in own] for module, own, _ in blocks]
     try:
         with torch.no_grad():
-            states = [runner.switch(batch) for runner, batch in zip(runners, batches, strict=True)]
-            while (name := states[0][0]) is not None:
-                statistics = gathering(states[0][1].shape[-1])
-                for _, inputs in states:
-                    statistics.add(inputs)
-                del states, inputs  # or the inputs would stay alive while the linear runs
+            states = [
+                [runner.switch(batch) for runner, batch in zip(some, own, strict=True)]
+                for some, (_, own, _) in zip(runners, blocks, strict=True)
+            ]
+            while (name := states[0][0][0]) is not None:
+                statistics = gathering(states[0][0][1].shape[-1])
+                for both in zip(*states, strict=True):
+                    statistics.add(*(inputs for _, inputs in both))
+                del states, both  # or the inputs would stay alive while the linear runs
                 solve(name, statistics)
                 del statistics
-                states = [runner.switch() for runner in runners]
+                states = [[runner.switch() for runner in some] for some in runners]
     finally:
         for handle in handles:
             handle.remove()
-    return [output for _, output in states]
+    outputs = [[output for _, output in some] for some in states]
+    return outputs[0], outputs[1] if twin is not None else []
+
+
+def _finish(block: nn.Module, batch: Batch) -> tuple[None, Tensor]:
+    return None, run(block, batch)

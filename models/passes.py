@@ -10,9 +10,10 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.calls import Batch, run
+from models.lockstep import Twin
 from models.statistics import Statistics
 from squeeze.errors import NotFinite
 
@@ -27,15 +28,16 @@ def run_in_passes(
     linears: Mapping[str, nn.Module],
     gathering: Callable[[int], Statistics],
     solve: Callable[[str, Statistics], None],
+    twin: Twin | None = None,
 ) -> None:
     """Calls `solve` for every linear with the statistics of all its inputs, those before it compressed already.
 
     linears: modules by name. gathering: makes statistics for so many columns. solve: replaces the weights of a linear,
-    and may do so of others that read the same input.
+    and may do so of others that read the same input. twin: what the inputs are compared with.
     """
     unsolved = dict(linears)
     while unsolved:
-        found = _gather(block, batches, unsolved, gathering)
+        found = _gather(block, batches, unsolved, gathering, twin)
         if not found:
             raise NotFinite(f"the inputs of {next(iter(unsolved))} are NaN; the model is damaged")
         for name, statistics in found.items():
@@ -48,10 +50,12 @@ def _gather(
     batches: Sequence[Batch],
     linears: Mapping[str, nn.Module],
     gathering: Callable[[int], Statistics],
+    twin: Twin | None,
 ) -> dict[str, Statistics]:
     """Statistics of the linears that read nothing of what the others put out, in the order in which they run."""
     found: dict[str, Statistics] = {}
     tainted: set[str] = set()
+    originals: dict[str, Tensor] = {}  # the twin's inputs for the batch at hand
     last: str | None = None  # of the linears that this pass can gather
 
     def gather(name: str) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
@@ -63,7 +67,7 @@ def _gather(
                 return None
             if name not in found:
                 found[name] = gathering(X.shape[-1])
-            found[name].add(X)
+            found[name].add(X, originals.get(name))
             if name == last:
                 raise _AllSeen
             return (torch.full_like(X, torch.nan), *inputs[1:])
@@ -72,7 +76,8 @@ def _gather(
 
     handles = [module.register_forward_pre_hook(gather(name)) for name, module in linears.items()]
     try:
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            originals = {} if twin is None else _inputs(twin, number)
             with suppress(_AllSeen):
                 run(block, batch)
             last = list(found)[-1] if found else None
@@ -81,3 +86,23 @@ def _gather(
             handle.remove()
     # No token at all may also mean that NaN went the router's other ways; the next pass knows more, if there is one.
     return {name: statistics for name, statistics in found.items() if statistics.count} or found
+
+
+def _inputs(twin: Twin, number: int) -> dict[str, Tensor]:
+    """What each linear of the twin reads for one of its batches."""
+    block, batches, linears = twin
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
+            inputs[name] = given[0]
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(keep(name)) for name, module in linears.items()]
+    try:
+        run(block, batches[number])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs

@@ -19,7 +19,7 @@ TOKENS_AT_ONCE = 1024  # multiplied in one go
 LEAST_TOKENS = 512  # in a batch whose products may be rounded
 # Of the mean diagonal, from rounding the products; GPTQ adds 1 % to the diagonal. On the bundled model this and no
 # rounding at all differ by less than two draws of the calibration text do.
-MOST_NOISE = 0.006
+MOST_NOISE = 0.009
 
 
 class Moments:
@@ -61,7 +61,7 @@ class Hessian:
         self._mirrored = True
         self._coarse: bool | None = None  # whether products are rounded to bfloat16; None: not looked at yet
         self.count = 0
-        self.factors: dict[object, tuple[Tensor, float, int]] = {}
+        self.factors: dict[object, tuple[Tensor, Tensor, float, int]] = {}
 
     def add(self, X: Tensor) -> None:
         """X: (n, in), any floating type; summed in float32."""
@@ -160,16 +160,43 @@ class Hessian:
                 self._sum[start : start + TILE, start:].addmm_(exact[:, start : start + TILE].T, exact[:, start:])
 
 
+class Drift:
+    """D = Σ (x̃ − x) xᵀ, (in, in) float32, over the input vectors x seen, x̃ what each would be without compression."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.count = 0
+
+    def add(self, X: Tensor, originals: Tensor) -> None:
+        """X, originals: (n, in), any floating type."""
+        dtype = torch.bfloat16 if X.dtype == torch.bfloat16 and _multiplies_bfloat16(X.device) else torch.float32
+        for part, original in zip(torch.split(X, TOKENS_AT_ONCE), torch.split(originals, TOKENS_AT_ONCE), strict=True):
+            self.sum += (original.float() - part.float()).to(dtype).T @ part.to(dtype)
+        self.count += len(X)
+
+    def rescaled(self, by: Tensor) -> "Drift":
+        """Of the inputs multiplied by `by`, (in,)."""
+        scaled = Drift(len(by), by.device)
+        scaled.sum, scaled.count = self.sum * by * by.unsqueeze(-1), self.count
+        return scaled
+
+
 class Statistics:
     """Of one input that one linear or several read: the parts that were asked for. tokens: how many are expected."""
 
     def __init__(self, wanted: Collection[Statistic], columns: int, device: torch.device, tokens: int = 0) -> None:
         self.moments = Moments(columns, device) if "moments" in wanted else None
         self.hessian = Hessian(columns, device, tokens) if "hessian" in wanted else None
+        self.drift = Drift(columns, device) if "drift" in wanted else None
         self.count = 0
 
-    def add(self, inputs: Tensor) -> None:
-        """inputs: (…, in)."""
+    def add(self, inputs: Tensor, originals: Tensor | None = None) -> None:
+        """inputs: (…, in). originals: what they would be without compression, where that is known.
+
+        Those of a mixture's experts, (n, in), are not compared: other tokens may come to an expert than did before.
+        """
+        if self.drift is not None and originals is not None and inputs.dim() > 2:
+            self.drift.add(inputs.flatten(0, -2), originals.flatten(0, -2))
         X = inputs.reshape(-1, inputs.shape[-1])
         self.count += len(X)
         for part in (self.moments, self.hessian):
@@ -181,6 +208,7 @@ class Statistics:
         scaled = Statistics((), len(by), by.device)
         scaled.count = self.count
         scaled.hessian = self.hessian and self.hessian.rescaled(by)
+        scaled.drift = self.drift and self.drift.rescaled(by)
         if self.moments is not None:
             scaled.moments = Moments(len(by), by.device)
             scaled.moments.count = self.count

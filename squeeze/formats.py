@@ -50,7 +50,7 @@ CAPACITIES: dict[Format, Capacity] = {
         consumers=("transformers", "gptqmodel", "vllm"),
     ),
     "awq": Capacity(
-        held=(Held("int", (4,), GROUPS, asymmetric=True),),
+        held=(Held("int", (4,), (32, 64, 128), asymmetric=True),),
         consumers=("transformers", "vllm"),
     ),
     "bitsandbytes": Capacity(

@@ -13,7 +13,7 @@ from squeeze.schemes import Activations, Scheme
 Kind = Literal["quantize"]
 Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx", "gguf"]
 GroupSize = Literal[32, 64, 128, "channel"]
-Statistic = Literal["moments", "hessian"]
+Statistic = Literal["moments", "hessian", "drift"]
 Mixture = Literal["q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"]
 
 CODE_BITS = (2, 3, 4, 8)  # of the integer codes of `Grouped`
@@ -30,7 +30,8 @@ class Quantize(Wire):
     """What every weight quantization shares.
 
     What a method needs of the calibration inputs of each linear is `statistics`: per-column `moments`, the `hessian`,
-    or nothing. A method that works on whole blocks (`by_block`) sees the inputs themselves.
+    their `drift` from what the linear would read in the uncompressed model, or nothing. A method that works on whole
+    blocks (`by_block`) sees the inputs themselves.
     """
 
     kind: Literal["quantize"] = "quantize"
@@ -139,7 +140,17 @@ class GPTQ(Grouped):
     damping: float = Field(
         0.01, gt=0, le=1, description="Share of the Hessian's mean diagonal that is added to its diagonal."
     )
+    asymmetric_calibration: bool = Field(
+        False,
+        description="Have every layer also make up for what the layers before it changed: its outputs on what it reads "
+        "now are fitted to what they were in the uncompressed model (as GPTAQ, arXiv 2504.02692). Closer to the "
+        "original; takes about twice as long and a second copy of the calibration activations. Experts of a mixture "
+        "are left out.",
+    )
     statistics = frozenset({"hessian"})
+
+    def wanted(self) -> frozenset[Statistic]:
+        return self.statistics | {"drift"} if self.asymmetric_calibration else self.statistics
 
 
 class AWQ(Grouped):

@@ -13,7 +13,7 @@ from squeeze.architectures import ARCHITECTURES, HELD_BY
 from squeeze.errors import ServiceUnavailable, Unauthenticated
 from squeeze.formats import CAPACITIES
 from squeeze.objects import Load, Method, Page
-from squeeze.schemes import Element
+from squeeze.schemes import Scheme
 from squeeze.steps import METHODS, Quantize, tag_of
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"])
@@ -35,7 +35,7 @@ def _method(step: type[Quantize]) -> Method:
         description=inspect.getdoc(step) or "",
         parameters=step.model_json_schema(),
         architectures=list(ARCHITECTURES),
-        formats=_formats(usual.scheme().element),
+        formats=_formats(usual.scheme()),
         loads=[Load.model_validate(one) for one in _loads() if one.pop("method") == method],
         needs=["calibration data"] if usual.needs_calibration else [],
     )
@@ -47,12 +47,12 @@ def _loads() -> list[dict[str, Any]]:
     return found
 
 
-def _formats(element: Element) -> dict[str, dict[str, Any]]:
+def _formats(scheme: Scheme) -> dict[str, dict[str, Any]]:
     """What each format that holds this kind of codes can hold of it."""
     found: dict[str, dict[str, Any]] = {}
     for name, capacity in CAPACITIES.items():
         for held in capacity.held:
-            if held.element == element:
+            if held.element == scheme.element and scheme.activations in held.activations:
                 found[name] = {
                     "bits": list(held.bits),
                     "group_sizes": list(held.group_sizes),

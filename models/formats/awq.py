@@ -1,4 +1,7 @@
-"""AWQ's layout (`version: gemm`): transformers with gptqmodel, and vLLM, load it. Four bits alone.
+"""AWQ's layout (`version: gemm`): transformers with gptqmodel, and vLLM, load it. Four bits, in groups.
+
+One scale a row is not held: gptqmodel 7.6 chooses a kernel for it that refuses all but a few widths ("expect qGroupSize
+to be 32, 64, 128 or 256").
 
 A linear has `qweight` int32 (in, out/8) and `qzeros` int32 (groups, out/8), codes and zero points packed along `out`;
 `scales` float16 (groups, out). The eight values of a word stand in the order of `ORDER`, the first lowest, and a zero
@@ -33,12 +36,11 @@ from models.quantized import QuantizedModel, Site
 from models.safetensors_file import read as read_tensor
 from squeeze import __version__
 from squeeze.errors import FormatUnfit
-from squeeze.schemes import Group, Scheme
+from squeeze.schemes import Scheme
 
 BITS = 4
 PER_WORD = 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds the ORDER[i]-th of its eight columns
-WHOLE_ROW = -1  # what group_size says for one scale a row
 
 
 def refuse(sites: Iterable[Site], schemes: Mapping[str, Scheme]) -> None:
@@ -89,8 +91,7 @@ def read(out: Path, module: str) -> Codes:
         return read_tensor(entries[f"{module}.{part}"])
 
     scale = tensor("scales").t().contiguous().float()  # (out, groups)
-    group: Group = "channel" if config["group_size"] == WHOLE_ROW else config["group_size"]
-    scheme = Scheme("int", BITS, group, config["meta"]["symmetric"])
+    scheme = Scheme("int", BITS, config["group_size"], config["meta"]["symmetric"])
     return Codes(
         _columns(tensor("qweight")).t().contiguous(), scale, _columns(tensor("qzeros")).t().contiguous(), scheme
     )
@@ -102,7 +103,7 @@ def _config(quantized: QuantizedModel, skeleton: Skeleton) -> dict[str, Any]:
         "quant_method": "awq",
         "version": "gemm",
         "bits": BITS,
-        "group_size": WHOLE_ROW if scheme.group_size == "channel" else scheme.group_size,
+        "group_size": scheme.group_size,
         "zero_point": True,
         "modules_to_not_convert": [name for name in skeleton.linears if name not in quantized.sites],
         "meta": {

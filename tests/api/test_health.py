@@ -75,7 +75,7 @@ def test_every_method_is_listed_with_what_it_takes(shared: Running) -> None:
     assert {f"{each.kind}.{each.method}" for each in listed} == {tag_of(step) for step in METHODS}
     gptq = next(each for each in listed if each.method == "gptq")
     assert gptq.needs == ["calibration data"]
-    assert gptq.parameters["properties"]["bits"]["enum"] == [2, 3, 4, 8]
+    assert gptq.parameters["properties"]["bits"]["enum"] == [2, 3, 4, 8, "auto"]
     assert "llama" in gptq.architectures
     assert "gpt2" in gptq.formats["compressed-tensors"]["architectures"]
     assert "gpt2" not in gptq.formats["gptq"]["architectures"]

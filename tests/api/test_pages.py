@@ -6,6 +6,8 @@ from base64 import b64encode
 
 import pytest
 
+from api.pages.report import page as page_of
+from squeeze.report import Report
 from tests.api.serving import Running, report
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
@@ -72,3 +74,28 @@ def test_the_vendored_assets_are_what_their_notice_says(shared: Running) -> None
 def test_the_address_of_the_service_leads_a_browser_to_the_docs(shared: Running) -> None:
     answer = shared.client.get("/", follow_redirects=True)
     assert (answer.status_code, answer.url.path) == (200, "/docs")
+
+
+def test_the_report_shows_where_bits_went_and_what_a_rotation_did() -> None:
+    trials = [{"bits": 3, "divergence_nats": 0.0321}, {"bits": 4, "divergence_nats": 0.0082}]
+    told = report() | {
+        "allocation": {
+            "measure": "<i>predicted</i>",
+            "bits": 3.5,
+            "divergence_nats": 0.0123,
+            "layers": [{"name": "model.layers.0.mlp.<b>up</b>", "weights": 196_608, "trials": trials, "bits": 4}],
+            "curve": [{"bits": 3.0, "divergence_nats": 0.0456}, {"bits": 4.0, "divergence_nats": 0.0078}],
+        },
+        "rotation": {
+            "kind": "hadamard",
+            "hidden_states": "Hadamard of order 256",
+            "values": "Hadamard of order 64",
+            "untied_bytes": 2_000_000,
+            "peak_before": 31.5,
+            "peak_after": 8.25,
+        },
+    }
+    html = page_of("job-x", Report.model_validate(told))
+    for shown in ("0.032", "0.0082", "0.046", "196,608", "Hadamard of order 256", "31.5", "8.25", "2 MB"):
+        assert shown in html
+    assert "<b>up</b>" not in html and "<i>predicted</i>" not in html

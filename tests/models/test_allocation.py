@@ -16,7 +16,7 @@ from models.formats import layout
 from models.formats.directory import weight_bytes
 from models.formats.fitness import stored_alike
 from models.frame import Frame
-from models.pipeline import check
+from models.pipeline import check, run
 from models.progress import Silent
 from squeeze.errors import FormatUnfit, SpecInvalid
 from squeeze.formats import candidates, refuse_unfit
@@ -24,7 +24,7 @@ from squeeze.report import Allocation
 from squeeze.schemes import Scheme
 from squeeze.steps import GPTQ, RTN, Format, Grouped
 from tests.models.engine_parts import frame_of, thrown
-from tests.models.job_parts import spec_of
+from tests.models.job_parts import inputs_of, spec_of
 from tests.models.tiny import FAMILIES, VOCABULARY
 
 IDS = torch.randint(0, VOCABULARY, (24, 64), generator=torch.Generator().manual_seed(5))
@@ -197,3 +197,26 @@ def test_the_step_s_own_scheme_is_the_average_rounded_up() -> None:
     assert step_of(target_bytes=10**9).scheme().bits == 4
     assert step_of(target_bits=3.5).needs_calibration
     assert not step_of(target_bits=3.5).reads_inputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step", [{"bits": "auto", "target_bits": 3.5}, {"rotation": "hadamard"}], ids=["bits", "rotation"]
+)
+def test_a_whole_job_is_certified_and_tells_its_story(tmp_path: Path, step: dict[str, Any]) -> None:
+    model = FAMILIES["llama"](tmp_path / "model", dtype=torch.bfloat16, tie_word_embeddings=True)
+    text = tmp_path / "text.txt"
+    text.write_text(Path(engine.__file__).read_text() * 4, encoding="utf-8")
+    spec = spec_of(step, formats=["compressed-tensors"])
+    outcome = run(inputs_of(spec, model, text, tmp_path), Silent())
+    told = {one.consumer: one.outcome for one in outcome.report.certificates}
+    assert told["transformers"] == "passed"
+    allocation, rotation = outcome.report.allocation, outcome.report.rotation
+    assert (allocation is None, rotation is None) == ("bits" not in step, "rotation" not in step)
+    if allocation is not None:
+        assert {layer.name: layer.bits for layer in allocation.layers} == {
+            layer.name: layer.bits for block in outcome.report.blocks for layer in block.layers
+        }
+        assert allocation.bits <= 3.5
+    if rotation is not None:
+        assert rotation.untied_bytes == 2 * 512 * 128

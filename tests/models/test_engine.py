@@ -152,8 +152,11 @@ def test_a_stopped_job_resumes_at_the_next_block_with_the_same_digests(tmp_path)
     assert told == []
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_activations_on_disk_and_one_batch_at_a_time_give_the_same_codes(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "asymmetric"),
+    [("llama", False), ("gpt2", False), ("mixtral", False), ("llama", True), ("mixtral", True)],
+)
+def test_activations_on_disk_and_one_batch_at_a_time_give_the_same_codes(tmp_path, family, asymmetric):
     """The statistics, and with them every code, must not depend on how much memory there was."""
     model = tiny.FAMILIES[family](tmp_path / "model")
     calibration, windows = texts_of(model, samples=96)  # two batches of the calibration set
@@ -163,13 +166,15 @@ def test_activations_on_disk_and_one_batch_at_a_time_give_the_same_codes(tmp_pat
         def event(self, kind, message, **data):
             told.append(message)
 
-    step = GPTQ(method="gptq", group_size=32)
+    step = GPTQ(method="gptq", group_size=32, asymmetric_calibration=asymmetric)
     quality = []
     for name, memory_bytes in (("roomy", None), ("tight", 100_000)):
         done = engine.quantize(
             frame_of(model), step, calibration.ids, windows, tmp_path / name, "", Listens(), memory_bytes=memory_bytes
         )
-        quality.append(torch.cat([*done.activations.compressed, *done.activations.calibration]))
+        quality.append(
+            torch.cat([*done.activations.compressed, *done.activations.calibration, *done.activations.uncompressed])
+        )
     assert any("on disk" in message for message in told)
     assert digests(tmp_path / "tight") == digests(tmp_path / "roomy")
     assert torch.equal(*quality)

@@ -64,7 +64,7 @@ ROOT = Path(__file__).resolve().parents[2]
             "2 or 4 or 8 bits",
             "formats",
         ),
-        ("gpt2", {}, {}, {"formats": ["gptq"]}, FormatUnfit, "compressed-tensors can", "formats"),
+        ("gpt2", {}, {}, {"formats": ["gptq"]}, FormatUnfit, "hold gpt2 models; compressed-tensors", "formats"),
         ("llama", {}, {"ignore": ["*"]}, {}, ModelMalformed, "no linear layer", "steps.0.ignore"),
         ("llama", {"num_hidden_layers": 0}, {}, {}, ModelMalformed, "no decoder blocks", None),
     ],

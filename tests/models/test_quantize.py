@@ -11,7 +11,7 @@ from torch import Tensor
 from models.codes import Codes
 from models.quantize import gptq, rtn
 from models.quantize.problem import Problem, Solution
-from models.statistics import Statistics
+from models.statistics import Hessian, Statistics
 from squeeze.errors import FactorisationFailed
 from squeeze.steps import GPTQ, RTN, Quantize
 
@@ -144,15 +144,73 @@ def test_a_column_that_was_never_active_is_rounded_to_nearest():
 
 
 def test_too_little_text_for_a_definite_hessian_escalates_the_damping_and_counts_it():
-    direction = torch.randn(1, 64).repeat(4, 1) * 1e4  # one direction alone: rank one
+    direction = torch.randn(1, 64).repeat(40, 1) * 1e4  # one direction alone: rank one
     step = GPTQ(method="gptq", group_size=32, damping=1e-9)
     solution = solved(gptq, torch.randn(16, 64), statistics_of(direction), step, torch.float32)
     assert solution.escalations > 0
     assert solution.damping == pytest.approx(1e-9 * 10**solution.escalations)
 
 
+def test_too_few_tokens_for_the_columns_are_rounded_to_nearest_and_say_so():
+    W = torch.randn(16, 64)
+    step = GPTQ(method="gptq", group_size=32)
+    few = solved(gptq, W, statistics_of(correlated(31, 64, 0)), step, torch.float32)
+    nearest = solved(rtn, W, None, RTN(method="rtn", group_size=32), torch.float32)
+    assert few.instead == "rtn: 31 calibration tokens came to 64 columns"
+    assert torch.equal(few.encoded.codes, nearest.encoded.codes)
+    assert solved(gptq, W, statistics_of(correlated(32, 64, 0)), step, torch.float32).instead is None
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_asymmetric_calibration_brings_outputs_closer_to_those_of_the_uncompressed_model(bits):
+    originals = correlated(600, 128, 0)
+    X = originals + 0.2 * correlated(600, 128, 1)
+    W = torch.randn(48, 128, generator=torch.Generator().manual_seed(2)) * 0.05
+    errors = []
+    for step in (
+        GPTQ(method="gptq", bits=bits, group_size=64),
+        GPTQ(method="gptq", bits=bits, group_size=64, asymmetric_calibration=True),
+    ):
+        statistics = Statistics(step.wanted(), 128, CPU)
+        statistics.add(X.view(6, 100, 128), originals.view(6, 100, 128))
+        weight = solved(gptq, W, statistics, step, torch.float32).encoded.dequantize(torch.float32)
+        errors.append(float((weight @ X.T - W @ originals.T).square().sum()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_inputs_that_did_not_change_make_asymmetric_calibration_the_plain_one():
+    X = correlated(600, 128, 0)
+    W = torch.randn(48, 128) * 0.05
+    step = GPTQ(method="gptq", group_size=64, asymmetric_calibration=True)
+    statistics = Statistics(step.wanted(), 128, CPU)
+    statistics.add(X[None], X[None])
+    plain = solved(gptq, W, statistics_of(X), GPTQ(method="gptq", group_size=64), torch.float32)
+    codes = solved(gptq, W, statistics, step, torch.float32).encoded.codes
+    assert (codes == plain.encoded.codes).float().mean() > 0.99  # summed in another order
+
+
+def test_products_rounded_to_bfloat16_give_nearly_the_hessian_of_exact_ones():
+    X = correlated(4096, 600, 0).bfloat16()
+    rounded, exact = Hessian(600, CPU, tokens=4096), Hessian(600, CPU)
+    for part in X.split(1024):
+        rounded.add(part)
+        exact.add(part)
+    difference = (rounded.matrix - exact.matrix) / exact.matrix.diagonal().sqrt().outer(exact.matrix.diagonal().sqrt())
+    assert float(difference.abs().max()) < 0.005
+    assert torch.allclose(exact.matrix, 2 / 4096 * X.float().T @ X.float(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(exact.matrix, exact.matrix.T)
+
+
+def test_inputs_that_move_together_are_multiplied_in_float32():
+    X = (torch.randn(1024, 1) + 0.01 * torch.randn(1024, 512)).bfloat16()
+    together = Hessian(512, CPU, tokens=2048)
+    together.add(X)
+    assert together.product_dtype == torch.float32
+    assert torch.allclose(together.matrix, 2 / 1024 * X.float().T @ X.float(), rtol=1e-5)
+
+
 def test_a_hessian_with_nan_is_an_error_not_a_silent_fallback():
-    broken = statistics_of(torch.full((8, 32), float("nan")))
+    broken = statistics_of(torch.full((16, 32), float("nan")))
     with pytest.raises(FactorisationFailed, match="calibration text"):
         solved(gptq, torch.randn(16, 32), broken, GPTQ(method="gptq", group_size=32), torch.float32)
 
