@@ -12,7 +12,7 @@ LOCKS := $(wildcard requirements/*.lock requirements/*.txt)
 PACKAGES := squeeze storage jobs models api workers
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test test-long test-chaos check format fuzz bench-service bench-memory bench-quality bench-calibration bench-wide table test-kills clean
+.PHONY: help install quickstart serve test test-long test-chaos check format fuzz bench-service bench-memory bench-quality bench-calibration bench-wide bench-speed table test-kills clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -68,6 +68,9 @@ bench-memory: $(INSTALLED) ## peak memory of a whole job with 8 and with 64 bloc
 
 bench-quality: $(INSTALLED) ## GPTQ against RTN and against the peers, on the bundled model
 	$(BIN)/python benchmarks/quality.py
+
+bench-speed: $(INSTALLED) ## GPTQ: seconds, memory and divergence against the peers, at three sizes
+	$(BIN)/python benchmarks/speed.py
 
 bench-wide: $(INSTALLED) ## three blocks of a 70B-shaped model: seconds and memory of each
 	$(BIN)/python benchmarks/wide.py

@@ -5,7 +5,7 @@
 
 Sizes: the bundled model; a random Llama of 30 M (8 blocks of width 512); one of the 1B shape (16 blocks of width 2048,
 with `--blocks-1b` fewer). Depths: random Llamas of width 512 with so many blocks, ours alone, to show how cost grows.
-Every engine runs in a process of its own, on the same tokens. Seconds are wall-clock and, since a machine is seldom quiet,
+Every engine runs in a process of its own, on the same tokens. Seconds are wall-clock; since a machine is seldom quiet,
 of the processor; memory is the peak above the process after its imports. Ours count reading the weights; theirs do not,
 who load the model first. The divergence of random models is on random tokens. llm-compressor and AutoRound live in
 environments of their own, whose interpreters are named; left out, their rows are missing and the table says so.
@@ -83,7 +83,8 @@ def main() -> None:
     lines = [
         "# Speed against the peers",
         "",
-        f"`make bench-speed`, {time.strftime('%-d %B %Y')}: GPTQ, {BITS} bits, groups of {GROUP_SIZE}, bfloat16, one thread "
+        f"`make bench-speed`, {time.strftime('%-d %B %Y')}: GPTQ, {BITS} bits, groups of {GROUP_SIZE}, bfloat16, one "
+        "thread "
         f"of {os.cpu_count()}, torch {torch.__version__}; load average {os.getloadavg()[0]:.1f} at the start.",
         f"Median of {options.rounds} alternating round(s). Memory: peak above the process after its imports.",
         "",
@@ -158,7 +159,8 @@ def _side_by_side(
     lines = [
         f"## {name}: {blocks} blocks, {tokens.shape[0]} × {tokens.shape[1]} tokens",
         "",
-        "| engine | seconds | CPU seconds | MB above idle | divergence, nats | ours, of its CPU seconds | of its memory |",
+        "| engine | seconds | CPU seconds | MB above idle | divergence, nats | ours, of its CPU seconds | of its memory"
+        " |",
         "|---|---|---|---|---|---|---|",
     ]
     ours = {key: _median(figures["Squeeze"], key) for key in ("cpu_seconds", "bytes_above_idle")}
@@ -168,7 +170,8 @@ def _side_by_side(
             "– | –"
             if engine.name == "Squeeze"
             else (
-                f"{ours['cpu_seconds'] / own['cpu_seconds']:.0%} | {ours['bytes_above_idle'] / own['bytes_above_idle']:.0%}"
+                f"{ours['cpu_seconds'] / own['cpu_seconds']:.0%} | "
+                f"{ours['bytes_above_idle'] / own['bytes_above_idle']:.0%}"
             )
         )
         lines.append(

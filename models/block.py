@@ -24,7 +24,7 @@ from models.lockstep import Twin, run_in_lockstep
 from models.passes import run_in_passes
 from models.quantize.problem import Problem, Solution
 from models.quantized import Site, block_file, tensors_of
-from models.resources import available_device_bytes, peak_gpu_bytes, peak_host_bytes
+from models.resources import available_device_bytes, peak_gpu_bytes, peak_host_bytes, return_free_memory
 from models.snapshots import STREAMS, Activations
 from models.statistics import Statistics
 from models.streams import Stream
@@ -197,12 +197,16 @@ class BlockJob:
             fold, by = producer.share(fold, self.frame.source.dtype)
             self._producers[producer.name], self._producer_scales[producer.name] = producer, by
             statistics = statistics and statistics.rescaled(1 / fold)
-        for scheme in dict.fromkeys(self.schemes[name] for name in group):
+        return_free_memory()  # of what ran before: the heap keeps it, and here the most is needed
+        schemes = list(dict.fromkeys(self.schemes[name] for name in group))
+        for scheme in schemes:
             alike = tuple(name for name in group if self.schemes[name] == scheme)
             problem = self._problem(alike, statistics, fold)
             heights = problem.heights
             solution = self.method.quantize(problem, self.step)
             del problem  # or its weights would stand beside each linear's own
+            if scheme is schemes[-1] and statistics is not None and statistics.hessian is not None:
+                statistics.hessian.factors.clear()
             start = 0
             for name, height in zip(alike, heights, strict=True):
                 part = solution if len(alike) == 1 else _rows_of(solution, start, start + height)
@@ -241,7 +245,7 @@ class BlockJob:
             if statistics is None or statistics.moments is None:
                 raise ValueError("static activations need the moments of the layer's inputs")
             self.changed[f"{name}.input_scale"] = static_scale(statistics.moments.largest, self.frame.source.dtype)
-        self.layers[name] = _layer(site, scheme, solution, result.float() - W, W, statistics)
+        self.layers[name] = _layer(site, scheme, solution, result - W, W, statistics)
 
     def _settle(self) -> None:
         """Has what makes the inputs take over its share, and every linear run with exactly what will be stored."""
