@@ -6,10 +6,9 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from api import logs
 from api.app import create_app
 from api.auth import HOW_TO_MAKE_A_KEY, is_loopback
-from jobs import keys
+from jobs import keys, logs
 from jobs.database import Database
 from jobs.settings import Settings
 from squeeze.errors import ServiceUnavailable, SqueezeError

@@ -1,11 +1,8 @@
-"""Structured logs: one line a request, with an id; headers, bodies and query strings are never logged."""
+"""The log of requests: one line each, with an id; headers, bodies and query strings are never logged."""
 
-import logging
 import re
-import sys
 import time
 from secrets import token_hex
-from typing import Literal
 
 import structlog
 from starlette.requests import ClientDisconnect
@@ -20,42 +17,6 @@ QUIET = {"/healthz", "/readyz", "/metrics"}
 _PLAIN_ID = re.compile(rb"^[A-Za-z0-9_.:-]{1,128}$")
 
 log = structlog.get_logger(__name__)
-
-
-def configure(form: Literal["json", "console"]) -> None:
-    """Every log of the process, the libraries' too, as structured lines on stderr."""
-    shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    renderer: list[structlog.typing.Processor] = (
-        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-        if form == "json"
-        else [
-            structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(),
-                # The default shows every local variable of every frame: keys and passwords too.
-                exception_formatter=structlog.dev.plain_traceback,
-            )
-        ]
-    )
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        cache_logger_on_first_use=True,
-    )
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
-        )
-    )
-    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
-    for library in ("httpx", "httpx2", "alembic"):  # the first two log whole URLs
-        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 class RequestLog:

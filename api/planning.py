@@ -1,6 +1,6 @@
 """What a spec would need and what stands in its way, from the model's config and headers alone: estimates."""
 
-import re
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,6 +9,7 @@ from api.service import Service
 from api.sources import Files, files_of, refuse_absent_dataset
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
 from jobs import files as uploads
+from jobs import history
 from squeeze.architectures import ARCHITECTURES, HELD_BY, refuse_unrotatable
 from squeeze.errors import (
     ArchitectureUnsupported,
@@ -23,19 +24,15 @@ from squeeze.errors import (
     SqueezeError,
 )
 from squeeze.formats import refuse_unfit
+from squeeze.memory import needed
 from squeeze.objects import Obstacle, Plan
+from squeeze.pace import duration
+from squeeze.shapes import Shape, shape_of
 from squeeze.specs import SELF, JobSpec, hub_text
-from squeeze.steps import Grouped, Quantize
+from squeeze.steps import Format, Grouped, Quantize
+from squeeze.work import counted
 
-PROCESS_BYTES = 1_200_000_000  # a job's process with its libraries, before it has loaded anything
-ACTIVATION_BYTES = 2  # an element of the activations between two blocks
-WORK_BYTES = 4  # an element of the block that is being worked on
-LOADING_SHARE, SAMPLING_BYTES = (
-    1.1,
-    (1 << 30) + (512 << 20),
-)  # while a model samples: loading it; keys, values and logits
 LEAST = {"bits": 2, "target_bytes": None}
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 def plan(service: Service, project: str, spec: JobSpec) -> Plan:
@@ -57,11 +54,31 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
         parameters=sum(tensor.elements for tensor in tensors.values()) or None,
         source_bytes=source_bytes,
         result_bytes=result_bytes,
-        host_bytes=_host_bytes(spec, config, tensors) if tensors else None,
+        **_cost(service, spec, _shape(spec, config, tensors), result_bytes),
         disk_bytes=(source_bytes if files.pulled else 0)
         + sum(result_bytes.values())
         + max([0, *result_bytes.values()]),
     )
+
+
+def _shape(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> Shape:
+    ignored = [pattern for step in spec.steps for pattern in step.ignore]
+    dtypes = Counter(tensor.dtype for tensor in tensors.values())
+    dtype = max(dtypes, key=dtypes.__getitem__, default="BF16")
+    return shape_of(config, {name: tensor.shape for name, tensor in tensors.items()}, dtype, ignored)
+
+
+def _cost(service: Service, spec: JobSpec, shape: Shape, result_bytes: dict[Format, int]) -> dict[str, Any]:
+    """Memory and time; nothing where the headers show no blocks."""
+    if not shape.blocks:
+        return {}
+    memory = needed(shape, spec, result_bytes)
+    method = next(step.method for step in spec.steps if isinstance(step, Quantize))
+    gpu = spec.limits.gpus > 0 or None  # without the wish, whatever worker is free takes it
+    with service.database.read() as session:
+        past = history.finished(session, method, gpu=gpu)
+    seconds = duration(counted(shape, spec), len(shape.blocks), method, past, gpu=bool(gpu))
+    return {"host_bytes": memory.whole, "least_host_bytes": memory.least, "seconds": seconds}
 
 
 def _answer(obstacles: list[Obstacle], **estimates: Any) -> Plan:
@@ -152,15 +169,15 @@ def _weight_bytes(files: Files) -> int:
     return sum(size for name, size in files.sizes.items() if name.endswith((".safetensors", ".bin")))
 
 
-def _result_bytes(spec: JobSpec, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[str, int]:
+def _result_bytes(spec: JobSpec, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[Format, int]:
     """Of the weight files, by format."""
     step = next(step for step in spec.steps if isinstance(step, Quantize))
     if isinstance(step, Grouped) and step.target_bytes is not None:
-        return dict.fromkeys(map(str, spec.formats), step.target_bytes)
+        return dict.fromkeys(spec.formats, step.target_bytes)
     return _estimates(spec, step, tensors, linears)
 
 
-def _estimates(spec: JobSpec, step: Quantize, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[str, int]:
+def _estimates(spec: JobSpec, step: Quantize, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[Format, int]:
     """What stays as it is, and the layers in codes, scales and zero points."""
     kept = sum(tensor.size_bytes for tensor in tensors.values()) - sum(linear.size_bytes for linear in linears)
     if step.rotation is not None and not any(name.endswith("lm_head.weight") for name in tensors):
@@ -179,33 +196,3 @@ def _layer_bytes(linear: Linear, step: Quantize, name: str) -> int:
     groups = -(-linear.columns // scheme.columns(linear.columns))
     zeros = linear.rows * groups * scheme.bits // 8 if scheme.symmetric else 0  # it stores them all the same
     return stored + zeros + (4 * linear.columns if name == "gptq" else 0)  # the group of each input
-
-
-def _host_bytes(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
-    """One block at work, what is between two blocks of every sequence, and the largest matrix outside of the blocks."""
-    blocks: dict[str, int] = {}
-    outside = 0
-    for name, tensor in tensors.items():
-        match = _BLOCK.search(name)
-        if match:
-            blocks[match[1]] = blocks.get(match[1], 0) + tensor.elements
-        else:
-            outside = max(outside, tensor.elements)
-    hidden = _number(config, "hidden_size", "n_embd")
-    positions = _number(config, "max_position_embeddings", "n_positions") or spec.data.sequence_length
-    length = min(spec.data.sequence_length, positions)
-    calibrated = any(step.needs_calibration for step in spec.steps)
-    evaluated = spec.evaluation.perplexity or spec.evaluation.divergence
-    sequences = spec.data.samples * calibrated + 2 * spec.evaluation.samples * evaluated  # before and after
-    widest = max((max(tensor.shape, default=0) for name, tensor in tensors.items() if _BLOCK.search(name)), default=0)
-    statistics = 2 * WORK_BYTES * widest**2 if calibrated else 0
-    activations = sequences * length * hidden * ACTIVATION_BYTES
-    streaming = PROCESS_BYTES + WORK_BYTES * (max([0, *blocks.values()]) + outside) + statistics + activations
-    if not (calibrated and spec.data.source == SELF):
-        return streaming
-    whole = sum(tensor.size_bytes for tensor in tensors.values())  # what samples its own text is in memory whole
-    return max(streaming, PROCESS_BYTES + int(whole * LOADING_SHARE) + SAMPLING_BYTES)
-
-
-def _number(config: dict[str, Any], *names: str) -> int:
-    return next((config[name] for name in names if type(config.get(name)) is int and config[name] > 0), 0)

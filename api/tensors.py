@@ -1,13 +1,13 @@
 """Which tensors a model has, read from the headers of its safetensors files; never their contents."""
 
 import json
-import re
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from api.sources import Files
 from squeeze.errors import ModelMalformed
+from squeeze.shapes import MOST, linear_of
 
 CONFIG_BYTES = 1 << 20
 INDEX_BYTES = 64 << 20
@@ -22,7 +22,6 @@ _DTYPE_BITS = {
     **dict.fromkeys(("BF16", "F16", "I16", "U16"), 16),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8),
 }
-_IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\..+\.weight$")
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,10 @@ def linears_of(tensors: dict[str, Tensor], *, transposed: bool) -> list[Linear]:
     """The linear layers of the decoder blocks. `transposed`: GPT-2 keeps (in, out)."""
     found = []
     for name, tensor in tensors.items():
-        if len(tensor.shape) == 2 and _IN_BLOCK.search(name):
+        linear = linear_of(name, tensor.shape)
+        if linear is not None:
             rows, columns = reversed(tensor.shape) if transposed else tensor.shape
-            found.append(Linear(name.removesuffix(".weight"), rows, columns, tensor.size_bytes))
+            found.append(Linear(linear, rows, columns, tensor.size_bytes))
     return found
 
 
@@ -114,6 +114,6 @@ def _parsed(name: str, content: bytes) -> dict[str, Any]:
 
 def _tensor(shard: str, name: str, entry: Any) -> Tensor:
     shape = entry.get("shape") if isinstance(entry, dict) else None
-    if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape):
+    if not isinstance(shape, list) or not all(type(side) is int and 0 <= side <= MOST for side in shape):
         raise ModelMalformed(f"{shard} can't be read: its header does not describe {name}.", param="model")
     return Tensor(str(entry.get("dtype")), tuple(shape))

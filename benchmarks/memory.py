@@ -2,7 +2,7 @@
 
 Makes random Llamas of one width, runs the whole pipeline on each (every calibrated method, evaluation, writing,
 certification) in a process of its own, and prints the largest resident size that any process of the job had, and the
-largest sum over all of its processes at one moment.
+largest sum over all of its processes at one moment, each with what a plan says of it.
 """
 
 import argparse
@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from squeeze.memory import Memory, needed
+from squeeze.specs import JobSpec
 
 # Every method that looks at text. AutoRound at its default of 200 iterations would take hours; its memory is the same.
 STEPS = (
@@ -56,12 +59,15 @@ def work(model: Path, step: dict[str, Any]) -> None:
     """The whole pipeline, in this process."""
     import torch
 
-    from models.pipeline import Inputs, run
+    from models.pipeline import run
     from models.progress import Silent
-    from squeeze.specs import JobSpec
 
     torch.set_num_threads(1)
-    spec = JobSpec.model_validate(
+    run(inputs_of(spec_of(step), model, model.parent), Silent())
+
+
+def spec_of(step: dict[str, Any]) -> JobSpec:
+    return JobSpec.model_validate(
         {
             "model": "bench/random",
             "steps": [{"kind": "quantize", **step}],
@@ -69,24 +75,37 @@ def work(model: Path, step: dict[str, Any]) -> None:
             "evaluation": {"samples": 8},
         }
     )
-    folder = model.parent
-    run(
-        Inputs(
-            spec=spec,
-            model=model,
-            model_name="bench/random",
-            revision=None,
-            license=None,
-            calibration_text=None,
-            evaluation_text=None,
-            work=folder / "work",
-            out=folder / "out",
-            device="cpu",
-            consumers={},
-            job_id="job-benchmark",
-        ),
-        Silent(),
+
+
+def inputs_of(spec: JobSpec, model: Path, folder: Path) -> Any:
+    """Of a job that works in a folder, on the CPU."""
+    from models.pipeline import Inputs
+
+    return Inputs(
+        spec=spec,
+        model=model,
+        model_name="bench/random",
+        revision=None,
+        license=None,
+        calibration_text=None,
+        evaluation_text=None,
+        work=folder / "work",
+        out=folder / "out",
+        device="cpu",
+        consumers={},
+        job_id="job-benchmark",
     )
+
+
+def foretold(model: Path, step: dict[str, Any]) -> Memory:
+    """What a plan says of it."""
+    from models.checkpoint import open_model
+
+    spec, source = spec_of(step), open_model(model)
+    shape = source.shape()
+    stored = spec.steps[0].scheme().bits_per_weight(shape.hidden) / 8
+    size_bytes = int(shape.stored_bytes * (shape.elements - shape.weights) + stored * shape.weights)
+    return needed(shape, spec, dict.fromkeys(spec.formats, size_bytes))
 
 
 def watch(model: Path, step: dict[str, Any]) -> tuple[int, int, float]:
@@ -131,8 +150,11 @@ def main() -> None:
     if options.work:
         work(options.work, options.steps[0])
         return
-    print("| step | blocks | weights, MB | largest process, MB | all processes, MB | seconds | against the first |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| step | blocks | weights, MB | largest process, MB | planned | all processes, MB | planned | seconds "
+        "| against the first |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for step in options.steps:
         name = ", ".join(str(value) if key == "method" else f"{key} {value}" for key, value in step.items())
         first = None
@@ -141,11 +163,13 @@ def main() -> None:
                 model = Path(folder) / "model"
                 make(model, blocks, options.width)
                 weights = (model / "model.safetensors").stat().st_size
+                planned = foretold(model, step)
                 largest, together, seconds = watch(model, step)
             first = first or (largest, together)
             print(
-                f"| {name} | {blocks} | {weights / 1e6:.0f} | {largest / 1e6:.0f} | {together / 1e6:.0f} "
-                f"| {seconds:.0f} | {largest / first[0]:.3f}, {together / first[1]:.3f} |",
+                f"| {name} | {blocks} | {weights / 1e6:.0f} | {largest / 1e6:.0f} | {planned.job / 1e6:.0f} "
+                f"| {together / 1e6:.0f} | {planned.whole / 1e6:.0f} | {seconds:.0f} "
+                f"| {largest / first[0]:.3f}, {together / first[1]:.3f} |",
                 flush=True,
             )
 

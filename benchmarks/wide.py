@@ -2,7 +2,7 @@
 
 A model of 80 such blocks would be 140 GB. Its blocks come and go one at a time, so three of them show what each takes.
 Writes random weights, runs the pipeline without its certification (which loads the result whole), prints seconds and
-peak memory of every block, and what they say of 80.
+peak memory of every block, what they say of 80, and beside that what a plan says of 3 blocks and of 80.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ from models.formats import layout  # noqa: E402
 from models.frame import Frame  # noqa: E402
 from models.progress import Silent  # noqa: E402
 from models.resources import peak_host_bytes  # noqa: E402
+from squeeze.memory import needed  # noqa: E402
+from squeeze.pace import REFERENCE_MACHINE, reference_seconds  # noqa: E402
+from squeeze.shapes import Shape  # noqa: E402
+from squeeze.specs import JobSpec  # noqa: E402
 from squeeze.steps import METHODS, tag_of  # noqa: E402
+from squeeze.work import counted  # noqa: E402
 
 BUNDLED = ROOT / "models/bundled"
 WHOLE = 80  # blocks of the model that has this shape
@@ -132,7 +138,33 @@ def measure(model: Path, folder: Path, options: argparse.Namespace, idle: int) -
     print(
         f"writing: {written:.1f} s; peak of it all {peak_host_bytes() / 1e6:.0f} MB, {compressed / 1e6:.0f} before it"
     )
-    print(f"{WHOLE} blocks would take {WHOLE * (each + written / options.blocks) / 3600:.1f} h at the same peak")
+    print(f"{WHOLE} blocks would take {WHOLE * (each + written / options.blocks) / 3600:.2f} h at the same peak")
+    print(f"the plan, for {REFERENCE_MACHINE}:")
+    print("| blocks | seconds a block | seconds to write | hours | peak, MB |\n|---|---|---|---|---|")
+    shape = source.shape(step.ignore)
+    for blocks in (options.blocks, WHOLE):
+        foretell(replace(shape, blocks=shape.blocks[:1] * blocks), options)
+
+
+def foretell(shape: Shape, options: argparse.Namespace) -> None:
+    """What the plan's formulas say of the same work on a model of that shape."""
+    spec = JobSpec.model_validate(
+        {
+            "model": "bench/wide",
+            "steps": [{"kind": "quantize", **options.step}],
+            "data": {"samples": options.samples, "sequence_length": options.length},
+            "evaluation": {"perplexity": False, "divergence": False},
+        }
+    )
+    counts = counted(shape, spec)
+    seconds = {
+        stage: reference_seconds(options.step["method"], stage, counts[stage].whole)
+        for stage in ("compressing", "exporting")
+    }
+    print(
+        f"| {len(shape.blocks)} | {seconds['compressing'] / len(shape.blocks):.1f} | {seconds['exporting']:.1f} "
+        f"| {sum(seconds.values()) / 3600:.2f} | {needed(shape, spec).job / 1e6:.0f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 from sqlalchemy import exists, select
 from sqlalchemy.orm import Session
 
+from jobs.listing import reader_of
 from jobs.moves import askable, printable
-from jobs.records import FileRecord, JobRecord, UseRecord, now
+from jobs.records import FileRecord, now
 from squeeze.errors import CursorInvalid, FileInUse, FileNotFound
-from squeeze.objects import FINAL
 
 
 def storage_key(file_id: str) -> str:
@@ -69,12 +69,7 @@ def remove(session: Session, project: str, file_id: str) -> str:
     )
     if record is None:
         raise _absent(file_id)
-    reader = session.scalar(
-        select(JobRecord.id)
-        .join(UseRecord, UseRecord.job_id == JobRecord.id)
-        .where(UseRecord.source_id == file_id, JobRecord.status.not_in(FINAL))
-        .limit(1)
-    )
+    reader = reader_of(session, file_id)
     if reader is not None:
         raise FileInUse(f"{file_id} is needed by {reader}, which has not ended; cancel that job, or wait for its end.")
     session.delete(record)

@@ -13,9 +13,9 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from jobs.listing import events, find, list_jobs
+from jobs.listing import events, find, list_jobs, reader_of
 from jobs.moves import OWNED, add_event, lock, move, own, printable
-from jobs.records import ArtifactRecord, JobRecord, UseRecord, now
+from jobs.records import ArtifactRecord, JobRecord, now
 from jobs.submitting import submit
 from squeeze.errors import Conflict, JobFinal, JobNotFinal, JobNotRetryable, SqueezeError, WorkerLost
 from squeeze.objects import FINAL, JobError, Result, Stage, Status, Usage
@@ -109,12 +109,7 @@ def delete(session: Session, project: str, job_id: str) -> list[str]:
     """Removes a final job; the caller removes what lies under the storage prefixes returned, after the commit."""
     record = lock(session, project, job_id)
     _refuse_unfinished(record)
-    reader = session.scalar(
-        select(JobRecord.id)
-        .join(UseRecord, UseRecord.job_id == JobRecord.id)
-        .where(UseRecord.source_id == job_id, JobRecord.status.not_in(FINAL))
-        .limit(1)
-    )
+    reader = reader_of(session, job_id)
     if reader is not None:
         raise Conflict(f"{job_id} is the model of {reader}, which has not ended; cancel that job, or wait for its end.")
     session.delete(record)

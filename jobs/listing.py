@@ -7,9 +7,9 @@ from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
 from jobs.moves import absent, askable
-from jobs.records import ArtifactRecord, EventRecord, JobRecord, LabelRecord, StepRecord
+from jobs.records import ArtifactRecord, EventRecord, JobRecord, LabelRecord, StepRecord, UseRecord
 from squeeze.errors import ArtifactNotFound, CursorInvalid, ReportNotReady
-from squeeze.objects import Status
+from squeeze.objects import FINAL, Status
 
 
 def find(session: Session, project: str, job_id: str) -> JobRecord:
@@ -86,6 +86,16 @@ def report(session: Session, project: str, job_id: str) -> dict[str, Any]:
     if row.report is None:
         raise ReportNotReady(f"{job_id} is {row.status.value}; a report is written when a job succeeds.")
     return dict(row.report)
+
+
+def reader_of(session: Session, source_id: str) -> str | None:
+    """A job that has not ended and reads that file, or that job's result."""
+    return session.scalar(
+        select(JobRecord.id)
+        .join(UseRecord, UseRecord.job_id == JobRecord.id)
+        .where(UseRecord.source_id == source_id, JobRecord.status.not_in(FINAL))
+        .limit(1)
+    )
 
 
 def count(session: Session) -> dict[tuple[str, Status], int]:

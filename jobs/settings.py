@@ -149,10 +149,10 @@ def _program(name: str, text: str) -> Path:
 
 
 def _device(name: str, text: str) -> str:
-    index = text.removeprefix("cuda:")
-    if text in ("auto", "cpu") or (index != text and index.isdecimal()):
+    numbers = text.removeprefix("cuda:")
+    if text in ("auto", "cpu") or (numbers != text and all(number.isdecimal() for number in numbers.split(","))):
         return text
-    raise _refuse(name, "`auto`, `cpu` or `cuda:N`")
+    raise _refuse(name, "`auto`, `cpu`, `cuda:N` or, for jobs that share several GPUs, `cuda:N,M`")
 
 
 def _log_format(name: str, text: str) -> LogFormat:

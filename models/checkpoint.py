@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,8 +15,9 @@ from torch import Tensor
 from models.architectures import Architecture, architecture_of
 from models.disk import write_whole
 from models.experts import split
-from models.safetensors_file import Entry, read, read_header
+from models.safetensors_file import DTYPE_NAMES, Entry, read, read_header
 from squeeze.errors import ModelMalformed, ModelUnsafe
+from squeeze.shapes import Shape, shape_of
 
 INDEX = "model.safetensors.index.json"
 LEGACY_INDEX = "pytorch_model.bin.index.json"
@@ -62,6 +64,11 @@ class SourceModel:
         if key is None:
             raise ModelMalformed(f"the weights hold no tensor {module}.{parameter}, which the config says there is")
         return key
+
+    def shape(self, ignored: Sequence[str] = ()) -> Shape:
+        """What the cost of its compression depends on. ignored: patterns of linears that are not compressed."""
+        tensors = {name: entry.shape for name, entry in self.entries.items()}
+        return shape_of(self.config, tensors, DTYPE_NAMES[self.dtype], ignored)
 
     @property
     def weight_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """How long work in this room tells the outside where it stands; the outside decides what to do with it."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from squeeze.objects import Stage
@@ -7,6 +8,9 @@ from squeeze.objects import Stage
 
 class Notify(Protocol):
     """Takes what the work tells. Every method returns at once."""
+
+    def expect(self, work: Mapping[str, float]) -> None:
+        """What there is to do: operations by stage, as `squeeze.work` counts them. Told once, before the first."""
 
     def stage(self, stage: Stage) -> None:
         """The work enters a stage."""
@@ -20,6 +24,9 @@ class Notify(Protocol):
 
 class Silent:
     """Tells nobody."""
+
+    def expect(self, work: Mapping[str, float]) -> None:
+        pass
 
     def stage(self, stage: Stage) -> None:
         pass

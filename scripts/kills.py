@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.memory import make  # noqa: E402
+from benchmarks.memory import inputs_of, make  # noqa: E402
 
 BLOCKS, WIDTH = 16, 256
 STEPS: dict[str, dict[str, Any]] = {
@@ -129,7 +129,7 @@ def work(model: Path, room: Path, step: dict[str, Any]) -> None:
     """The whole pipeline, in this process, saying on stdout which blocks are done."""
     import torch
 
-    from models.pipeline import Inputs, run
+    from models.pipeline import run
     from models.progress import Silent
     from squeeze.specs import JobSpec
 
@@ -149,21 +149,7 @@ def work(model: Path, room: Path, step: dict[str, Any]) -> None:
         "data": {"samples": 16, "sequence_length": 128},
         "evaluation": {"samples": 4},
     }
-    inputs = Inputs(
-        spec=JobSpec.model_validate(asked),
-        model=model,
-        model_name="random",
-        revision="0",
-        license=None,
-        calibration_text=None,
-        evaluation_text=None,
-        work=room / "work",
-        out=room / "out",
-        device="cpu",
-        consumers={},
-        job_id="job-killed",
-    )
-    run(inputs, Says())
+    run(inputs_of(JobSpec.model_validate(asked), model, room), Says())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What the service answers: jobs, events, artifacts, files, methods, plans, and the lists that hold them."""
 
+from collections.abc import Callable
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -172,6 +173,20 @@ class Obstacle(Answer):
     param: str | None = None
 
 
+class Duration(Answer):
+    """Estimated seconds of a job, from its start until its results are certified; fetching and storing files is not
+    counted. It grows linearly with the blocks: `likely` = `fixed` + `per_block` · number of blocks.
+    """
+
+    low: float
+    likely: float
+    high: float
+    fixed: float = Field(description="Of `likely`, what does not grow with the number of blocks.")
+    per_block: float = Field(description="Of `likely`, what one decoder block takes, on average.")
+    stages: dict[str, float] = Field(description="`likely`, by stage as the report has them.")
+    basis: str = Field(description="What the estimate rests on: finished jobs of this service, or a reference machine.")
+
+
 class Plan(Answer):
     """What a spec would need, and what stands in its way; nothing was run."""
 
@@ -182,7 +197,15 @@ class Plan(Answer):
     parameters: int | None = Field(None, description="Weights of the source model.")
     source_bytes: int | None = None
     result_bytes: dict[str, int] = Field(default_factory=dict, description="Estimated bytes by format.")
-    host_bytes: int | None = Field(None, description="Estimated peak host memory of the job.")
+    host_bytes: int | None = Field(
+        None, description="Estimated peak host memory of all processes of the job, where a worker runs it on its CPU."
+    )
+    least_host_bytes: int | None = Field(
+        None,
+        description="As `host_bytes`, with activations on disk and each block gone through several times: so does a "
+        "worker where half of its free memory does not hold them.",
+    )
+    seconds: Duration | None = Field(None, description="Estimated time; null where the headers don't tell enough.")
     disk_bytes: int | None = Field(None, description="Estimated scratch and cache space.")
 
 
@@ -197,6 +220,12 @@ class Page(Answer, Generic[Item]):
     has_more: bool
     first_id: str | None = None
     last_id: str | None = None
+
+    @classmethod
+    def of(cls, data: list[Item], has_more: bool, name: Callable[[Item], str]) -> Self:
+        """name: what `after` is told of an item."""
+        first, last = (name(data[0]), name(data[-1])) if data else (None, None)
+        return cls(data=data, has_more=has_more, first_id=first, last_id=last)
 
 
 class ProblemDetail(Answer):

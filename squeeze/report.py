@@ -156,9 +156,17 @@ class Certificate(Part):
 
 class Spent(Part):
     seconds: dict[str, float] = Field(description="Wall time by stage.")
+    work: dict[str, float] = Field(
+        default_factory=dict,
+        description="By stage, what was done in floating-point operations and what is counted as such (docs/plan.md); "
+        "over `seconds`, the speed that plans of later jobs go by.",
+    )
     cpu_seconds: float
     gpu_seconds: float
-    peak_host_bytes: int = Field(description="Largest resident size of the job's process; the certifier's is apart.")
+    peak_host_bytes: int = Field(
+        description="Largest resident size of the job's process, or of all that share it together; the certifier's is "
+        "apart."
+    )
     peak_gpu_bytes: int
     certifier_peak_host_bytes: int | None = None
 

@@ -57,12 +57,7 @@ def list_artifacts(job_id: str, service: Parts, project: Project) -> Page[Artifa
     """Every file with its size, SHA-256 and where to download it; empty until the job has succeeded."""
     with service.database.read() as session:
         found = [views.artifact(record) for record in listing.artifacts(session, project, job_id)]
-    return Page(
-        data=found,
-        has_more=False,
-        first_id=found[0].filename if found else None,
-        last_id=found[-1].filename if found else None,
-    )
+    return Page.of(found, False, lambda one: one.filename)
 
 
 @router.head("/{job_id}/artifacts/{filename:path}", summary="Size and digest of a file", **_GET_FILE)

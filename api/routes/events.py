@@ -63,12 +63,7 @@ def events(
         after = max(after, int(last_event_id[:18]))
     if EVENT_STREAM not in request.headers.get("accept", ""):
         found, has_more, _ = _read(service, project, job_id, after, limit)
-        return Page(
-            data=found,
-            has_more=has_more,
-            first_id=str(found[0].id) if found else None,
-            last_id=str(found[-1].id) if found else None,
-        )
+        return Page.of(found, has_more, lambda one: str(one.id))
     found, _, final = _read(service, project, job_id, after, 1)
     if final and not found:
         return Response(status_code=204)  # which also tells a browser to stop reconnecting

@@ -103,13 +103,7 @@ def list_files(
     """The project's files, newest first. While `has_more` is true, ask again with `after` = `last_id`."""
     with service.database.read() as session:
         records, has_more = files.list_files(session, project, after=after, limit=limit, purpose=purpose)
-    found = [views.file(record) for record in records]
-    return Page(
-        data=found,
-        has_more=has_more,
-        first_id=found[0].id if found else None,
-        last_id=found[-1].id if found else None,
-    )
+    return Page.of([views.file(record) for record in records], has_more, lambda one: one.id)
 
 
 @router.get(

@@ -140,13 +140,7 @@ def list_jobs(
         records, has_more = lifecycle.list_jobs(
             session, project, after=after, limit=limit, status=status, kind=kind, metadata=metadata
         )
-    jobs = [views.job(record) for record in records]
-    return Page(
-        data=jobs,
-        has_more=has_more,
-        first_id=jobs[0].id if jobs else None,
-        last_id=jobs[-1].id if jobs else None,
-    )
+    return Page.of([views.job(record) for record in records], has_more, lambda one: one.id)
 
 
 @router.get(

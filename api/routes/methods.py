@@ -22,8 +22,7 @@ router = APIRouter(prefix="/v1/methods", tags=["methods"])
 @router.get("", summary="List methods", responses=refusals(Unauthenticated, ServiceUnavailable))
 def list_methods(project: Project) -> Page[Method]:  # noqa: ARG001 (asked for so that a key is needed)
     """Every method: its kind, the JSON schema of its step, the architectures and formats that it goes with."""
-    found = [_method(step) for step in METHODS]
-    return Page(data=found, has_more=False, first_id=found[0].method, last_id=found[-1].method)
+    return Page.of([_method(step) for step in METHODS], False, lambda one: one.method)
 
 
 def _method(step: type[Quantize]) -> Method:

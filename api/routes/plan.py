@@ -27,7 +27,7 @@ router = APIRouter(prefix="/v1/plan", tags=["plan"])
 def make_plan(spec: Spec, service: Parts, project: Project) -> Plan:
     """Looks at the model's config and the headers of its weights. Takes the body of `POST /v1/jobs`; keeps nothing.
 
-    Says how large the result will be, what memory and disk the job will take, and everything that stands in its way:
-    `obstacles`, with the codes that the job would fail with.
+    Says how large the result will be, what memory, disk and time the job will take, and everything that stands in its
+    way: `obstacles`, with the codes that the job would fail with.
     """
     return plan(service, project, spec)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from squeeze.objects import Event, File, Job, Method, Plan
+from squeeze.objects import Duration, Event, File, Job, Method, Plan
 from squeeze.report import Report
 
 WIDTH_WITHOUT_TERMINAL = 160
@@ -121,7 +121,21 @@ def plan(one: Plan) -> None:
     lines += [(f"size as {name}", f"about {decimal(size)}") for name, size in one.result_bytes.items()]
     known = (("source", one.source_bytes), ("host memory", one.host_bytes), ("disk", one.disk_bytes))
     lines += [(name, f"about {decimal(size)}") for name, size in known if size is not None]
+    if one.host_bytes and one.least_host_bytes and one.least_host_bytes < one.host_bytes:
+        lines.append(("", f"{decimal(one.least_host_bytes)} of memory will do; activations then go to disk"))
+    if one.seconds is not None:
+        lines += _duration_lines(one.seconds)
     _pairs(lines)
+
+
+def _duration_lines(seconds: Duration) -> list[tuple[str, str]]:
+    low, likely, high = (seconds_text(each) for each in (seconds.low, seconds.likely, seconds.high))
+    stages = ", ".join(f"{stage} {seconds_text(each)}" for stage, each in seconds.stages.items())
+    return [
+        ("time", f"about {likely}, between {low} and {high}: {stages}"),
+        ("", f"{seconds_text(seconds.per_block)} a block and {seconds_text(seconds.fixed)} beside"),
+        ("", seconds.basis),
+    ]
 
 
 def methods(some: Iterable[Method]) -> None:

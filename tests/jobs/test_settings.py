@@ -84,6 +84,7 @@ def test_every_variable_is_read() -> None:
         ("MAX_ATTEMPTS", "0", "whole number"),
         ("DEVICE", "gpu", "cuda:N"),
         ("DEVICE", "cuda:", "cuda:N"),
+        ("DEVICE", "cuda:0,", "cuda:N,M"),
         ("VLLM_PYTHON", "python", "absolute path"),
         ("LOG_FORMAT", "text", "`json` or `console`"),
         ("PUBLIC_URL", "squeeze.example", "https://"),

@@ -1,0 +1,79 @@
+"""Processor seconds of each stage of a job against its counted work: `python benchmarks/pace.py [--methods gptq …]`.
+
+Runs whole jobs on a random Llama, on one thread, and prints for each the seconds, the operations that `squeeze.work`
+counts, and the speed that follows: the figures of `squeeze.pace`, which plans rest on where a service has finished no
+job yet. Seconds are of the processor, the certifying processes' included, so that a busy machine does not matter much.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.memory import BUNDLED, inputs_of, make, spec_of
+from models.checkpoint import open_model
+from models.pipeline import run
+from models.progress import Silent
+from models.resources import cpu_seconds
+from squeeze.objects import Stage
+from squeeze.steps import METHODS, tag_of
+from squeeze.work import counted
+
+# AutoRound's iterations and AWQ's grid are as they are by default, but for fewer of them: both grow linearly.
+SETTINGS: dict[str, dict[str, Any]] = {"autoround": {"iterations": 10}, "awq": {"grid": 6}}
+
+
+def main() -> None:
+    # A model that is bfloat16 already is not cast to it; a cast to float16 takes as long.
+    methods = [name for one in METHODS if (name := tag_of(one).partition(".")[2]) != "bf16"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--width", type=int, default=768, help="of the model; 0: the bundled one")
+    parser.add_argument("--blocks", type=int, default=2)
+    options = parser.parse_args()
+    print("| method | stage | processor seconds | operations | a second |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        model = BUNDLED
+        if options.width:
+            model = Path(folder) / "model"
+            make(model, options.blocks, options.width)
+        for method in options.methods:
+            measure(model, {"method": method, **SETTINGS.get(method, {})}, Path(folder))
+
+
+def measure(model: Path, step: dict[str, Any], folder: Path) -> None:
+    """One job. Its rows go to standard output."""
+    torch.set_num_threads(1)
+    spec, clock = spec_of(step), _Clock()
+    run(inputs_of(spec, model, folder / step["method"]), clock)
+    clock.stage(Stage.uploading)
+    for stage, count in counted(open_model(model).shape(), spec).items():
+        seconds = clock.seconds[stage]
+        print(
+            f"| {step['method']} | {stage} | {seconds:.2f} | {count.whole:.2e} | {count.whole / seconds:.1e} |",
+            flush=True,
+        )
+
+
+class _Clock(Silent):
+    """Processor seconds by stage, as reports name them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._stage, self._since = Stage.planning, cpu_seconds()
+
+    def stage(self, stage: Stage) -> None:
+        now = cpu_seconds()
+        own = Stage.compressing if self._stage == Stage.calibrating else self._stage
+        self.seconds[own.value] += now - self._since
+        self._stage, self._since = stage, now
+
+
+if __name__ == "__main__":
+    main()

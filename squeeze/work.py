@@ -1,0 +1,241 @@
+"""What a job does, counted in floating-point operations from the model's shape and the spec alone; no torch.
+
+A product of (m, k) and (k, n) is 2·m·k·n operations. Work that is not products is counted in the same unit, so that one
+speed makes seconds of all of it: a number that is visited once without being multiplied with others as VISIT, a byte
+that is read from or written to a file as BYTE, a process that begins with its libraries as START. Everything grows
+linearly in the blocks but for what is said to be fixed. `squeeze.pace` makes seconds of it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from squeeze.formats import CAPACITIES, candidates
+from squeeze.shapes import Block, Group, Shape
+from squeeze.specs import SELF, JobSpec
+from squeeze.steps import AWQ, GPTQ, HQQ, AutoRound, Grouped, KQuant, Quantize, SmoothQuant
+
+# In which a core of the reference machine does 40 operations of a product of two bfloat16 matrices of usual size.
+VISIT = 40.0
+BYTE = 40.0
+START = 5e11
+TEXTS = 1e11  # reading the tokenizer and the generic text
+TOKEN = 1e6  # of text, until it is a number
+
+STAGES = ("loading", "allotting", "compressing", "evaluating", "exporting", "certifying")  # as `Spent.seconds` has them
+
+TRIAL_VISITS = 6 * 16  # of each weight while its group's scale is searched: shrunken ranges, times what each takes
+ROUND_VISITS = 12
+KEEP_VISITS = 8  # the weight as it is restored, its error, its place in the block
+SOLVER_VISITS = 4 * 15 * 16  # of HQQ on grids with zero points
+SEARCH_VISITS = 400  # of the search over llama.cpp's blocks
+JUDGED_ROWS = 1536  # of a weight, on which its output error is measured: 1,024 to 2,047
+SAMPLED_ROWS = 1024  # on which AWQ judges a scale
+CLIP_STEPS = 20
+LEARNED_SEQUENCES = 8  # that a step of AutoRound looks at
+LEARN_VISITS = 40  # of a weight in such a step
+SKETCHED_TOKENS = (16, 512)  # sequences, and tokens of each, that gradients are taken on
+SKETCH_ROWS = 128
+CERTIFIED = (16, 8192)  # windows, and tokens of all together, that a certifying process scores
+GENERATED_TOKENS = 24
+SAMPLED_AT_ONCE = 64  # sequences of the model's own text
+
+
+@dataclass(frozen=True)
+class Count:
+    """Operations. fixed: whatever the number of blocks. blocks: of all blocks together."""
+
+    fixed: float = 0.0
+    blocks: float = 0.0
+
+    @property
+    def whole(self) -> float:
+        return self.fixed + self.blocks
+
+
+def counted(shape: Shape, spec: JobSpec) -> dict[str, Count]:
+    """The work of a job on a model of that shape, by stage; a stage that the job doesn't have is left out."""
+    step = next(step for step in spec.steps if isinstance(step, Quantize))
+    tokens = Tokens.of(shape, spec, step)
+    stages = {"loading": _loading(shape, spec, step, tokens)}
+    if isinstance(step, Grouped) and step.bits == "auto":
+        stages["allotting"] = _allotting(shape, spec, step, tokens)
+    stages["compressing"] = _compressing(shape, step, tokens)
+    if tokens.windows:
+        stages["evaluating"] = _evaluating(shape, tokens)
+    stages["exporting"] = _exporting(shape, spec, step)
+    stages["certifying"] = _certifying(shape, spec, tokens)
+    return stages
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """length: of a sequence. sampled: of the calibration text. calibration: of it, what layers read while they are
+    compressed. windows: of the evaluation's.
+    """
+
+    length: int
+    sampled: int
+    calibration: int
+    windows: int
+
+    @classmethod
+    def of(cls, shape: Shape, spec: JobSpec, step: Quantize) -> "Tokens":
+        length = min(spec.data.sequence_length, shape.positions or spec.data.sequence_length)
+        evaluated = spec.evaluation.perplexity or spec.evaluation.divergence
+        sampled = spec.data.samples * length * step.needs_calibration
+        return cls(length, sampled, sampled * step.reads_inputs, spec.evaluation.samples * length * evaluated)
+
+
+def _loading(shape: Shape, spec: JobSpec, step: Quantize, tokens: Tokens) -> Count:
+    """Texts to tokens; a model that samples its own reads all its weights for every token of so many sequences."""
+    fixed, blocks = TEXTS + TOKEN * (tokens.sampled + tokens.windows), 0.0
+    if spec.data.source == SELF and step.needs_calibration:
+        turns = tokens.length * -(-spec.data.samples // SAMPLED_AT_ONCE)
+        fixed += tokens.sampled * _head(shape)
+        blocks = sum(tokens.sampled * _forward(block, shape, tokens.length) for block in shape.blocks)
+        blocks += turns * VISIT * sum(block.active for block in shape.blocks)
+    if step.scheme().element in ("bfloat16", "float16"):  # what a cast loses is counted beforehand
+        fixed += shape.outside * (shape.stored_bytes * BYTE + 4 * VISIT)
+        blocks += sum(block.elements for block in shape.blocks) * (shape.stored_bytes * BYTE + 4 * VISIT)
+    return Count(fixed, blocks)
+
+
+def _allotting(shape: Shape, spec: JobSpec, step: Grouped, tokens: Tokens) -> Count:
+    """Gradients on a part of the text, every layer rounded to every candidate on all of it (`bits: "auto"`)."""
+    some = min(spec.data.samples, SKETCHED_TOKENS[0]) * min(tokens.length, SKETCHED_TOKENS[1])
+    trials = len(candidates(step, spec.formats))
+    blocks = 0.0
+    for block in shape.blocks:
+        outputs = sum(group.share * sum(group.rows) for group in block.groups)
+        blocks += 3 * _reading(block, shape) + (4 * some + tokens.sampled) * _forward(block, shape, tokens.length)
+        blocks += some * 2 * SKETCH_ROWS * outputs
+        for group in block.groups:
+            blocks += _gathering(group, step, tokens.sampled)
+            blocks += trials * (_solving(group, step) + KEEP_VISITS * VISIT * group.weights)
+    return Count(3 * some * _head(shape) + shape.outside * shape.stored_bytes * BYTE, blocks)
+
+
+def _compressing(shape: Shape, step: Quantize, tokens: Tokens) -> Count:
+    fixed = shape.outside * shape.stored_bytes * BYTE + (tokens.calibration + tokens.windows) * shape.hidden * VISIT
+    return Count(fixed, sum(of_block(block, shape, step, tokens) for block in shape.blocks))
+
+
+def of_block(block: Block, shape: Shape, step: Quantize, tokens: Tokens) -> float:
+    """Operations of one block's compression, with the windows that run through it before and after."""
+    passes = 0 if not tokens.calibration else 3 if step.by_block else 2 if "drift" in step.wanted() else 1
+    moved = passes * tokens.calibration + 2 * tokens.windows
+    total = _reading(block, shape) + moved * _forward(block, shape, tokens.length)
+    total += 4 * tokens.windows * shape.hidden * VISIT  # by how much the outputs differ
+    for group in block.groups:
+        total += _gathering(group, step, tokens.calibration) + _solving(group, step)
+        total += (KEEP_VISITS * VISIT + BYTE) * group.weights
+        if "hessian" in step.wanted() and tokens.calibration:
+            total += sum(2 * min(rows, JUDGED_ROWS) for rows in group.rows) * group.columns**2
+    if isinstance(step, AutoRound):
+        seen = min(LEARNED_SEQUENCES * tokens.length, tokens.calibration)
+        total += step.iterations * 3 * seen * _forward(block, shape, tokens.length)  # backwards costs twice as much
+        total += step.iterations * LEARN_VISITS * VISIT * block.weights
+    return total
+
+
+def _reading(block: Block, shape: Shape) -> float:
+    return block.elements * (shape.stored_bytes * BYTE + VISIT)
+
+
+def _forward(block: Block, shape: Shape, length: int) -> float:
+    """Of one token through one block: its weights, its attention to the sequence, what lies between the products."""
+    outputs = sum(group.share * sum(group.rows) for group in block.groups)
+    return 2 * block.active + 4 * length * shape.hidden + VISIT * (8 * shape.hidden + 2 * outputs)
+
+
+def _head(shape: Shape) -> float:
+    """Of one token through the output head, with the softmax."""
+    return shape.vocabulary * (2 * shape.hidden + 4 * VISIT)
+
+
+def _gathering(group: Group, step: Quantize, tokens: int) -> float:
+    """Statistics of one input."""
+    n, columns, wanted = tokens * group.share, group.columns, step.wanted()
+    moments = 2 * VISIT * n * columns if "moments" in wanted or step.by_block else 0.0
+    hessian = n * columns**2 if "hessian" in wanted else 0.0  # a symmetric product: half of one that is not
+    return moments + hessian + (2 * n * columns**2 if "drift" in wanted else 0.0)
+
+
+def _solving(group: Group, step: Quantize) -> float:
+    """From weights and statistics to codes: of all linears that read one input."""
+    return SOLVERS.get(type(step), _to_nearest)(group, step)
+
+
+def _to_nearest(group: Group, step: Quantize) -> float:
+    searched = TRIAL_VISITS if step.scheme().element == "int" else 0
+    return (searched + ROUND_VISITS) * VISIT * group.weights
+
+
+def _gptq(group: Group, step: Quantize) -> float:
+    """One factorisation, in³/3, and a product of errors and factor, out·in², for all linears with one input."""
+    columns, rows = group.columns, sum(group.rows)
+    total = columns**3 / 3 + rows * columns**2 + 3 * VISIT * columns**2 + _to_nearest(group, step)
+    if "drift" in step.wanted():  # a product, and two triangular systems
+        total += 4 * rows * columns**2
+    return total
+
+
+def _awq(group: Group, step: Quantize) -> float:
+    """A scale by trying, each trial with clipped groups, then the clipping of all rows."""
+    assert isinstance(step, AWQ)
+    columns, rows = group.columns, sum(group.rows)
+    few = min(rows, SAMPLED_ROWS)
+    clip = CLIP_STEPS * columns * (2 * step.scheme().columns(columns) + 8 * VISIT)  # of a row
+    trials = (step.grid + 1) * (few * clip + 2 * few * columns**2 + 4 * VISIT * columns**2)
+    return trials + rows * clip + ROUND_VISITS * VISIT * group.weights
+
+
+def _hqq(group: Group, step: Quantize) -> float:
+    assert isinstance(step, HQQ)
+    return _to_nearest(group, step) if step.symmetric else SOLVER_VISITS * VISIT * group.weights
+
+
+def _smoothquant(group: Group, step: Quantize) -> float:
+    assert isinstance(step, SmoothQuant)
+    return _gptq(group, step) if step.rounding == "gptq" else _to_nearest(group, step)
+
+
+def _kquant(group: Group, step: Quantize) -> float:  # noqa: ARG001 - all mixtures take about as long
+    """Two factorisations and an inverse, 4/3 in³."""
+    columns, rows = group.columns, sum(group.rows)
+    return 4 / 3 * columns**3 + rows * columns**2 + (SEARCH_VISITS + ROUND_VISITS) * VISIT * group.weights
+
+
+SOLVERS: Mapping[type[Quantize], Callable[[Group, Quantize], float]] = {
+    GPTQ: _gptq,
+    AWQ: _awq,
+    HQQ: _hqq,
+    SmoothQuant: _smoothquant,
+    KQuant: _kquant,
+}
+
+
+def _evaluating(shape: Shape, tokens: Tokens) -> Count:
+    """The heads of both models, and their comparison."""
+    compared = shape.vocabulary * 8 * VISIT
+    return Count(tokens.windows * (2 * _head(shape) + compared) + shape.outside * shape.stored_bytes * BYTE)
+
+
+def _exporting(shape: Shape, spec: JobSpec, step: Quantize) -> Count:
+    each = KEEP_VISITS * VISIT + BYTE * (1 + step.scheme().bits / 8)
+    rest = sum(block.elements - block.weights for block in shape.blocks)
+    moved = 2 * shape.stored_bytes * BYTE
+    blocks = len(spec.formats) * (each * shape.weights + moved * rest)
+    return Count(len(spec.formats) * moved * shape.outside, blocks)
+
+
+def _certifying(shape: Shape, spec: JobSpec, tokens: Tokens) -> Count:
+    """A fresh process for each format that this installation's own libraries load: load, score, generate."""
+    own = [name for name in spec.formats if {"transformers", "onnxruntime"} & set(CAPACITIES[name].consumers)]
+    windows = max(1, min(CERTIFIED[0], CERTIFIED[1] // tokens.length)) * tokens.length
+    scored = min(tokens.windows, windows)
+    blocks = shape.weights * (KEEP_VISITS * VISIT + BYTE)
+    blocks += sum(scored * _forward(block, shape, tokens.length) for block in shape.blocks)
+    blocks += GENERATED_TOKENS * VISIT * sum(block.active for block in shape.blocks)  # each token reads them all
+    fixed = START + (scored + GENERATED_TOKENS) * _head(shape) + shape.outside * shape.stored_bytes * BYTE
+    return Count(len(own) * fixed, len(own) * blocks)
