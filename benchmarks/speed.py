@@ -166,17 +166,10 @@ def _side_by_side(
     ours = {key: _median(figures["Squeeze"], key) for key in ("cpu_seconds", "bytes_above_idle")}
     for engine in engines:
         own = {key: _median(figures[engine.name], key) for key in ("seconds", "cpu_seconds", "bytes_above_idle")}
-        shares = (
-            "– | –"
-            if engine.name == "Squeeze"
-            else (
-                f"{ours['cpu_seconds'] / own['cpu_seconds']:.0%} | "
-                f"{ours['bytes_above_idle'] / own['bytes_above_idle']:.0%}"
-            )
-        )
+        shares = [f"{ours[key] / own[key]:.0%}" if engine.name != "Squeeze" else "–" for key in ours]
         lines.append(
             f"| {engine.name} | {own['seconds']:.1f} | {own['cpu_seconds']:.1f} | {own['bytes_above_idle'] / 1e6:.0f} "
-            f"| {divergences[engine.name]:.5f} | {shares} |"
+            f"| {divergences[engine.name]:.5f} | {' | '.join(shares)} |"
         )
     lost = [
         f"{engine.name} has the lower divergence ({divergences[engine.name]:.5f})."

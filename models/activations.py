@@ -1,10 +1,14 @@
 """What a consumer does to the inputs of a linear that multiplies rounded activations, done to the same effect."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.float_codes import LARGEST_E4M3, exact_in, to_e4m3
-from squeeze.schemes import Activations
+from squeeze.schemes import Activations, Scheme
 
 LARGEST_INT8 = 127.0
 OUTLIER = 6.0  # the threshold of LLM.int8(), and what bitsandbytes runs with by default
@@ -39,6 +43,25 @@ def static_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     In the model's dtype, in which compressed-tensors keeps it.
     """
     return exact_in((largest.max() / LARGEST_E4M3).reshape(1), dtype).to(dtype)
+
+
+@contextmanager
+def rounding_inputs(
+    schemes: Mapping[str, Scheme], linears: Mapping[str, nn.Module], scales: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Meanwhile, linears whose scheme says so read rounded activations."""
+    handles = []
+    for name, scheme in schemes.items():
+        if scheme.activations is not None:
+            rounding = partial(rounded, kind=scheme.activations, scale=scales.get(name))
+            handles.append(
+                linears[name].register_forward_pre_hook(lambda _, given, rounding=rounding: rounding(given[0]))
+            )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _int8_but_outliers(X: Tensor) -> Tensor:

@@ -2,10 +2,9 @@
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import kv_cache
-from models.activations import rounded, static_scale
-from models.calls import Batch, Batches, Calls, run
+from models.activations import rounding_inputs, static_scale
+from models.calls import Batches, Calls, held_bytes, run
 from models.codes import Encoded
+from models.finite import all_finite
 from models.formats.fitness import computed_as_one
 from models.frame import Frame
 from models.lockstep import Twin, run_in_lockstep
@@ -28,6 +28,7 @@ from models.resources import available_device_bytes, peak_gpu_bytes, peak_host_b
 from models.snapshots import STREAMS, Activations
 from models.statistics import Statistics
 from models.streams import Stream
+from models.team import SOLO, Team
 from models.wiring import Producer, Wiring, scale_outputs, wiring_of
 from squeeze.errors import NotFinite
 from squeeze.report import Block, Layer
@@ -77,6 +78,10 @@ class BlockJob:
     schemes: of every linear to compress, in the model's order. memory_bytes: what the calibration inputs of all batches
     may take at once; None: half of what is free. compares: the evaluation windows' original stream runs through this
     block too.
+
+    team: the processes that have a share of the calibration set and of the windows each. Statistics are summed over
+    all; then the leader alone compresses, and hands the weights out: so all go on with the same, to the bit, which each
+    of them rounding for itself would not promise. Codes and what is told of the layers are the leader's.
     """
 
     def __init__(
@@ -89,7 +94,9 @@ class BlockJob:
         *,
         compares: bool,
         memory_bytes: int | None = None,
+        team: Team = SOLO,
     ) -> None:
+        self.team = team
         self.frame, self.step, self.index, self.calls, self.compares = frame, step, index, calls, compares
         self.memory_bytes = memory_bytes
         self.method = method_of(step)
@@ -114,24 +121,30 @@ class BlockJob:
             if len(activations.calibration):
                 with kv_cache.observed(module, self._reach) if self.step.kv_cache else nullcontext():
                     self._calibrate(module, activations)
-            else:
+            elif self.team.leads:
                 for group in computed_as_one(self.sites):  # engines want one scale where one serves a whole tensor
                     self._solve(group, None, None)
-            self._settle()
+            if self.team.leads:
+                self._settle()
+                self._scale_cache(module)
+            self.team.share_weights(module)
+            self.changed = self.team.tensors(self.changed)
             rounding_cache = kv_cache.rounded(module, self._cache_scales(module))
-            with _rounding_inputs(self.schemes, self.linears, self._static_scales()), rounding_cache:
+            with rounding_inputs(self.schemes, self.linears, self._static_scales()), rounding_cache:
                 self.calls.forward(self.index, module, activations.compressed)
         error = self._examine(activations)
-        path = block_file(directory, self.index)
-        save_file(dict(tensors_of(self.encoded, self.changed)), path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        peaks = self.team.gather([peak_host_bytes(), peak_gpu_bytes()])
+        if self.team.leads:
+            path = block_file(directory, self.index)
+            save_file(dict(tensors_of(self.encoded, self.changed)), path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
         return Block(
             index=self.index,
             seconds=time.monotonic() - began,
-            peak_host_bytes=peak_host_bytes(),
-            peak_gpu_bytes=peak_gpu_bytes(),
+            peak_host_bytes=sum(host for host, _ in peaks),
+            peak_gpu_bytes=max(gpu for _, gpu in peaks),
             relative_error=error,
-            layers=[self.layers[name] for name in self.sites],
+            layers=[self.layers[name] for name in self.sites if name in self.layers],
         )
 
     def _calibrate(self, module: nn.Module, activations: Activations) -> None:
@@ -147,46 +160,64 @@ class BlockJob:
                 self._keep(name, solution, originals.pop(name), None)
             self.calls.forward(self.index, module, stream)
             return
-        wiring, held_bytes = self._probe(module, batches)
+        wiring, size_bytes = self._probe(module, batches)
         groups = {group[0]: group for group in wiring.groups}
         leaders = {name: self.linears[name] for name in groups}
 
         def gathering(columns: int) -> Statistics:
-            return Statistics(self.step.wanted(), columns, self.frame.device, batches.tokens)
+            return Statistics(self.step.wanted(), columns, self.frame.device)
 
         def solve(name: str, statistics: Statistics) -> None:
-            self._solve(groups[name], statistics, wiring.producer(module, name))
+            if self.team.leads:
+                self._solve(groups[name], statistics, wiring.producer(module, name))
+            for one in groups[name] if self.team.size > 1 else ():
+                self.team.share(cast(Tensor, self.linears[one].weight).data)
 
-        limit = self.memory_bytes
-        if limit is None:
-            limit = int(available_device_bytes(self.frame.device) * LOCKSTEP_SHARE)
         twin: Twin | None = None
         if self._twin is not None:
             inside = {one: path for path, one in module.named_modules()}
             twins = {name: self._twin.get_submodule(inside[one]) for name, one in leaders.items()}
             twin = (self._twin, Batches(self.calls, self.index, activations.uncompressed), twins)
-            held_bytes *= 2
-        if held_bytes <= limit:
-            outputs = run_in_lockstep(module, batches, leaders, gathering, solve, twin)
+            size_bytes *= 2
+        if self._fits(size_bytes):
+            outputs = run_in_lockstep(module, batches, leaders, gathering, solve, twin, self.team)
             for moved, own in zip((stream, activations.uncompressed), outputs, strict=True):
                 for number, output in enumerate(own):
                     moved.replace(number, output.cpu())
         else:
-            run_in_passes(module, batches, leaders, gathering, solve, twin)
+            run_in_passes(module, batches, leaders, gathering, solve, twin, self.team)
             self.calls.forward(self.index, module, stream)
             if self._twin is not None:
                 self.calls.forward(self.index, self._twin, activations.uncompressed)
         self._twin = None
-        for name in self.sites:
+        self._reach.widen(self.team)
+        for name in self.sites if self.team.leads else ():
             if name not in self.encoded:  # no token came to it
                 self._solve((name,), gathering(self.sites[name].columns), None)
 
     def _probe(self, module: nn.Module, batches: Batches) -> tuple[Wiring, int]:
-        """How the block is wired, and how many bytes all batches may hold at once half way through it."""
-        probe = batches.probe()
-        linears = {name: (site, self.linears[name]) for name, site in self.sites.items()}
-        wiring = wiring_of(module, linears, lambda: run(module, probe), hasattr(self.method, "fold"))
-        return wiring, _held_bytes(module, probe) * batches.tokens // probe[0].shape[1]
+        """How the block is wired, and how many bytes all batches may hold at once half way through it.
+
+        In a team the leader finds out for all, and keeps to itself who can take over scales.
+        """
+        wiring, size_bytes, probe = Wiring((), {}), 0, batches.probe()
+        tokens = probe[0].shape[1]
+        if self.team.leads:
+            linears = {name: (site, self.linears[name]) for name, site in self.sites.items()}
+            wiring = wiring_of(module, linears, lambda: run(module, probe), hasattr(self.method, "fold"))
+            size_bytes = held_bytes(module, probe)
+        groups, size_bytes = self.team.tell([wiring.groups, size_bytes])
+        groups = tuple(tuple(group) for group in groups)
+        return replace(wiring, groups=groups), size_bytes * batches.tokens // tokens
+
+    def _fits(self, size_bytes: int) -> bool:
+        """Whether so much may be held at once, on every process of the team."""
+        limit = self.memory_bytes
+        if limit is None:
+            limit = int(available_device_bytes(self.frame.device) * LOCKSTEP_SHARE)
+        if self.frame.device.type == "cpu":  # whose memory the processes share
+            limit //= self.team.size
+        return all(self.team.gather(size_bytes <= limit))
 
     def _solve(self, group: tuple[str, ...], statistics: Statistics | None, producer: Producer | None) -> None:
         """Compresses the linears that read one input, those that are stored alike in one go."""
@@ -198,15 +229,12 @@ class BlockJob:
             self._producers[producer.name], self._producer_scales[producer.name] = producer, by
             statistics = statistics and statistics.rescaled(1 / fold)
         return_free_memory()  # of what ran before: the heap keeps it, and here the most is needed
-        schemes = list(dict.fromkeys(self.schemes[name] for name in group))
-        for scheme in schemes:
+        for scheme in dict.fromkeys(self.schemes[name] for name in group):
             alike = tuple(name for name in group if self.schemes[name] == scheme)
             problem = self._problem(alike, statistics, fold)
             heights = problem.heights
             solution = self.method.quantize(problem, self.step)
             del problem  # or its weights would stand beside each linear's own
-            if scheme is schemes[-1] and statistics is not None and statistics.hessian is not None:
-                statistics.hessian.factors.clear()
             start = 0
             for name, height in zip(alike, heights, strict=True):
                 part = solution if len(alike) == 1 else _rows_of(solution, start, start + height)
@@ -269,18 +297,23 @@ class BlockJob:
                 result, weight = encoded.dequantize(self.frame.dtype), cast(Tensor, self.linears[name].weight)
                 weight.copy_(result.T if self.sites[name].transposed else result)
 
+    def _scale_cache(self, module: nn.Module) -> None:
+        """Finds the scales of keys and values, where they were asked for."""
+        for name in kv_cache.attentions(module) if self.step.kv_cache is not None else ():
+            scales = self._reach.scales(name, self._producer_scales, self.frame.source.dtype)
+            for leaf, scale in scales.items():
+                self.changed[f"{self.frame.blocks_path}.{self.index}.{name}.{leaf}"] = scale
+
     def _cache_scales(self, module: nn.Module) -> dict[str, dict[str, Tensor]]:
         """Of keys and values, by the name of an attention inside of the block; empty where none were asked for."""
         if self.step.kv_cache is None:
             return {}
-        scales = {
-            name: self._reach.scales(name, self._producer_scales, self.frame.source.dtype)
+        prefix = f"{self.frame.blocks_path}.{self.index}."
+        leaves = (kv_cache.KEY, kv_cache.VALUE)
+        return {
+            name: {leaf: self.changed[f"{prefix}{name}.{leaf}"] for leaf in leaves}
             for name in kv_cache.attentions(module)
         }
-        for name, both in scales.items():
-            for leaf, scale in both.items():
-                self.changed[f"{self.frame.blocks_path}.{self.index}.{name}.{leaf}"] = scale
-        return scales
 
     def _static_scales(self) -> dict[str, Tensor]:
         suffix = ".input_scale"
@@ -290,40 +323,24 @@ class BlockJob:
         """‖after − before‖² / ‖before‖² on the evaluation windows; raises NotFinite where a number is none."""
         for name in STREAMS:
             for hidden in getattr(activations, name):
-                if not torch.isfinite(hidden).all():
+                if not all_finite(hidden):
                     raise NotFinite(
                         f"decoder block {self.index} gives NaN or infinity on the {name} pass in {self.frame.dtype}; "
                         "the model is damaged, or its activations do not fit that type"
                     )
         changed = whole = 0.0
+        windows = len(activations.original)
         for before, after in zip(activations.original, activations.compressed, strict=True):
             changed += float((after.float() - before.float()).square().sum(dtype=torch.float64))
             whole += float(before.float().square().sum(dtype=torch.float64))
-        return (changed / whole if whole else 0.0) if len(activations.original) else None
+        told = self.team.gather([changed, whole, windows])
+        changed, whole, windows = (sum(one) for one in zip(*told, strict=True))
+        return (changed / whole if whole else 0.0) if windows else None
 
 
 def _weight(linear: nn.Module, site: Site) -> Tensor:
     weight = cast(Tensor, linear.weight)
     return (weight.T if site.transposed else weight).to(torch.float32, copy=True).contiguous()
-
-
-@contextmanager
-def _rounding_inputs(
-    schemes: Mapping[str, Scheme], linears: Mapping[str, nn.Module], scales: Mapping[str, Tensor]
-) -> Iterator[None]:
-    """Meanwhile, linears whose scheme says so read rounded activations."""
-    handles = []
-    for name, scheme in schemes.items():
-        if scheme.activations is not None:
-            rounding = partial(rounded, kind=scheme.activations, scale=scales.get(name))
-            handles.append(
-                linears[name].register_forward_pre_hook(lambda _, given, rounding=rounding: rounding(given[0]))
-            )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _rows_of(solution: Solution, start: int, stop: int) -> Solution:
@@ -347,20 +364,3 @@ def _layer(
         damping_escalations=solution.escalations,
         instead=solution.instead,
     )
-
-
-def _held_bytes(module: nn.Module, probe: Batch) -> int:
-    """What the parts of a block put out for a batch, all together: no less than what they hold at any time."""
-    total = 0
-
-    def count(_: nn.Module, __: Any, output: Any) -> None:
-        nonlocal total
-        total += output.nbytes if isinstance(output, Tensor) else 0
-
-    handles = [one.register_forward_hook(count) for one in module.modules() if not list(one.children())]
-    try:
-        run(module, probe)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return total

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.frame import Call, Frame
 from models.streams import Stream
+from models.team import SOLO, Team
 
 TOKENS_PER_BATCH = 4096
 TOKENS_PER_BATCH_CPU = 1024  # what lies between two products then stays in the cache: a tenth quicker than 4096
@@ -17,24 +18,35 @@ Batch = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
 
 
 class Calls:
-    """How each block is called for each shape of batch: masks, positions, rotary tables."""
+    """How each block is called for each shape of batch: masks, positions, rotary tables.
 
-    def __init__(self, frame: Frame, streams: Sequence[Tensor]) -> None:
-        self.frame = frame
+    team: among whose processes the batches are dealt out.
+    """
+
+    def __init__(self, frame: Frame, streams: Sequence[Tensor], team: Team = SOLO) -> None:
+        self.frame, self.team = frame, team
         self._by_shape: dict[tuple[int, ...], list[Call]] = {}
         # Without streams too: what lies around the blocks is read once, so that damage in it shows.
         with frame.surroundings(), torch.no_grad():
             for ids in streams:
                 probe = ids[:1, :PROBE_TOKENS]
-                for batch in {part.shape: part for part in (probe, *_batches(ids, frame.device))}.values():
+                for batch in {part.shape: part for part in (probe, *_batches(ids, frame.device, team.size))}.values():
                     self._by_shape[tuple(batch.shape)] = frame.enter(batch)[1]
 
     def enter(self, ids: Tensor | None) -> Iterator[Tensor]:
-        """The first block's hidden states for every batch of ids, on the host."""
+        """The first block's hidden states for every batch of ids that is this process's, on the host.
+
+        Whole batches are dealt out, so that what comes of each is what a single process would get, to the bit; the last
+        ones are the leader's, which has the last word on what is summed over all.
+        """
         if ids is not None:
             with self.frame.surroundings(), torch.no_grad():
-                for batch in _batches(ids, self.frame.device):
+                for batch in self._own(_batches(ids, self.frame.device, self.team.size)):
                     yield self.frame.enter(batch)[0].cpu()
+
+    def _own(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        size, turn = self.team.size, self.team.size - 1 - self.team.rank
+        return batches[turn * len(batches) // size : (turn + 1) * len(batches) // size]
 
     def batch(self, index: int, hidden: Tensor) -> Batch:
         """What block `index` is called with for these hidden states (B, T, C), on the device."""
@@ -79,8 +91,10 @@ class Batches(Sequence[Batch]):
         return sum(shape[0] * shape[1] for shape in self._stream.shapes)
 
     def probe(self) -> Batch:
-        """A few tokens of the first batch."""
-        return self._calls.batch(self._index, self._stream[0][:1, :PROBE_TOKENS])
+        """A few tokens of the first batch; for all processes of a team of the very first one."""
+        team = self._calls.team
+        few = {"": self._stream[0][:1, :PROBE_TOKENS].contiguous()}
+        return self._calls.batch(self._index, team.tensors(few, team.size - 1)[""])
 
 
 def run(module: nn.Module, batch: Batch) -> Tensor:
@@ -90,6 +104,24 @@ def run(module: nn.Module, batch: Batch) -> Tensor:
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
-def _batches(ids: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+def held_bytes(module: nn.Module, probe: Batch) -> int:
+    """What the parts of a block put out for a batch, all together: no less than what they hold at any time."""
+    total = 0
+
+    def count(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal total
+        total += output.nbytes if isinstance(output, Tensor) else 0
+
+    handles = [one.register_forward_hook(count) for one in module.modules() if not list(one.children())]
+    try:
+        run(module, probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total
+
+
+def _batches(ids: Tensor, device: torch.device, parts: int) -> tuple[Tensor, ...]:
+    """No fewer than `parts`, if there are as many sequences."""
     tokens = TOKENS_PER_BATCH_CPU if device.type == "cpu" else TOKENS_PER_BATCH
-    return torch.split(ids, max(1, tokens // ids.shape[1]))
+    return torch.split(ids, max(1, min(tokens // ids.shape[1], len(ids) // parts)))

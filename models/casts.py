@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import SourceModel
+from models.finite import all_finite
 from models.formats.directory import COMPUTED
 from models.frame import exact_names, weightless
 from models.plain import CHUNK, within
@@ -47,7 +48,7 @@ def losses(source: SourceModel, dtype: torch.dtype) -> dict[str, Loss]:
     found = {}
     for name in names:
         tensor = source.tensor(name)
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise NotFinite(f"tensor {name} holds NaN or infinity; the model is damaged at its source")
         found[name] = lost(tensor, dtype)
     return found

@@ -4,6 +4,9 @@ For every block: load its weights; run the evaluation windows through it as it i
 through it in lock step, each linear compressed before it runs; run the evaluation windows through the compressed
 block; write its codes; free it. Peak memory is one block and the activations, whatever the number of blocks. Finished
 blocks and, from time to time, the activations are kept on disk, so that another attempt goes on from there.
+
+Several processes may share the calibration set and the windows (`models.team`): each sends its share of the batches
+through every block, and where a linear is compressed they add up what they saw.
 """
 
 import fnmatch
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.block import BlockJob
 from models.calls import Calls
@@ -26,6 +29,8 @@ from models.quantized import QuantizedModel
 from models.resources import available_host_bytes, return_free_memory
 from models.snapshots import Activations, Snapshots
 from models.streams import Room, Stream
+from models.team import SOLO, Team
+from squeeze.errors import DataUnusable, SpecInvalid
 from squeeze.objects import Stage
 from squeeze.report import Block
 from squeeze.schemes import Scheme
@@ -46,6 +51,17 @@ class Quantization:
 
 def is_ignored(step: Quantize, name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in step.ignore)
+
+
+def idle_patterns(step: Quantize, frame: Frame) -> list[str]:
+    """Warnings of `ignore` patterns that no layer's name matches."""
+    names = [site.name for n in range(frame.count) for site in frame.sites(n)]
+    names += [name for name, module in frame.model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    return [
+        f"the `ignore` pattern {pattern!r} matches no layer; their names are like {names[0]}"
+        for pattern in step.ignore
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names)
+    ]
 
 
 def schemes_of(frame: Frame, step: Quantize) -> dict[str, Scheme]:
@@ -70,6 +86,7 @@ def quantize(
     schemes: Mapping[str, Scheme] | None = None,
     reference: Frame | None = None,
     memory_bytes: int | None = None,
+    team: Team = SOLO,
 ) -> Quantization:
     """Quantizes every block, resuming where an earlier attempt with the same fingerprint stopped.
 
@@ -78,17 +95,23 @@ def quantize(
     reference: the model that the result is compared with; None: the one that is compressed.
     memory_bytes: what activations may take on the host between two blocks, and on the device within one; the rest goes
     to disk, or is computed again. None: half of what is free. The result is the same.
+    team: of which every process calls this, with the same arguments but for the frames' device and `notify`. All that
+    is written is the leader's, and what it returns is whole; the others return their share of the activations. The
+    result is that of one process, to the bit, as long as there is a whole batch for each and the calibration inputs of
+    a block fit in memory; where they don't, statistics are summed in another order, in float32.
     """
+    _refuse_unsharable(step, calibration, team)
     schemes = dict(schemes_of(frame, step) if schemes is None else schemes)
     reference = reference or frame
     frame.refuse_misfits()
-    kept = Snapshots(directory, fingerprint)
-    room = Room(available_host_bytes() // 2 if memory_bytes is None else memory_bytes, directory / "activations")
+    kept = Snapshots(directory, fingerprint, team)
+    room_bytes = available_host_bytes() // 2 if memory_bytes is None else memory_bytes
+    room = Room(room_bytes // team.size, kept.own / "activations")
     notify.stage(Stage.calibrating)
     window_ids = None if windows is None else windows.ids
     ids = [one for one in (calibration, window_ids) if one is not None]
-    calls = Calls(frame, ids)
-    reference_calls = calls if reference is frame else Calls(reference, ids)
+    calls = Calls(frame, ids, team)
+    reference_calls = calls if reference is frame else Calls(reference, ids, team)
     resumed = kept.resume(room)
     if resumed is None:
         blocks: list[Block] = []
@@ -114,14 +137,16 @@ def quantize(
         if reference is not frame:
             with reference.block(index) as module, torch.no_grad():
                 reference_calls.forward(index, module, activations.original)
-        job = BlockJob(frame, step, schemes, index, calls, compares=reference is frame, memory_bytes=memory_bytes)
+        job = BlockJob(
+            frame, step, schemes, index, calls, compares=reference is frame, memory_bytes=memory_bytes, team=team
+        )
         blocks.append(job.run(activations, kept.directory))
         del job
         return_free_memory()
         notify.advance(index + 1, frame.count, "blocks")
         now = time.monotonic()
         # After every block, unless that would cost more than a tenth of the time: then less often.
-        if index + 1 < frame.count and now - saved_at >= min(snapshot_seconds, cost / SNAPSHOT_SHARE):
+        if team.tell(index + 1 < frame.count and now - saved_at >= min(snapshot_seconds, cost / SNAPSHOT_SHARE)):
             kept.save(index + 1, blocks, activations)
             saved_at, cost = time.monotonic(), time.monotonic() - now
     if start < frame.count:
@@ -130,4 +155,38 @@ def quantize(
     chosen = {name: site for name, site in sites.items() if name in schemes}
     ignored = tuple(name for name in sites if name not in chosen)
     model = QuantizedModel(kept.directory, step, chosen, schemes, ignored, frame.source.dtype)
+    for name in ("original", "compressed"):
+        setattr(activations, name, _whole(getattr(activations, name), room, team))
     return Quantization(model, blocks, activations)
+
+
+def _refuse_unsharable(step: Quantize, calibration: Tensor | None, team: Team) -> None:
+    if team.size == 1:
+        return
+    if step.by_block:
+        raise SpecInvalid(
+            f"{step.method} works on whole blocks, which several GPUs can't share; set limits.gpus to 1",
+            param="limits.gpus",
+        )
+    if calibration is not None and len(calibration) < team.size:
+        raise DataUnusable(
+            f"{len(calibration)} calibration sequences can't be shared by {team.size} GPUs; give more data.samples, or "
+            "fewer limits.gpus",
+            param="limits.gpus",
+        )
+
+
+def _whole(share: Stream, room: Room, team: Team) -> Stream:
+    """On the leader, the batches that all processes have of a stream, in order; on the others, what they had."""
+    if team.size == 1:
+        return share
+    together = Stream(room) if team.leads else share
+    lengths = team.gather(len(share))
+    for owner in reversed(range(team.size)):  # in which order batches are dealt out
+        for number in range(lengths[owner]):
+            batch = team.tensors({"": share[number]} if team.rank == owner else {}, owner)[""]
+            if team.leads:
+                together.append(batch)
+    if team.leads:
+        share.clear()
+    return together

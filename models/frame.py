@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from models.architectures import TABLE, USUAL
 from models.checkpoint import SourceModel
 from models.experts import Expert, unfuse
+from models.finite import all_finite
 from models.plain import saturated
 from models.quantized import Site
 from models.quoting import quoted
@@ -235,7 +236,7 @@ class Frame:
                 continue
             tensor = self.source.tensor(key)
             if tensor.is_floating_point():
-                if not torch.isfinite(tensor).all():
+                if not all_finite(tensor):
                     raise NotFinite(f"tensor {key} holds NaN or infinity; the model is damaged at its source")
                 exact = self._exact.search(name)
                 if self.stored is not None and not exact:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models.float_codes import LARGEST_E4M3, exact_in, to_e4m3
 from models.frame import Frame
+from models.team import Team
 from squeeze.errors import FormatUnfit
 
 KEY, VALUE = "k_scale", "v_scale"
@@ -53,6 +54,12 @@ class Reach:
     def __init__(self) -> None:
         self.keys: dict[str, Tensor] = {}
         self.values: dict[str, Tensor] = {}
+
+    def widen(self, team: Team) -> None:
+        """To what any process of a team saw."""
+        for held in (self.keys, self.values):
+            for name in sorted(held):
+                team.largest(held[name])
 
     def scales(self, name: str, produced: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """The two scales of one attention, (1,) in the model's dtype.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.calls import Batch, run
 from models.statistics import Statistics
+from models.team import SOLO, Team
 
 Twin = tuple[nn.Module, Sequence[Batch], Mapping[str, nn.Module]]  # a block, its batches, its linears by name
 
@@ -28,12 +29,13 @@ def run_in_lockstep(
     gathering: Callable[[int], Statistics],
     solve: Callable[[str, Statistics], None],
     twin: Twin | None = None,
+    team: Team = SOLO,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Calls `solve` for every linear with the statistics of all its inputs, before it runs.
 
     linears: modules to halt at, by name. gathering: makes statistics for so many columns. solve: replaces the weights
-    of a linear, and may do so of others that read the same input. Returns the block's outputs, one for each batch, and
-    its twin's.
+    of a linear, and may do so of others that read the same input. team: whose processes have some of the batches each,
+    at least one; all halt at the same linears. Returns the block's outputs, one for each batch, and its twin's.
     """
 
     def halt(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -52,10 +54,11 @@ def run_in_lockstep(
                 for some, (_, own, _) in zip(runners, blocks, strict=True)
             ]
             while (name := states[0][0][0]) is not None:
+                team.meet(name)
                 statistics = gathering(states[0][0][1].shape[-1])
-                for both in zip(*states, strict=True):
-                    statistics.add(*(inputs for _, inputs in both))
-                del states, both  # or the inputs would stay alive while the linear runs
+                batches_seen = [tuple(inputs for _, inputs in both) for both in zip(*states, strict=True)]
+                statistics.add_in_turn(batches_seen, team)
+                del states, batches_seen  # or the inputs would stay alive while the linear runs
                 solve(name, statistics)
                 del statistics
                 states = [[runner.switch() for runner in some] for some in runners]

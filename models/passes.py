@@ -1,8 +1,9 @@
 """Collects the calibration inputs of a block's linears with one batch in memory at a time.
 
 The same statistics as in lock step (`models.lockstep`), bit for bit, in several passes over the batches instead of
-one. A pass gathers the inputs of every linear that no uncompressed linear stands before: where one is reached, it is
-handed NaN, and whatever comes out of that is left for a later pass.
+one; but several processes sum what they gathered in another order. A pass gathers the inputs of every linear that no
+uncompressed linear stands before: where one is reached, it is handed NaN, and whatever comes out of that is left for a
+later pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from models.calls import Batch, run
 from models.lockstep import Twin
 from models.statistics import Statistics
+from models.team import SOLO, Team
 from squeeze.errors import NotFinite
 
 
@@ -29,18 +31,22 @@ def run_in_passes(
     gathering: Callable[[int], Statistics],
     solve: Callable[[str, Statistics], None],
     twin: Twin | None = None,
+    team: Team = SOLO,
 ) -> None:
     """Calls `solve` for every linear with the statistics of all its inputs, those before it compressed already.
 
     linears: modules by name. gathering: makes statistics for so many columns. solve: replaces the weights of a linear,
-    and may do so of others that read the same input. twin: what the inputs are compared with.
+    and may do so of others that read the same input. twin: what the inputs are compared with. team: whose processes
+    have some of the batches each; a pass gathers for the same linears on all.
     """
     unsolved = dict(linears)
     while unsolved:
-        found = _gather(block, batches, unsolved, gathering, twin)
+        found = _agreed(*_gather(block, batches, unsolved, gathering, twin), team)
         if not found:
             raise NotFinite(f"the inputs of {next(iter(unsolved))} are NaN; the model is damaged")
         for name, statistics in found.items():
+            team.meet(name)
+            statistics.sum_over(team)
             solve(name, statistics)
             del unsolved[name]
 
@@ -51,8 +57,10 @@ def _gather(
     linears: Mapping[str, nn.Module],
     gathering: Callable[[int], Statistics],
     twin: Twin | None,
-) -> dict[str, Statistics]:
-    """Statistics of the linears that read nothing of what the others put out, in the order in which they run."""
+) -> tuple[dict[str, Statistics], set[str]]:
+    """(statistics of the linears that read nothing of what the others put out, in the order in which they run, names
+    of the others).
+    """
     found: dict[str, Statistics] = {}
     tainted: set[str] = set()
     originals: dict[str, Tensor] = {}  # the twin's inputs for the batch at hand
@@ -84,8 +92,19 @@ def _gather(
     finally:
         for handle in handles:
             handle.remove()
+    return found, tainted
+
+
+def _agreed(found: dict[str, Statistics], tainted: set[str], team: Team) -> dict[str, Statistics]:
+    """Of what this process found, what can be solved now: the same names in the same order on each.
+
+    A pass reaches every linear on its first batch, so what one process has neither found nor seen tainted is none.
+    """
+    told = team.gather([sorted(tainted), {name: statistics.count for name, statistics in found.items()}])
+    tainted = {name for names, _ in told for name in names}
+    counts = {name: sum(own[name] for _, own in told) for name in found if name not in tainted}
     # No token at all may also mean that NaN went the router's other ways; the next pass knows more, if there is one.
-    return {name: statistics for name, statistics in found.items() if statistics.count} or found
+    return {name: found[name] for name, count in counts.items() if count} or {name: found[name] for name in counts}
 
 
 def _inputs(twin: Twin, number: int) -> dict[str, Tensor]:

@@ -3,17 +3,14 @@
 loading -> calibrating -> compressing (evaluating in the same pass) -> evaluating -> exporting -> certifying
 """
 
-import fnmatch
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from models import casts, engine
 from models.allocation import allot, allots, mixed
@@ -23,7 +20,6 @@ from models.certify import certify
 from models.certify_run import tokenized
 from models.checkpoint import SourceModel, open_or_convert, read_config
 from models.disk import disk_faults, write_whole
-from models.ends import RoundedEnds
 from models.evaluation import Measured, measure
 from models.experts import refuse_torn
 from models.fingerprint import fingerprint
@@ -33,11 +29,12 @@ from models.formats.gguf import refuse_source
 from models.frame import Frame
 from models.kv_cache import refuse_unknown_attention
 from models.material import Material, read_tokenizer, refuse_too_large_for_self
-from models.plain import TYPES
 from models.progress import Notify
 from models.quantized import QuantizedModel
-from models.resources import cpu_seconds, device_name, peak_gpu_bytes, peak_host_bytes
-from models.rotation import Rotated, told
+from models.resources import Clock, cpu_seconds, device_name, peak_gpu_bytes, peak_host_bytes
+from models.rotation import told
+from models.team import SOLO, Team
+from models.teamwork import frames_of, lead
 from squeeze import __version__
 from squeeze.architectures import HELD_BY, refuse_unrotatable
 from squeeze.errors import CertificationFailed, FormatUnfit, ModelMalformed, SqueezeError
@@ -47,6 +44,7 @@ from squeeze.report import Allocation, Block, Certificate, Report, Rotation, Siz
 from squeeze.schemes import Scheme
 from squeeze.specs import JobSpec
 from squeeze.steps import Format, Grouped, Quantize
+from squeeze.work import counted
 
 LIBRARIES = (
     "torch",
@@ -137,14 +135,17 @@ def check(spec: JobSpec, model: Path) -> Facts:
     return Facts(config["model_type"], frame.count, len(sites))
 
 
-def run(inputs: Inputs, notify: Notify) -> Outcome:
-    """Runs all steps of a job. Raises a SqueezeError that says what to do; anything else is a bug."""
+def run(inputs: Inputs, notify: Notify, team: Team = SOLO) -> Outcome:
+    """Runs all steps of a job. Raises a SqueezeError that says what to do; anything else is a bug.
+
+    team: the leader's; the others are in `teamwork.follow`.
+    """
     with disk_faults():
-        return _run(inputs, notify)
+        return _run(inputs, notify, team)
 
 
-def _run(inputs: Inputs, notify: Notify) -> Outcome:
-    clock = _Clock()
+def _run(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
+    clock = Clock()
     spec, step = inputs.spec, _quantize_step(inputs.spec)
     notify.stage(Stage.planning)
     torch.manual_seed(spec.seed)
@@ -153,18 +154,14 @@ def _run(inputs: Inputs, notify: Notify) -> Outcome:
         notify.stage(Stage.loading)
         source = open_or_convert(inputs.model, inputs.work / "source")
         refuse_broken_companions(source)
+        work = {name: count.whole for name, count in counted(source.shape(step.ignore), spec).items()}
+        notify.expect(work)
         if "gguf" in spec.formats:
             refuse_source(source)
         device = torch.device(inputs.device)
-        frame = Frame(source, compute_dtype(source.dtype, device), device)
-        target = TYPES.get(step.scheme().element)  # of a cast
+        frames = frames_of(source, step, device)
+        frame, result, turned, target = frames.reference, frames.result, frames.turned, frames.target
         losses = None if target is None else casts.losses(source, target)
-        result = frame if target is None else Frame(source, compute_dtype(target, device), device, stored=target)
-        turned = None if step.rotation is None else Rotated.of(source)
-        if turned is not None:
-            result = Frame(turned, frame.dtype, device)
-        if step.scheme().element == "ggml":
-            result = Frame(RoundedEnds.of(result), frame.dtype, device)
         tokenizer = read_tokenizer(inputs.model)
         texts = Material(
             spec,
@@ -177,7 +174,7 @@ def _run(inputs: Inputs, notify: Notify) -> Outcome:
             work=inputs.work,
             notify=notify,
         )
-        warnings = [*_idle_patterns(step, frame), *texts.warnings()]
+        warnings = [*engine.idle_patterns(step, frame), *texts.warnings()]
         if target is not None and losses is not None:
             warnings += casts.told(losses, target)
         for warning in warnings:
@@ -187,17 +184,17 @@ def _run(inputs: Inputs, notify: Notify) -> Outcome:
         with clock.stage("allotting"):
             schemes, allocation = _allot(inputs, result, step, texts, notify)
     with clock.stage("compressing"):
-        done = engine.quantize(
-            result,
+        done = lead(
+            team,
+            frames,
             step,
             texts.calibration.ids if texts.calibration and step.reads_inputs else None,
             texts.windows,
             inputs.work / "quantize",
             fingerprint(spec, inputs.revision, inputs.device, source, texts, schemes),
             notify,
-            inputs.snapshot_seconds,
+            snapshot_seconds=inputs.snapshot_seconds,
             memory_bytes=inputs.activation_bytes,
-            reference=frame,
             schemes=schemes,
         )
     blocks = done.blocks if losses is None else casts.noted(done.blocks, losses, source)
@@ -210,7 +207,18 @@ def _run(inputs: Inputs, notify: Notify) -> Outcome:
     done.activations.release()
     rotation = None if turned is None else told(turned, frame, result)
     written = _Written(
-        inputs, source, turned or source, tokenizer, done.model, blocks, texts, measured, warnings, rotation, allocation
+        inputs,
+        team,
+        source,
+        turned or source,
+        tokenizer,
+        done.model,
+        blocks,
+        texts,
+        measured,
+        warnings,
+        rotation,
+        allocation,
     )
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
@@ -218,17 +226,11 @@ def _run(inputs: Inputs, notify: Notify) -> Outcome:
     with clock.stage("certifying"):
         notify.stage(Stage.certifying)
         certificates = written.certify(directories, result, notify)
-    report = written.report(directories, certificates, clock, frame)
+    report = written.report(directories, certificates, clock, frame, work)
     for name, directory in directories.items():
         write_card(directory, name, report)
     write_whole(inputs.out / "report.json", report.model_dump_json(indent=2) + "\n")
     return Outcome(directories, report, _result(report, directories))
-
-
-def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type that activations are computed in: as stored; but nobody needs float64, and CPUs have no fast float16."""
-    exact = stored == torch.float64 or (stored == torch.float16 and device.type == "cpu")
-    return torch.float32 if exact else stored
 
 
 def _quantize_step(spec: JobSpec) -> Quantize:
@@ -262,30 +264,6 @@ def _allot(
         return allot(frame, step, spec.formats, ids, directory, mark, notify, inputs.activation_bytes)
 
 
-def _idle_patterns(step: Quantize, frame: Frame) -> list[str]:
-    """Warnings of `ignore` patterns that no layer's name matches."""
-    names = [site.name for n in range(frame.count) for site in frame.sites(n)]
-    names += [name for name, module in frame.model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
-    return [
-        f"the `ignore` pattern {pattern!r} matches no layer; their names are like {names[0]}"
-        for pattern in step.ignore
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names)
-    ]
-
-
-@dataclass
-class _Clock:
-    """Wall seconds by stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - began, 3)
-
-
 @dataclass(frozen=True)
 class _Written:
     """Everything that the end of a job needs: writes the directories, has them certified, tells the story.
@@ -294,6 +272,7 @@ class _Written:
     """
 
     inputs: Inputs
+    team: Team
     source: SourceModel
     stored: SourceModel
     tokenizer: Any
@@ -313,10 +292,9 @@ class _Written:
         return directories
 
     def certify(self, directories: dict[Format, Path], frame: Frame, notify: Notify) -> list[Certificate]:
-        return [
-            certificate
-            for name, directory in directories.items()
-            for certificate in certify(
+        certificates = []
+        for number, (name, directory) in enumerate(directories.items()):
+            certificates += certify(
                 directory,
                 name,
                 expected=self.measured.nll_after if self.measured else None,
@@ -328,18 +306,25 @@ class _Written:
                 texts=tokenized(self.tokenizer),
                 notify=notify,
             )
-        ]
+            notify.advance(number + 1, len(directories), "formats")
+        return certificates
 
     def report(
-        self, directories: dict[Format, Path], certificates: list[Certificate], clock: _Clock, frame: Frame
+        self,
+        directories: dict[Format, Path],
+        certificates: list[Certificate],
+        clock: Clock,
+        frame: Frame,
+        work: dict[str, float],
     ) -> Report:
         inputs, spec = self.inputs, self.inputs.spec
         quality = self.measured.quality if self.measured else None
+        on_gpu = frame.device.type == "cuda"
         return Report(
             job=inputs.job_id,
             squeeze=__version__,
             libraries={name: version(name) for name in LIBRARIES},
-            device=device_name(frame.device),
+            device=device_name(frame.device, self.team.size),
             source=Source(
                 model=inputs.model_name,
                 revision=inputs.revision,
@@ -363,9 +348,10 @@ class _Written:
             warnings=self.warnings,
             spent=Spent(
                 seconds=clock.seconds,
+                work=work,
                 cpu_seconds=round(cpu_seconds(), 3),
-                gpu_seconds=round(clock.seconds["compressing"], 3) if frame.device.type == "cuda" else 0.0,
-                peak_host_bytes=peak_host_bytes(),
+                gpu_seconds=round(clock.seconds["compressing"] * self.team.size, 3) if on_gpu else 0.0,
+                peak_host_bytes=max([peak_host_bytes(), *(block.peak_host_bytes for block in self.blocks)]),
                 peak_gpu_bytes=peak_gpu_bytes(),
                 certifier_peak_host_bytes=max((one.peak_host_bytes or 0 for one in certificates), default=0) or None,
             ),

@@ -2,9 +2,26 @@
 
 import ctypes
 import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+
+@dataclass
+class Clock:
+    """Wall seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 3)
 
 
 def peak_host_bytes() -> int:
@@ -55,9 +72,10 @@ def available_device_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_host_bytes()
 
 
-def device_name(device: torch.device) -> str:
-    """For people."""
+def device_name(device: torch.device, processes: int = 1) -> str:
+    """For people. processes: that share the work, on a device like it each."""
+    each = "" if processes == 1 else f"{processes} × "
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return each + torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'' if threads == 1 else 's'}"
+    return f"{each}CPU, {threads} thread{'' if threads == 1 else 's'}"

@@ -258,7 +258,7 @@ class _Trial:
         """½ tr(G D H Dᵀ), G = SᵀS / (SKETCH_ROWS · tokens). S: (SKETCH_ROWS, out). D: (out, in)."""
         assert statistics.hessian is not None
         P = S @ D  # (SKETCH_ROWS, in)
-        energy = float((P @ statistics.hessian.matrix).mul_(P).sum(dtype=torch.float64)) / 2  # that matrix is 2 H
+        energy = statistics.hessian.energy(P) / max(statistics.count, 1)
         return max(0.0, energy) / (2 * SKETCH_ROWS * self.tokens)
 
 

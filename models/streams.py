@@ -89,6 +89,9 @@ class Stream:
         self._room.drop(self._kept[index])
         self._kept[index] = self._room.keep(batch)
 
+    def append(self, batch: Tensor) -> None:
+        self._kept.append(self._room.keep(batch))
+
     def clear(self) -> None:
         """Gives memory and files back."""
         for kept in self._kept:

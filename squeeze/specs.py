@@ -121,7 +121,14 @@ class Limits(Wire):
     """What the job may use."""
 
     max_runtime_seconds: int = Field(86400, ge=1, le=30 * 86400, description="Of one attempt; then it fails.")
-    gpus: int = Field(0, ge=0, le=1, description="0: whatever the worker has (a GPU, or the CPU). 1: a GPU only.")
+    gpus: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="0: whatever the worker has (a GPU, or the CPU). 1: a GPU only. More: as many GPUs of one machine "
+        "share the calibration and the evaluation text; the result is the same. The operator has to have set up a "
+        "worker with so many.",
+    )
 
 
 def _default_formats(fields: dict[str, Any]) -> tuple[Format, ...]:
@@ -191,6 +198,9 @@ class JobSpec(Wire):
             raise ValueError(
                 f"steps {quantizing} all quantize; quantized weights can't be compressed again: keep one of them"
             )
+        for step in self.steps:
+            if isinstance(step, Quantize) and step.by_block and self.limits.gpus > 1:
+                raise ValueError(f"{step.method} works on whole blocks, which GPUs can't share: set limits.gpus to 1")
         stride = self.evaluation.stride
         if stride is not None and stride > self.data.sequence_length:
             raise ValueError(f"evaluation.stride is {stride}, more than data.sequence_length allows")

@@ -1,7 +1,7 @@
-"""Starts a worker: `python -m workers [--device cpu|cuda:0|auto] [--queues cpu,gpu] [--name NAME]`.
+"""Starts a worker: `python -m workers [--device cpu|cuda:0|cuda:0,1|auto] [--queues cpu,gpu] [--name NAME]`.
 
-One job at a time, so one worker for each GPU. It starts, keeps running and connects again while the broker or the
-database is down.
+One job at a time, so one worker for each GPU, or one for those that jobs are to share. It starts, keeps running and
+connects again while the broker or the database is down.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from typing import Any
 import structlog
 from celery.worker import state
 
+from jobs import logs
 from jobs.database import Database
 from jobs.queue import QUEUES, TASK, celery_app
 from jobs.settings import Settings
 from squeeze.errors import SqueezeError
 from storage import open_storage
-from workers import logs
 from workers.forkserver import DEFAULT_ENTRY
 from workers.groups import Ledger, NameTaken
 from workers.pool import Pool
@@ -79,7 +79,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m workers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", type=_device, help="cpu, cuda:N or auto (the default; SQUEEZE_DEVICE sets another)")
+    parser.add_argument(
+        "--device", type=_device, help="cpu, cuda:N, cuda:N,M… or auto (the default; SQUEEZE_DEVICE sets another)"
+    )
     parser.add_argument("--queues", help="comma-separated; by default cpu, and gpu before it where the device is one")
     parser.add_argument("--name", help="unique on the data directory; by default made of host and device")
     parser.add_argument("--entry", default=DEFAULT_ENTRY, help=argparse.SUPPRESS)
@@ -87,8 +89,8 @@ def _options() -> argparse.Namespace:
 
 
 def _device(text: str) -> str:
-    if re.fullmatch(r"auto|cpu|cuda:\d+", text) is None:
-        raise argparse.ArgumentTypeError("take cpu, cuda:N or auto")
+    if re.fullmatch(r"auto|cpu|cuda:\d+(,\d+)*", text) is None:
+        raise argparse.ArgumentTypeError("take cpu, cuda:N, cuda:N,M… or auto")
     return text
 
 

@@ -1,14 +1,14 @@
 """JSON lines over a socket pair: how the child that runs a job and its supervisor talk.
 
 The supervisor sends one line, the request. The child answers with lines that each have one of these members:
-`stage`, `advance`, `event`, `revision`, `failed`, `done`.
+`expect`, `stage`, `advance`, `event`, `revision`, `failed`, `done`.
 """
 
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from squeeze.objects import Stage
@@ -82,6 +82,9 @@ class Teller:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._told_at = 0.0
+
+    def expect(self, work: Mapping[str, float]) -> None:
+        self._channel.send({"expect": dict(work)})
 
     def stage(self, stage: Stage) -> None:
         self._told_at = 0.0

@@ -16,10 +16,15 @@ import torch
 import workers.warm  # noqa: F401 - for its imports
 from models import pipeline
 from models.engine import SNAPSHOT_SECONDS
+from models.team import Team
+from models.teamwork import follow
+from squeeze.errors import ProcessKilled
 from squeeze.specs import JobSpec
+from squeeze.steps import Quantize
 from storage import open_storage
 from workers.alone import take
-from workers.channel import Channel, Teller
+from workers.channel import Channel, Message, Teller
+from workers.crew import Crew
 from workers.failures import meaning
 from workers.processors import count
 from workers.pull import pull
@@ -36,28 +41,49 @@ def run(channel: Channel) -> int:
 def attempt(request: Request, channel: Channel, snapshot_seconds: float = SNAPSHOT_SECONDS) -> int:
     """As `run`, with the request already read."""
     began = time.monotonic()
+    _meeting(request).unlink(missing_ok=True)
+    crew = Crew(len(request.others), lambda rank, last_word: _share(request, rank, last_word), channel)
     try:
         lock = take(request.scratch_path)
         os.chdir(request.scratch_path)  # what a library writes beside itself is not to lie about where we were started
         manifest = _work(request, Teller(channel), snapshot_seconds)
     except BaseException as error:  # noqa: BLE001 - the edge of the job: whatever it was becomes its error
-        failed = meaning(error, request.scratch_path, _peak_host_bytes(), _peak_gpu_bytes(request))
-        channel.send(
-            {
-                "failed": {"code": failed.code, "message": failed.message, "param": failed.param},
-                "traceback": "".join(traceback.format_exception(error)),
-                "figures": _figures(request, began),
-            }
-        )
+        if isinstance(error, ProcessKilled):
+            crew.blame()
+        channel.send(_failure(error, request, began))
         return 1
     channel.send({"done": manifest, "figures": _figures(request, began)})
     lock.close()
     return 0
 
 
+def _share(request: Request, rank: int, channel: Channel) -> int:
+    """What a further process of the job does; the exit status."""
+    began = time.monotonic()
+    try:
+        os.chdir(request.scratch_path)
+        spec = request.parsed()
+        _settle(spec, request)
+        _go_offline()
+        follow(_team(request, rank), next(step for step in spec.steps if isinstance(step, Quantize)))
+    except BaseException as error:  # noqa: BLE001 - as in `attempt`
+        channel.send(_failure(error, request, began))
+        return 1
+    return 0
+
+
+def _team(request: Request, rank: int = 0) -> Team:
+    devices = (request.device, *request.others)
+    return Team.meeting_at(_meeting(request), rank, len(devices), devices[rank])
+
+
+def _meeting(request: Request) -> Path:
+    return request.scratch_path / f"team-{request.attempt}"
+
+
 def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str, Any]:
     spec = request.parsed()
-    _settle(spec)
+    _settle(spec, request)
     storage = open_storage(request.storage_url)
     texts = Texts(request, spec, teller)
     pulled = pull(request, spec, storage, lambda directory: pipeline.check(spec, directory), teller)
@@ -83,6 +109,7 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
             snapshot_seconds=snapshot_seconds,
         ),
         teller,
+        _team(request),
     )
     report = request.scratch_path / "out" / REPORT
     return {
@@ -92,9 +119,9 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
     }
 
 
-def _settle(spec: JobSpec) -> None:
+def _settle(spec: JobSpec, request: Request) -> None:
     """The same numbers from the same job, and no more threads than there are processors for us."""
-    torch.set_num_threads(count())
+    torch.set_num_threads(max(1, count() // (1 + len(request.others))))
     torch.manual_seed(spec.seed)
     random.seed(spec.seed)
     np.random.seed(spec.seed % 2**32)
@@ -121,11 +148,20 @@ def _emptied(path: Path) -> Path:
     return _made(path)
 
 
+def _failure(error: BaseException, request: Request, began: float) -> Message:
+    failed = meaning(error, request.scratch_path, _peak_host_bytes(), _peak_gpu_bytes(request))
+    return {
+        "failed": {"code": failed.code, "message": failed.message, "param": failed.param},
+        "traceback": "".join(traceback.format_exception(error)),
+        "figures": _figures(request, began),
+    }
+
+
 def _figures(request: Request, began: float) -> dict[str, Any]:
     return {
         "peak_host_bytes": _peak_host_bytes(),
         "peak_gpu_bytes": _peak_gpu_bytes(request),
-        "gpu_seconds": time.monotonic() - began if request.device.startswith("cuda") else 0.0,
+        "gpu_seconds": (time.monotonic() - began) * (1 + len(request.others)) if request.on_gpu else 0.0,
     }
 
 
@@ -135,4 +171,4 @@ def _peak_host_bytes() -> int:
 
 
 def _peak_gpu_bytes(request: Request) -> int:
-    return torch.cuda.max_memory_allocated() if request.device.startswith("cuda") else 0
+    return torch.cuda.max_memory_allocated() if request.on_gpu else 0

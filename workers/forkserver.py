@@ -7,7 +7,6 @@ worker over a socket of whole messages; when the worker is gone, however it died
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -24,16 +23,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from workers.channel import Channel
-from workers.groups import Group, send, start_time
+from workers.groups import UNCAUGHT_STATUS, Group, die_with, send, start_time
 
 Entry = Callable[[Channel], int]
 
 MESSAGE_BYTES = 4096
 DEFAULT_ENTRY = "workers.child:run"
-
-_PR_SET_PDEATHSIG = 1
-_UNCAUGHT_STATUS = 70
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -91,10 +86,10 @@ class _Server:
 
     def _become(self, parent: int, channel: int, errors: int) -> NoReturn:
         """The child's whole life."""
-        status = _UNCAUGHT_STATUS
+        status = UNCAUGHT_STATUS
         try:
             os.setsid()
-            _die_with(parent)
+            die_with(parent)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             self._selector.close()
@@ -132,13 +127,6 @@ class _Server:
                 "peak_bytes": usage.ru_maxrss * 1024,
             }
         )
-
-
-def _die_with(parent: int) -> None:
-    if _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it died before the call
-        os._exit(_UNCAUGHT_STATUS)
 
 
 def _volunteer_for_the_oom_killer() -> None:

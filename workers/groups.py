@@ -4,6 +4,7 @@ A process id alone can be handed out again; with its start time, the boot and th
 mistaken.
 """
 
+import ctypes
 import fcntl
 import json
 import os
@@ -12,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
+
+UNCAUGHT_STATUS = 70  # of a forked process that ended by an exception which nobody took
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +62,14 @@ def send(group: Group, number: signal.Signals) -> bool:
         except ProcessLookupError:
             return False
     return True
+
+
+def die_with(parent: int) -> None:
+    """Has the kernel kill this process when its parent ends, which may have happened already."""
+    if _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it died before the call
+        os._exit(UNCAUGHT_STATUS)
 
 
 def where() -> list[str]:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from squeeze.errors import SpecInvalid
+
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -31,6 +33,25 @@ def resolve_device(asked: str) -> str:
     # In a process of its own: this one must never import torch, let alone touch the GPU.
     looks = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
     return "cuda:0" if subprocess.run([sys.executable, "-c", looks], check=False).returncode == 0 else "cpu"
+
+
+def devices_of(device: str, gpus: int) -> tuple[str, ...]:
+    """The devices of each process of a job on a worker's device, which may be several GPUs (`cuda:0,1`).
+
+    gpus: as the job's limits have it. A worker on the CPU runs so many processes there. Raises SpecInvalid where the
+    worker has fewer GPUs.
+    """
+    wanted = max(1, gpus)
+    if device == "cpu":
+        return ("cpu",) * wanted
+    held = tuple(f"cuda:{number}" for number in device.removeprefix("cuda:").split(","))
+    if wanted > len(held):
+        raise SpecInvalid(
+            f"limits.gpus is {wanted}, and the worker has {len(held)}: ask for that many, or have the operator start a "
+            f"worker on {wanted} (SQUEEZE_DEVICE=cuda:0,1 and so on)",
+            param="limits.gpus",
+        )
+    return held[:wanted]
 
 
 def _quota() -> float | None:

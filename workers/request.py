@@ -24,6 +24,7 @@ class Request:
 
     scratch: the job's own directory, kept between attempts. revision: the commit that an earlier attempt resolved the
     model's id to. source: the files of the earlier job that is compressed again. data: uploaded files by their id.
+    device: of the job's process. others: of the further processes that share its calibration text.
     """
 
     job_id: str
@@ -33,6 +34,7 @@ class Request:
     cache: str
     storage_url: str
     device: str
+    others: tuple[str, ...] = ()
     model_roots: tuple[str, ...] = ()
     consumers: dict[str, str] = field(default_factory=dict)
     activation_bytes: int | None = None
@@ -44,6 +46,10 @@ class Request:
     def prefix(self) -> str:
         """Where in the storage this attempt, and no other, writes."""
         return attempt_prefix(self.job_id, self.attempt)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
 
     def parsed(self) -> JobSpec:
         return JobSpec.model_validate(self.spec)
@@ -66,6 +72,7 @@ class Request:
         return cls(
             **{
                 **message,
+                "others": tuple(message["others"]),
                 "model_roots": tuple(message["model_roots"]),
                 "source": tuple(StoredFile(**file) for file in message["source"]),
                 "data": {name: StoredFile(**file) for name, file in message["data"].items()},

@@ -11,6 +11,7 @@ import selectors
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,8 @@ from squeeze.errors import (
     rebuild,
 )
 from squeeze.objects import FINAL, Stage, Status
+from squeeze.pace import Past, expected
+from squeeze.steps import Quantize
 from workers.channel import Channel, Message
 from workers.death import MemoryWatch, explain
 from workers.fraction import Course
@@ -39,6 +42,7 @@ from workers.spawn import Exited, Forked, ForkServer, ServerGone
 GRACE_SECONDS = 3.0
 POLL_SECONDS = 1.0
 RELAY_SECONDS = 0.25
+RETELL_SECONDS = 2.0  # after which the time left is told anew, though the child says nothing
 _TICK_SECONDS = 0.25
 _EVENTS_HELD = 1000  # while the database is away
 _FORK_SECONDS = 120.0  # a cold server imports first
@@ -97,8 +101,11 @@ class Supervision:
         errors: Path,
         known_secrets: tuple[str, ...],
         claimed_at: float,
+        past: Sequence[Past] = (),
     ) -> None:
-        """claimed_at: `time.monotonic()` just before the claim, from which the lease counts."""
+        """claimed_at: `time.monotonic()` just before the claim, from which the lease counts. past: finished jobs, which
+        the time left is estimated by, the newest first.
+        """
         self._database = database
         self._server = server
         self._ledger = ledger
@@ -107,11 +114,12 @@ class Supervision:
         self._lease_seconds = lease_seconds
         self._errors = errors
         self._secrets = known_secrets
+        self._past = past
         self._log = structlog.get_logger(__name__).bind(job_id=claim.job_id, attempt=claim.attempt)
         self._began = time.monotonic()
         self._leased_until = claimed_at + lease_seconds
         self._renew_at = claimed_at + lease_seconds / 3
-        self._poll_at = self._relay_at = self._began
+        self._poll_at = self._relay_at = self._retell_at = self._began
         self._asked = False
         self._kill_at: float | None = None
         self._why: Why | None = None
@@ -177,8 +185,11 @@ class Supervision:
     def _take(self, message: Message) -> None:
         """One line of the child's."""
         match message:
+            case {"expect": work}:
+                method = next(step.method for step in self._claim.spec.steps if isinstance(step, Quantize))
+                self._course.expect(expected(work, method, self._past), time.monotonic() - self._began)
             case {"stage": stage}:
-                self._course.enter(Stage(stage))
+                self._course.enter(Stage(stage), time.monotonic() - self._began)
                 self._progress |= {"stage": Stage(stage), "done": None, "total": None, "unit": None}
             case {"advance": [done, total, unit]}:
                 self._course.advance(done, total)
@@ -207,7 +218,8 @@ class Supervision:
                 self._poll_at = now + POLL_SECONDS
                 self._memory.look()
                 self._poll()
-            if now >= self._relay_at and (self._events or self._progress):
+            due = self._course.stage is not None and now >= self._retell_at
+            if now >= self._relay_at and (self._events or self._progress or due):
                 self._relay_at = now + RELAY_SECONDS
                 self._relay()
         except ServiceUnavailable as error:
@@ -261,17 +273,18 @@ class Supervision:
 
     def _relay(self) -> None:
         job, attempt = self._claim.job_id, self._claim.attempt
-        elapsed = time.monotonic() - self._began
+        now = time.monotonic()
+        self._retell_at = now + RETELL_SECONDS
         with self._database.write() as session:
             for kind, text, data in self._events:
                 lifecycle.note(session, job, attempt, kind, text, data)
-            if self._progress:
+            if self._course.stage is not None:
                 lifecycle.progress(
                     session,
                     job,
                     attempt,
                     fraction=self._course.fraction,
-                    eta_seconds=self._course.eta_seconds(elapsed),
+                    eta_seconds=self._course.eta_seconds(now - self._began),
                     **self._progress,
                 )
         self._events, self._progress = [], {}

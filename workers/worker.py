@@ -12,7 +12,7 @@ from celery import Celery
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from jobs import files, lifecycle, listing
+from jobs import files, history, lifecycle, listing
 from jobs.database import Database
 from jobs.lifecycle import Claim
 from jobs.queue import enqueue, queue_of
@@ -29,10 +29,13 @@ from squeeze.errors import (
     SqueezeError,
 )
 from squeeze.objects import Status
+from squeeze.pace import Past
 from squeeze.specs import OWN_ID
+from squeeze.steps import Quantize
 from storage import Storage
 from workers.ending import clear, settle
 from workers.groups import Ledger
+from workers.processors import devices_of
 from workers.request import Request, StoredFile
 from workers.scrub import secrets
 from workers.spawn import ForkServer
@@ -110,7 +113,7 @@ class Worker:
 
     def _attempt(self, claim: Claim, claimed_at: float) -> Ending:
         try:
-            request = self._request(claim)
+            request, past = self._request(claim), self._past(claim)
         except SqueezeError as error:
             return Ending(Failed(error), leased_until=claimed_at + self._settings.lease_seconds)
         supervision = Supervision(
@@ -123,14 +126,22 @@ class Worker:
             errors=request.scratch_path / f"attempt-{claim.attempt}.log",
             known_secrets=self._secrets,
             claimed_at=claimed_at,
+            past=past,
         )
         try:
             return supervision.run(request.message())
         except OSError as error:
             return Ending(Failed(_unwritable(error)), leased_until=claimed_at + self._settings.lease_seconds)
 
+    def _past(self, claim: Claim) -> list[Past]:
+        """What jobs like this one took on devices like ours."""
+        method = next(step.method for step in claim.spec.steps if isinstance(step, Quantize))
+        with self._database.read() as session:
+            return history.finished(session, method, gpu=self._device != "cpu")
+
     def _request(self, claim: Claim) -> Request:
         spec = claim.spec
+        device, *others = devices_of(self._device, spec.limits.gpus)
         with self._database.read() as session:
             record = listing.find(session, claim.project, claim.job_id)
             source = _source(session, claim) if OWN_ID.match(spec.model) else ()
@@ -152,7 +163,8 @@ class Worker:
             scratch=str(scratch),
             cache=str(self._settings.cache),
             storage_url=self._settings.storage_url,
-            device=self._device,
+            device=device,
+            others=tuple(others),
             model_roots=tuple(str(root) for root in self._settings.model_roots),
             consumers={name: str(python) for name, python in self._settings.consumers.items()},
             activation_bytes=self._settings.activation_bytes,

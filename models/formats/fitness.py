@@ -11,7 +11,11 @@ from squeeze.schemes import Scheme
 GROUP_SIZES = (32, 64, 128)
 
 # Linears that vLLM computes as one and therefore wants quantized alike.
-FUSIONS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSIONS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek's latent attention
+}
 
 
 def refuse_torn_groups(sites: Collection[Site], schemes: Mapping[str, Scheme]) -> None:

@@ -7,7 +7,7 @@ linears with a shared input share the Hessian and its factor; activation order k
 groups: scales are fitted to the original weights before the columns move), so that any loader reads the result; scales
 minimise the Hessian-weighted rounding error over shrunken ranges instead of spanning min to max; a column whose inputs
 were never active is rounded to nearest instead of being set to zero, since text that we did not see may use it; the
-weight is held transposed, so that a column is contiguous, and worked on in bands of rows that fit the cache. With
+weight is held transposed, so that a column is contiguous, and worked on in bands of rows. With
 asymmetric calibration the weight first makes up for what earlier layers changed, as a whole and exactly (least squares
 on Σ(x̃ − x)xᵀ, the minimum of the same objective), where GPTAQ (Li et al., arXiv 2504.02692) does so column by column.
 """
@@ -21,12 +21,12 @@ from models.codes import Codes
 from models.quantize import rtn
 from models.quantize.grid import fit
 from models.quantize.problem import Problem, Solution
-from models.statistics import Hessian
+from models.statistics import Factor, Hessian, multiplies_bfloat16
 from squeeze.errors import FactorisationFailed
 from squeeze.steps import GPTQ, RTN
 
-BLOCK_COLUMNS = 128  # rounded before the columns after them are updated at once; group sizes divide it
-BAND_ROWS = 1024  # of the weight, worked on together on a CPU: a block's columns of them fit the second-level cache
+FEW_COLUMNS = 32  # rounded one by one, before what they put on others becomes a product; group sizes are multiples
+BAND_WEIGHTS = 1 << 22  # worked on together on a CPU, where three copies of so many are held
 GATHERED_ROWS = 256  # of the Hessian, put into another order at once
 # With fewer, layers are rounded to nearest: on the bundled model at 2 bits GPTQ lost to that with 64 tokens for 256
 # columns (divergence 0.090 against 0.086) and won with 128 (0.080); at 4 bits it won with 64 too (0.0034, 0.0040).
@@ -43,22 +43,20 @@ def quantize(problem: Problem, step: GPTQ) -> Solution:
     if problem.statistics.count < LEAST_TOKENS_PER_COLUMN * W.shape[1]:
         why = f"rtn: {problem.statistics.count:,} calibration tokens came to {W.shape[1]:,} columns"
         return replace(rtn.quantize(problem, RTN(method="rtn")), instead=why)
-    diagonal = hessian.sum.diagonal()
-    # Stable, so that ties (columns never active) fall the same way on every run.
-    order = (
-        torch.argsort(diagonal, descending=True, stable=True)
-        if step.activation_order
-        else torch.arange(W.shape[1], device=W.device)
-    )
-    G, scale, damping, escalations = _factor(hessian, order, step)
+    factor = _factor(hessian, step)
     if drift is not None and drift.count:
-        _make_up(W, drift.sum, G, scale, order.flip(0))
-    grid = _Grid(scheme.bits, scheme.symmetric, problem.dtype, diagonal.view(-1, problem.group_size))
-    band_rows = BAND_ROWS if W.device.type == "cpu" else len(W)
-    factor = _Factor(G, order.flip(0), hessian.product_dtype)
-    bands = [_round_columns(band, factor, grid, step.activation_order) for band in torch.split(W, band_rows)]
+        _make_up(W, drift.sum, factor)
+    grid = _Grid(scheme.bits, scheme.symmetric, problem.dtype, factor.diagonal.view(-1, problem.group_size))
+    band_rows = max(1, BAND_WEIGHTS // W.shape[1]) if W.device.type == "cpu" else len(W)
+    coarse = problem.dtype == torch.bfloat16 and multiplies_bfloat16(W.device)
+    # In bfloat16 a target errs by some 0.3 % of what earlier errors put on it, a hundredth of a step of the grid. That
+    # may tip a few codes to their other neighbour, which costs next to nothing; the errors that go on are exact.
+    product_dtype = torch.bfloat16 if coarse else torch.float32
+    bands = [
+        _round_columns(band, factor, product_dtype, grid, step.activation_order) for band in torch.split(W, band_rows)
+    ]
     codes, scale, zero = (torch.cat(parts) for parts in zip(*bands, strict=True))
-    return Solution(Codes(codes, scale, zero.to(torch.uint8), scheme), damping, escalations)
+    return Solution(Codes(codes, scale, zero.to(torch.uint8), scheme), factor.damping, factor.escalations)
 
 
 @dataclass(frozen=True)
@@ -80,55 +78,49 @@ class _Grid:
         return fit(grouped, self.bits, self.symmetric, self.dtype, self.importance[groups])
 
 
-@dataclass(frozen=True)
-class _Factor:
-    """G as `_factor` gives it, the input columns in its order, and in which type blocks of errors are multiplied by it.
-
-    In bfloat16 they err by some 0.3 % of what earlier errors put on a column's target, which is a few steps of the grid
-    at most: the codes hardly differ, and what they cost is still accounted for exactly, as the errors are.
-    """
-
-    G: Tensor
-    layout: Tensor
-    dtype: torch.dtype
-
-
-def _factor(hessian: Hessian, order: Tensor, step: GPTQ) -> tuple[Tensor, Tensor, float, int]:
-    """G (in, in), unit lower triangular, and D (in,) with Σ x xᵀ = G D² Gᵀ; the damping that it took; escalations.
-
-    Rows and columns stand in the reverse of `order`: the column that is rounded first is the last.
-    """
-    key = (step.activation_order, step.damping)
-    if key in hessian.factors:
-        return hessian.factors[key]
-    mean = float(hessian.sum.diagonal().mean())
+def _factor(hessian: Hessian, step: GPTQ) -> Factor:
+    """Of the Hessian, which keeps it in place of its sum. The column that is rounded first stands last."""
+    if hessian.factor is not None:
+        return hessian.factor
+    diagonal = hessian.sum.diagonal().clone()
+    # Stable, so that ties (columns never active) fall the same way on every run.
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True)
+        if step.activation_order
+        else torch.arange(len(diagonal), device=diagonal.device)
+    )
+    layout = order.flip(0)
+    mean = float(diagonal.mean())
     if mean <= 0:  # no input was ever active: nothing to compensate
         mean = 1.0
     damping, escalations = step.damping, 0
     while damping <= MOST_DAMPING:
+        added = torch.where(diagonal == 0, mean, damping * mean)
         # Transposed, a symmetric matrix is itself, and lies as LAPACK wants it: factorised in place.
-        A = _reordered(hessian.sum, order.flip(0)).mT
-        dead = A.diagonal() == 0
-        A.diagonal().add_(damping * mean)[dead] = mean
+        A = _reordered(hessian.sum, layout).mT
+        A.diagonal().add_(added[layout])
         _, failed = torch.linalg.cholesky_ex(A, out=(A, torch.empty((), dtype=torch.int32, device=A.device)))
-        scale = A.diagonal().clone()
-        if not failed and bool(torch.isfinite(scale).all()):
-            hessian.factors[key] = (A.div_(scale), scale, damping, escalations)
-            return hessian.factors[key]
+        D = A.diagonal().clone()
+        if not failed and bool(torch.isfinite(D).all()):
+            factor = Factor(A.div_(D), D, layout, diagonal, added, damping, escalations)
+            hessian.replace(factor)
+            return factor
         damping, escalations = damping * DAMPING_FACTOR, escalations + 1
     raise FactorisationFailed(
-        f"the Hessian of a layer with {len(order)} inputs is not positive definite even with damping {MOST_DAMPING:g}; "
-        "its activations are degenerate: give other or more calibration text"
+        f"the Hessian of a layer with {len(layout)} inputs is not positive definite even with damping "
+        f"{MOST_DAMPING:g}; its activations are degenerate: give other or more calibration text"
     )
 
 
-def _make_up(W: Tensor, drift: Tensor, G: Tensor, D: Tensor, layout: Tensor) -> None:
+def _make_up(W: Tensor, drift: Tensor, factor: Factor) -> None:
     """Adds W Σ(x̃ − x)xᵀ (Σ x xᵀ)⁻¹ to W, (out, in): to reach on x what it would have put out on x̃, as far as it can.
 
-    drift: Σ(x̃ − x)xᵀ, (in, in). G, D, layout: of Σ x xᵀ, damped, as `_factor` gives them.
+    drift: Σ(x̃ − x)xᵀ, (in, in). factor: of Σ x xᵀ, damped.
     """
+    G, layout = factor.G, factor.layout
     wanted = (W @ drift)[:, layout]
-    wanted = torch.linalg.solve_triangular(G.mT, wanted, upper=True, left=False, unitriangular=True).div_(D.square())
+    wanted = torch.linalg.solve_triangular(G.mT, wanted, upper=True, left=False, unitriangular=True)
+    wanted.div_(factor.D.square())
     W[:, layout] += torch.linalg.solve_triangular(G, wanted, upper=False, left=False, unitriangular=True)
 
 
@@ -141,58 +133,89 @@ def _reordered(H: Tensor, order: Tensor) -> Tensor:
     return A
 
 
-def _round_columns(W: Tensor, factor: _Factor, grid: _Grid, static_groups: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Algorithm 1 of the paper on some rows. Returns codes (out, in) uint8, scale and zero (out, groups) float32.
-
-    Without static groups, scales are fitted as each group is reached, to targets that already hold what earlier errors
-    put on them. A group is then a block of columns, or the whole row.
-    """
+def _round_columns(
+    W: Tensor, factor: Factor, product_dtype: torch.dtype, grid: _Grid, static_groups: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 1 of the paper on some rows. Returns codes (out, in) uint8, scale and zero (out, groups) float32."""
     rows, columns = W.shape
-    G, layout = factor.G, factor.layout  # from the last to the first
-    T = W.T[layout]  # targets, (in, out): a column of W is a contiguous row here
-    originals = T.clone()
-    fit_by_group = not static_groups and grid.group_size <= BLOCK_COLUMNS
-    block_columns = grid.group_size if fit_by_group else BLOCK_COLUMNS
-    groups_of = torch.div(layout, grid.group_size, rounding_mode="floor")
-    S = torch.empty(columns // grid.group_size, rows, device=W.device)
-    Z = torch.empty_like(S)
-    if not fit_by_group:
+    originals = W.T.contiguous()[factor.layout]  # (in, out): a column of W is a contiguous row here
+    groups_of = torch.div(factor.layout, grid.group_size, rounding_mode="floor").tolist()
+    S, Z = torch.empty(columns // grid.group_size, rows, device=W.device), torch.empty(0)
+    fits_as_it_goes = not static_groups and grid.group_size < columns
+    if fits_as_it_goes:
+        Z = torch.empty_like(S)
+    else:
         S, Z = (part.T.contiguous() for part in grid.of(W, slice(None)))
-    top = 2.0**grid.bits - 1
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=W.device)
-    for stop in range(columns, 0, -block_columns):
-        start = max(stop - block_columns, 0)
-        if fit_by_group:
-            group = int(groups_of[start])
-            scale, zero = grid.of(T[start:stop].flip(0).T.contiguous(), slice(group, group + 1))
-            S[group], Z[group] = scale[:, 0], zero[:, 0]
-        block = slice(start, stop)
-        Q, errors = _round_block(T[block], originals[block], G[block, block], S, Z, groups_of[block], top)
-        codes[:, layout[block]] = Q.T
-        if start:
-            if factor.dtype == torch.float32:
-                T[:start].addmm_(G[block, :start].T, errors)
-            else:
-                T[:start] += G[block, :start].T.to(factor.dtype) @ errors.to(factor.dtype)
-    return codes, S.T.contiguous(), Z.T.contiguous()
+    band = _Band(
+        factor.G, product_dtype, grid, groups_of, originals, originals.clone(), torch.empty_like(originals), S, Z
+    )
+    band.round(0, columns, fits_as_it_goes)
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=W.device)
+    codes[factor.layout] = band.codes()
+    return codes.T.contiguous(), S.T.contiguous(), Z.T.contiguous()
 
 
-def _round_block(
-    T: Tensor, originals: Tensor, G: Tensor, S: Tensor, Z: Tensor, groups_of: Tensor, top: float
-) -> tuple[Tensor, Tensor]:
-    """Codes uint8 and errors float32 of a block of columns, (columns, out) each, from the last to the first.
+@dataclass(frozen=True)
+class _Band:
+    """Some rows of a weight, transposed and in the factor's order, while their columns are rounded from the last on.
 
-    T: targets, which are used up, and originals, (columns, out). G: (columns, columns). S, Z: (groups, out).
+    G: of the factor. product_dtype: in which blocks of errors are multiplied by it.
+    originals, targets, errors: (in, out) float32. groups_of: of each column. S, Z: scale and zero, (groups, out).
     """
-    Q, errors = torch.empty_like(T), torch.empty_like(T)
-    zeros = Z[groups_of]
-    least, most = -zeros, top - zeros
-    scales = S[groups_of]
-    for i in range(len(T) - 1, -1, -1):
-        t, q, s = T[i], Q[i], scales[i]
-        if i + 1 < len(T):
-            t.addmv_(errors[i + 1 :].T, G[i + 1 :, i])
-        torch.div(t, s, out=q).round_()
-        torch.clamp(q, least[i], most[i], out=q)
-        torch.addcmul(originals[i], q, s, value=-1, out=errors[i])
-    return Q.add_(zeros).to(torch.uint8), errors
+
+    G: Tensor
+    product_dtype: torch.dtype
+    grid: _Grid
+    groups_of: list[int]
+    originals: Tensor
+    targets: Tensor
+    errors: Tensor
+    S: Tensor
+    Z: Tensor
+
+    def round(self, start: int, stop: int, fits: bool) -> None:
+        """Rounds columns start … stop − 1, whose targets hold what all columns from `stop` on put on them.
+
+        By halves: once the latter is done, what it puts on the former is one product. fits: each group's scale is
+        fitted when it is reached, to its targets then.
+        """
+        group_size = self.grid.group_size
+        if fits and stop - start == group_size:
+            group = self.groups_of[start]
+            scale, zero = self.grid.of(self.targets[start:stop].flip(0).T.contiguous(), slice(group, group + 1))
+            self.S[group], self.Z[group] = scale[:, 0], zero[:, 0]
+            fits = False
+        if stop - start <= FEW_COLUMNS:
+            self._round_singly(start, stop)
+            return
+        unit = group_size if fits else FEW_COLUMNS
+        middle = start + max(1, (stop - start) // unit // 2) * unit
+        self.round(middle, stop, fits)
+        G, errors = self.G[middle:stop, start:middle].T, self.errors[middle:stop]
+        if self.product_dtype == torch.float32 or stop - middle <= FEW_COLUMNS:
+            self.targets[start:middle].addmm_(G, errors)
+        else:
+            self.targets[start:middle] += G.to(self.product_dtype) @ errors.to(self.product_dtype)
+        self.round(start, middle, fits)
+
+    def _round_singly(self, start: int, stop: int) -> None:
+        columns, top = slice(start, stop), 2**self.grid.bits - 1
+        G, errors, scales, zeros = (
+            self.G[columns, columns],
+            self.errors[columns],
+            self.S.unbind(),
+            self.Z.unbind(),
+        )
+        parts = (self.originals[columns], self.targets[columns], errors)
+        each = list(zip(*(part.unbind() for part in parts), self.groups_of[columns], strict=True))
+        for i in range(len(each) - 1, -1, -1):
+            w, t, error, group = each[i]
+            if i + 1 < len(each):
+                t.addmv_(errors[i + 1 :].T, G[i + 1 :, i])
+            t.div_(scales[group]).round_().add_(zeros[group]).clamp_(0, top)  # the code
+            torch.sub(t, zeros[group], out=error).mul_(scales[group])
+            torch.sub(w, error, out=error)
+
+    def codes(self) -> Tensor:
+        """(in, out) uint8, once all columns are rounded: they stand where their targets were."""
+        return self.targets.to(torch.uint8)

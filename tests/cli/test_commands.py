@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from squeeze import Client
-from squeeze.cli import main
-from squeeze.objects import Stage, Status
+from squeeze.cli import main, show
+from squeeze.objects import Duration, Plan, Stage, Status
 from tests.cli.conftest import Squeeze
 from tests.client.service import REPORT, Service
 
@@ -151,6 +151,17 @@ def test_plan_methods_and_files_print_tables_and_json(squeeze: Squeeze, tmp_path
     assert "text.txt" in squeeze("files", "list").stdout
     assert squeeze("files", "delete", file_id).exit_code == 0
     assert squeeze("files", "list", "--json").stdout == ""
+
+
+def test_a_plan_says_how_long_and_on_what_that_rests(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = Duration(
+        low=3000, likely=4000, high=8000, fixed=100, per_block=48.75, stages={"compressing": 4000}, basis="from 12 jobs"
+    )
+    show.plan(Plan(feasible=True, obstacles=[], host_bytes=9 * 10**9, least_host_bytes=2 * 10**9, seconds=seconds))
+    told = capsys.readouterr().out
+    assert "about 1 h 06 min, between 50 min 00 s and 2 h 13 min" in told
+    assert "49 s a block and 1 min 40 s beside" in told and "from 12 jobs" in told
+    assert "2.0 GB of memory will do" in told
 
 
 def test_a_bar_moves_on_a_terminal(service: Service, client: Client, tmp_path: Path) -> None:

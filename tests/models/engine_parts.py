@@ -11,8 +11,8 @@ from models.checkpoint import open_model
 from models.data import Windows
 from models.evaluation import measure
 from models.frame import Frame
-from models.pipeline import compute_dtype
 from models.progress import Silent
+from models.teamwork import compute_dtype
 from squeeze.report import Quality, Text
 from squeeze.steps import RTN, Quantize
 from tests.models.tiny import VOCABULARY

@@ -161,6 +161,7 @@ def test_a_job_ends_with_what_its_report_says(finished: tuple[Inputs, Outcome, H
     assert all(len(block.layers) == 7 and 0 < (block.relative_error or 0) < 1 for block in report.blocks)
     assert all(0 < layer.relative_error < 0.1 for block in report.blocks for layer in block.layers)
     assert set(report.spent.seconds) == {"loading", "compressing", "evaluating", "exporting", "certifying"}
+    assert set(report.spent.work) == set(report.spent.seconds) and min(report.spent.work.values()) > 0
     assert [warning for warning in report.warnings if "few for layers" in warning]
     assert set(report.warnings) <= set(heard.messages)
 

@@ -16,6 +16,7 @@ from squeeze.objects import Result, Stage
 from storage import open_storage
 from workers.alone import take
 from workers.channel import Channel, Teller
+from workers.crew import Crew
 from workers.request import Request
 
 RESULT = Result(source_bytes=1000, result_bytes={"gptq": 300}, compression_ratio=3.3, bits_per_weight=4.2)
@@ -102,6 +103,47 @@ def tell(request: Request, channel: Channel) -> int:
     teller.revision("0" * 40)
     teller.event("warning", f"secret {os.environ['HF_TOKEN']}", layer="q_proj")
     return succeed(request, channel)
+
+
+def share_and_fail(request: Request, channel: Channel) -> int:
+    """The second of two processes fails and says why."""
+
+    return _share(request, channel, lambda rank, last_word: fail(request, last_word))
+
+
+def share_once(request: Request, channel: Channel) -> int:
+    return share(request, channel) if request.attempt == 1 else succeed(request, channel)
+
+
+def share(request: Request, channel: Channel) -> int:
+    """Two processes, both at work for ever."""
+    return _share(request, channel, lambda rank, last_word: wait_for_ever())
+
+
+def share_and_raise(request: Request, channel: Channel) -> int:
+    """The second of two processes ends by an exception that nobody takes."""
+
+    def raise_(rank: int, last_word: Channel) -> int:
+        raise RuntimeError("out of the second process")
+
+    return _share(request, channel, raise_)
+
+
+def share_and_succeed(request: Request, channel: Channel) -> int:
+    """The second process ends long before the first, and well."""
+    crew = Crew(1, lambda rank, last_word: 0, channel)
+    crew.blame()
+    return succeed(request, channel)
+
+
+def _share(request: Request, channel: Channel, serve: Callable[[int, Channel], int]) -> int:
+    def noted(rank: int, last_word: Channel) -> int:
+        (request.scratch_path / "second").write_text(str(os.getpid()))
+        return serve(rank, last_word)
+
+    Crew(1, noted, channel)
+    Teller(channel).stage(Stage.compressing)
+    return wait_for_ever()
 
 
 def wait_for_ever() -> int:

@@ -153,7 +153,7 @@ def nasty_server(tmp_path_factory: pytest.TempPathFactory, _environment: None) -
 
 
 @contextmanager
-def worker_here(place: Place, server: ForkServer) -> Iterator[Worker]:
+def worker_here(place: Place, server: ForkServer, device: str = "cpu") -> Iterator[Worker]:
     """A worker in this process, without the queue: a test hands it the jobs."""
     ledger = Ledger(place.settings.scratch / "workers", "here")
     yield Worker(
@@ -164,7 +164,7 @@ def worker_here(place: Place, server: ForkServer) -> Iterator[Worker]:
         ledger=ledger,
         server=server,
         name="here",
-        device="cpu",
+        device=device,
     )
     ledger.close()
 

@@ -106,6 +106,29 @@ def test_a_job_on_uploaded_text_killed_while_it_compresses_goes_on_and_gives_the
     assert (report["calibration"]["origin"], report["calibration"]["generic"]) == (file_id, False)
 
 
+@pytest.mark.slow
+def test_a_job_that_two_processes_share_gives_the_bytes_of_one_even_when_one_of_them_is_killed(
+    place: Place, worker: Worker
+) -> None:
+    fields = SMALL | {"data": {"samples": 48, "sequence_length": 64, "source": _upload(place)}}
+    alone = place.submit(steps=[GPTQ], formats=["gptq"], **fields)
+    shared = place.submit(steps=[GPTQ], formats=["gptq"], limits={"gpus": 2}, **fields)
+    assert worker.run_job(alone) == Status.succeeded, place.job(alone).error
+    running = Running(worker, shared)
+    work = place.scratch(shared) / "work"
+    eventually(lambda: work.is_dir() and any(work.rglob("*.safetensors")), "a block is done")
+    _kill_child(worker, "its second process")
+    assert running.status() == Status.queued
+    attempts = [event.message for event in place.events(shared)]
+    assert any("was killed by signal 9" in message for message in attempts), attempts
+    assert worker.run_job(shared) == Status.succeeded, place.job(shared).error
+    assert _weights(place, shared) == _weights(place, alone)
+    with place.database.read() as session:
+        report = listing.report(session, PROJECT, shared)
+    assert report["device"].startswith("2 × CPU")
+    assert any(event.message.startswith("2 processes share") for event in place.events(shared))
+
+
 def test_a_job_on_a_dataset_of_the_hub_reports_the_commit_and_split_that_it_read(
     place: Place, worker: Worker, hub: FaultyHub, tmp_path: Path
 ) -> None:
@@ -208,12 +231,15 @@ def _upload(place: Place) -> str:
     return file_id
 
 
-def _kill_child(worker: Worker) -> None:
-    """The only child of the fork server."""
-    server = worker.server.pid
-    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-    assert len(children) == 1, children
-    os.kill(int(children[0]), signal.SIGKILL)
+def _kill_child(worker: Worker, whose: str = "the fork server's") -> None:
+    """The only child of the fork server, or that one's only child."""
+    parent = worker.server.pid
+    for _ in range(1 if whose == "the fork server's" else 2):
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        assert len(children) == 1, children
+        parent = int(children[0])
+    assert parent is not None
+    os.kill(parent, signal.SIGKILL)
 
 
 def _weights(place: Place, job_id: str) -> dict[str, str]:

@@ -1,0 +1,133 @@
+"""A quantize step done by one process or several: the leader says what is to be done, the others do their share of it.
+
+Only the leader has read the text, allotted bits and asked for anything; what decides the result goes from it to the
+others, who open the model themselves.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import engine
+from models.checkpoint import SourceModel, open_model
+from models.data import Windows
+from models.ends import RoundedEnds
+from models.frame import Frame
+from models.plain import TYPES
+from models.progress import Notify, Silent
+from models.rotation import Rotated
+from models.team import Team
+from squeeze.report import Text
+from squeeze.schemes import Scheme
+from squeeze.steps import Quantize
+
+
+@dataclass(frozen=True)
+class Frames:
+    """reference: the model as it is. result: what is compressed, which a cast, a rotation or K-quants change first.
+
+    turned: the rotated source. target: the type of a cast.
+    """
+
+    reference: Frame
+    result: Frame
+    turned: Rotated | None
+    target: torch.dtype | None
+
+
+def frames_of(source: SourceModel, step: Quantize, device: torch.device) -> Frames:
+    reference = Frame(source, compute_dtype(source.dtype, device), device)
+    target = TYPES.get(step.scheme().element)
+    result = reference if target is None else Frame(source, compute_dtype(target, device), device, stored=target)
+    turned = None if step.rotation is None else Rotated.of(source)
+    if turned is not None:
+        result = Frame(turned, reference.dtype, device)
+    if step.scheme().element == "ggml":
+        result = Frame(RoundedEnds.of(result), reference.dtype, device)
+    return Frames(reference, result, turned, target)
+
+
+def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type that activations are computed in: as stored; but nobody needs float64, and CPUs have no fast float16."""
+    exact = stored == torch.float64 or (stored == torch.float16 and device.type == "cpu")
+    return torch.float32 if exact else stored
+
+
+def lead(
+    team: Team,
+    frames: Frames,
+    step: Quantize,
+    calibration: Tensor | None,
+    windows: Windows | None,
+    directory: Path,
+    fingerprint: str,
+    notify: Notify,
+    *,
+    snapshot_seconds: float = engine.SNAPSHOT_SECONDS,
+    schemes: Mapping[str, Scheme] | None = None,
+    memory_bytes: int | None = None,
+) -> engine.Quantization:
+    """As `engine.quantize`, with the others of the team, who are in `follow`."""
+    if team.size > 1:
+        notify.event("info", f"{team.size} processes share the calibration and the evaluation text")
+    with team.together():
+        team.tell(
+            {
+                "source": str(frames.reference.source.path.absolute()),
+                "directory": str(directory.absolute()),
+                "fingerprint": fingerprint,
+                "schemes": None if schemes is None else {name: asdict(scheme) for name, scheme in schemes.items()},
+                "windows": None if windows is None else _described(windows),
+                "memory_bytes": memory_bytes,
+            }
+        )
+        team.tensors({} if calibration is None else {"calibration": calibration})
+        team.tensors({} if windows is None else {"windows": windows.ids})
+        return engine.quantize(
+            frames.result,
+            step,
+            calibration,
+            windows,
+            directory,
+            fingerprint,
+            notify,
+            snapshot_seconds,
+            memory_bytes=memory_bytes,
+            reference=frames.reference,
+            schemes=schemes,
+            team=team,
+        )
+
+
+def follow(team: Team, step: Quantize) -> None:
+    """Waits for the leader, and does one process's share of the step. The result is the leader's."""
+    with team.together():
+        told = team.tell(None)
+        calibration, ids = team.tensors({}).get("calibration"), team.tensors({}).get("windows")
+        frames = frames_of(open_model(Path(told["source"])), step, team.device)
+        schemes = told["schemes"]
+        engine.quantize(
+            frames.result,
+            step,
+            calibration,
+            None if ids is None else _windows(ids, told["windows"]),
+            Path(told["directory"]),
+            told["fingerprint"],
+            Silent(),
+            memory_bytes=told["memory_bytes"],
+            reference=frames.reference,
+            schemes=None if schemes is None else {name: Scheme(**fields) for name, fields in schemes.items()},
+            team=team,
+        )
+
+
+def _described(windows: Windows) -> list[object]:
+    return [windows.first_scored, windows.stride, windows.text.model_dump(mode="json")]
+
+
+def _windows(ids: Tensor, described: list[object]) -> Windows:
+    first_scored, stride, text = described
+    return Windows(ids, tuple(first_scored), stride, Text.model_validate(text))  # type: ignore[arg-type]
