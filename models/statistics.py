@@ -15,7 +15,7 @@ from squeeze.steps import Statistic
 
 TILE = 256  # rows of a Hessian that are summed at once
 WIDE_TILE = 1024
-JUDGED_ROWS = 256  # of a weight, at the least, that the error of its outputs is measured on
+JUDGED_ROWS = 128  # of a weight, at the least, that the error of its outputs is measured on
 TOKENS_AT_ONCE = 1024  # multiplied in one go
 PARTS_PER_PROCESS = 4  # of a Hessian that several processes add to one after the other
 LEAST_ROUNDED = 64  # tokens, for which rounding them to integers pays
@@ -161,7 +161,7 @@ class Hessian:
     def error_of(self, difference: Tensor, W: Tensor) -> float:
         """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ): the share of the layer's output energy that its compression changed.
 
-        Of large weights, this is what 256 to 511 evenly spaced rows say.
+        Of large weights, this is what 128 to 255 evenly spaced rows say.
         """
         every = max(1, len(W) // JUDGED_ROWS)
         whole = self.energy(W[::every])
@@ -200,7 +200,7 @@ class Hessian:
             codes[:, some] = part.div_(torch.where(scale[some] > 0, scale[some], 1)).round_()  # NaN stays in the scale
         for start in starts:
             some = slice(start, start + TILE)
-            product = torch._int_mm(codes[:, some].T.contiguous(), codes[:, start:]).float()
+            product = torch._int_mm(codes[:, some].T, codes[:, start:]).float()
             self._sum[some, start:].addcmul_(product.mul_(scale[start:]), scale[some].unsqueeze(1))
 
     def _add_exact(self, starts: Iterable[int], X: Tensor) -> None:
