@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from squeeze.objects import Method
-from squeeze.steps import METHODS, tag_of
+from squeeze.steps import STEPS, tag_of
 from tests.api.serving import NOWHERE, SPEC, Running
 
 
@@ -72,7 +72,7 @@ def test_metrics_are_told_without_the_queue_too(start: Callable[..., Running]) -
 
 def test_every_method_is_listed_with_what_it_takes(shared: Running) -> None:
     listed = [Method.model_validate(each) for each in shared.client.get("/v1/methods").json()["data"]]
-    assert {f"{each.kind}.{each.method}" for each in listed} == {tag_of(step) for step in METHODS}
+    assert {f"{each.kind}.{each.method}" for each in listed} == {tag_of(step) for step in STEPS}
     gptq = next(each for each in listed if each.method == "gptq")
     assert gptq.needs == ["calibration data"]
     assert gptq.parameters["properties"]["bits"]["enum"] == [2, 3, 4, 8, "auto"]
