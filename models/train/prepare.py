@@ -137,7 +137,7 @@ def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
             "of its own"
         )
     if step.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     return prepared.task(model, packed=packed), method_of(step).adapter_of(model), warnings
 
 
