@@ -6,7 +6,7 @@ calibrating -> compressing (evaluating in the same pass) -> evaluating -> export
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from models.resources import Clock, cpu_seconds, device_name, peak_gpu_bytes, pe
 from models.rotation import told
 from models.team import SOLO, Team
 from models.teamwork import frames_of, lead
-from models.train.job import added, run_training, trained
+from models.train.job import added, for_what_follows, run_training, trained
 from models.train.prepare import refuse_untrainable
 from squeeze import __version__
 from squeeze.architectures import HELD_BY, refuse_unrotatable
@@ -119,7 +119,8 @@ def _run(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
         return run_training(inputs, training, notify)
     adapter, merged = inputs.work / "adapter", inputs.work / "merged"
     done = trained(inputs, training, adapter, merged, clock, notify)
-    return _quantized(replace(inputs, model=merged), clock, notify, team, lambda report: added(report, inputs, done))
+    following = for_what_follows(inputs, done)
+    return _quantized(following, clock, notify, team, lambda report: added(report, inputs, done))
 
 
 def _quantized(

@@ -1,7 +1,8 @@
 """The step of a job that trains: from a model's directory and examples to an adapter, a merged model, their story."""
 
 import gc
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from models.checkpoint import SourceModel
 from models.disk import write_whole
 from models.formats.directory import write_companions, written_whole
 from models.job import Inputs, Outcome, libraries, result_of, size_part, source_part
+from models.material import read_tokenizer
 from models.progress import Notify
 from models.resources import (
     Clock,
@@ -233,6 +235,30 @@ def _report(
             peak_gpu_bytes=peak_gpu_bytes(),
             certifier_peak_host_bytes=max((one.peak_host_bytes or 0 for one in certificates), default=0) or None,
         ),
+    )
+
+
+def for_what_follows(inputs: Inputs, done: Trained) -> Inputs:
+    """What the next step is given: the merged model, and both sides of the split as the model reads them, so that what
+    was held out from training is held out from calibration too.
+    """
+    assert done.merged is not None, "a step that goes on needs a whole model"
+    tokenizer, split = read_tokenizer(inputs.model), done.prepared.split
+    files = {}
+    for name, side, column in (
+        ("learned", split.train, inputs.spec.data.column),
+        ("held-out", split.held_out, inputs.spec.evaluation.column),
+    ):
+        files[name] = inputs.work / f"{name}.jsonl"
+        texts = (tokenizer.decode(side.one(number)[0]) for number in range(len(side)))
+        write_whole(files[name], "".join(json.dumps({column or "text": text}) + "\n" for text in texts))
+    return replace(
+        inputs,
+        model=done.merged,
+        calibration_text=files["learned"],
+        evaluation_text=files["held-out"],
+        calibration_origin=split.data.origin,
+        evaluation_origin=split.data.held_out_origin,
     )
 
 

@@ -1,12 +1,13 @@
-"""A training in a process of its own that is ended while it learns.
+"""A training in a process of its own that kills itself, the hard way, after so many steps.
 
-    python -m tests.models.train.killed MODEL ROOM STEP SIGNAL
+    python -m tests.models.train.killed MODEL ROOM STEP
 
-After so many steps it sends itself the signal. It saves a checkpoint after every step where that is 9, else none.
+It saves a checkpoint at every step.
 """
 
 import dataclasses
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ RESTLESS = {"dropout": 0.1, "evaluate_every": 5}
 
 
 class Suicidal(Heard):
+    """Sends its own process a signal after a step."""
+
     def __init__(self, step: int, number: int) -> None:
         super().__init__()
         self._step, self._number = step, number
@@ -27,7 +30,5 @@ class Suicidal(Heard):
 
 
 if __name__ == "__main__":
-    number = int(sys.argv[4])
     inputs = inputs_for(spec_of(RESTLESS), Path(sys.argv[1]), Path(sys.argv[2]))
-    seconds = 0.0 if number == 9 else 1e9
-    go_on(dataclasses.replace(inputs, snapshot_seconds=seconds), Suicidal(int(sys.argv[3]), number))
+    go_on(dataclasses.replace(inputs, snapshot_seconds=0.0), Suicidal(int(sys.argv[3]), signal.SIGKILL))

@@ -1,5 +1,6 @@
 """The loop: stopped and gone on with to the same bits, ended by NaN, by patience, the same however a batch is cut."""
 
+import dataclasses
 import json
 import os
 import random
@@ -16,7 +17,7 @@ from models.train.loop import accelerator_of, train
 from squeeze.errors import NotFinite
 from tests.models.job_parts import Heard
 from tests.models.tiny import FAMILIES
-from tests.models.train.killed import RESTLESS
+from tests.models.train.killed import RESTLESS, Suicidal
 from tests.models.train.parts import begin, go_on, inputs_for, seen, spec_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -32,23 +33,37 @@ def quiet(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Story:
     return go_on(inputs_for(spec_of(RESTLESS), model, tmp_path_factory.mktemp("quiet")))[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "asked to end"])
-def test_a_training_that_was_ended_goes_on_to_the_same_bits(
-    tmp_path: Path, model: Path, quiet: Story, number: signal.Signals
-) -> None:
+def test_a_training_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path, model: Path, quiet: Story) -> None:
     step = random.randrange(2, 11)
-    command = [sys.executable, "-m", "tests.models.train.killed", str(model), str(tmp_path), str(step), str(int(number))]
+    command = [sys.executable, "-m", "tests.models.train.killed", str(model), str(tmp_path), str(step)]
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
-    assert ended.returncode == -number, ended.stderr[-2000:]
-    (checkpoint,) = (tmp_path / "work" / "train").glob("checkpoint-*")
-    reached = int(checkpoint.name.rpartition("-")[2])
-    # A killed one had saved before the step that it died after; one that is asked saves what it has.
-    assert reached == (step - 1 if number == signal.SIGKILL else step)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    # It had saved before the step that it died after: a checkpoint holds weights that gave a finite loss.
     _, story = go_on(inputs_for(spec_of(RESTLESS), model, tmp_path))
-    assert story.resumed == [reached]
-    assert seen(story) == seen(quiet)
-    assert [(one.step, one.loss) for one in story.held_out] == [(one.step, one.loss) for one in quiet.held_out]
+    assert story.resumed == [step - 1]
+    assert alike(story, quiet)
+
+
+def test_a_training_that_is_asked_to_end_saves_what_it_has_and_ends_as_it_would_have(
+    tmp_path: Path, model: Path, quiet: Story
+) -> None:
+    inputs, step, caught = inputs_for(spec_of(RESTLESS), model, tmp_path), random.randrange(2, 11), []
+    before = signal.signal(signal.SIGTERM, lambda *_: caught.append(True))
+    try:
+        with pytest.raises(SystemExit):
+            go_on(dataclasses.replace(inputs, snapshot_seconds=1e9), Suicidal(step, signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught == [True]
+    _, story = go_on(inputs)
+    assert story.resumed == [step]
+    assert alike(story, quiet)
+
+
+def alike(story: Story, other: Story) -> bool:
+    """To the bit, in all that doesn't tell of time and memory."""
+    return seen(story) == seen(other) and story.held_out == other.held_out
 
 
 def test_the_loss_falls_and_what_is_told_is_what_happened(quiet: Story, model: Path, tmp_path: Path) -> None:
@@ -76,7 +91,9 @@ def test_a_loss_that_is_no_number_ends_it_at_that_step_and_the_last_good_checkpo
                 with torch.no_grad():
                     next(iter(task.learning.values())).fill_(3e38)
 
-    with pytest.raises(NotFinite, match=r"at step 4 of the training; the checkpoint after step 2 is kept.*learning_rate"):
+    with pytest.raises(
+        NotFinite, match=r"at step 4 of the training; the checkpoint after step 2 is kept.*learning_rate"
+    ):
         train(task, accelerator_of("fp32", prepared.device), checkpoints, Spoiling(), 0.0)
     found = checkpoints.latest()
     assert found is not None
@@ -90,7 +107,10 @@ def test_it_stops_where_the_held_out_loss_falls_no_more_and_keeps_the_weights_of
     hasty = {"steps": 40, "learning_rate": 0.2, "schedule": "constant", "evaluate_every": 2, "patience": 2, "warmup": 0}
     task, story = go_on(inputs_for(spec_of(hasty), model, tmp_path))
     assert story.stopped is not None and story.done < 40 and story.best is not None
-    assert [one.step for one in story.held_out if one.step > story.best.step] == [story.best.step + 2, story.best.step + 4]
+    assert [one.step for one in story.held_out if one.step > story.best.step] == [
+        story.best.step + 2,
+        story.best.step + 4,
+    ]
     sums, counts = task.held_out_losses(accelerator_of("fp32", task.device))
     assert float(sums.sum() / counts.sum()) == story.best.loss == min(one.loss for one in story.held_out[1:])
 
