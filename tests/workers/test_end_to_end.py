@@ -138,7 +138,7 @@ def test_a_job_that_trains_on_uploaded_examples_gives_an_adapter_and_is_told_of_
 def test_a_training_whose_process_is_killed_goes_on_and_gives_the_same_adapter(place: Place, worker: Worker) -> None:
     rows = [json.dumps({"text": f"line {n} says that {n} is followed by {n + 1}"}) for n in range(300)]
     fields = SMALL | {"data": {"source": _upload(place, "\n".join(rows)), "sequence_length": 64}}
-    step = LORA | {"steps": 600, "dropout": 0.1}
+    step = LORA | {"steps": 150, "dropout": 0.1}
     quiet, disturbed = (place.submit(steps=[step], **fields) for _ in range(2))
     assert worker.run_job(quiet) == Status.succeeded, place.job(quiet).error
     running = Running(worker, disturbed)
