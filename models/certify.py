@@ -4,10 +4,11 @@ transformers must pass, or the job fails with what was seen. vLLM, in an environ
 operator has one; what it says is reported.
 """
 
+import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,17 @@ def certify(
                 format=format_name,
             )
     return certificates
+
+
+def loss_in_transformers(
+    directory: Path, format_name: Format, sample: Sample, dtype: torch.dtype, device: str
+) -> float | None:
+    """Mean negative log-likelihood of a sample's scored tokens, nats, in a fresh process; None where it can't load."""
+    if "transformers" not in CAPACITIES[format_name].consumers:
+        return None
+    limit = max(peak_host_bytes(), LEAST_LIMIT_BYTES)
+    seen = _transformers(directory, format_name, replace(sample, expected=None), dtype, device, limit)
+    return None if seen.perplexity is None else math.log(seen.perplexity)
 
 
 def _transformers(

@@ -214,6 +214,10 @@ class Training(Part):
     loss_before: float = Field(description="Held-out, of the model as it came.")
     loss_after: float = Field(description="Held-out, of what was kept.")
     loss_merged: float | None = Field(None, description="Held-out, of the merged model as it is stored.")
+    loss_quantized: dict[str, float] = Field(
+        default_factory=dict,
+        description="Held-out, by format, where the next step quantized what was merged; as transformers sees it.",
+    )
     curve: list[TrainingStep]
     held_out: list[HeldOutLoss]
     tokens_per_second: float = Field(description="Through the model and back, while it trained.")

@@ -3,13 +3,15 @@
 import gc
 import json
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from models.card import write_card
-from models.certify import certify
+from models.certify import certify, loss_in_transformers
 from models.certify_run import MAX_TOKENS, MAX_WINDOWS, Sample
 from models.checkpoint import SourceModel
 from models.disk import write_whole
@@ -26,6 +28,7 @@ from models.resources import (
     return_free_memory,
 )
 from models.train.checkpoints import Checkpoints, Story
+from models.train.examples import Examples
 from models.train.loop import Task, accelerator_of, train
 from models.train.merging import write_merged
 from models.train.prepare import Prepared, begun, method_of, prepare
@@ -71,7 +74,7 @@ def trained(
         checkpoints = Checkpoints(inputs.work / "train", prepared.mark)
         story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
         losses = task.held_out_losses(accelerator)
-        samples = {adapter: _sample(task, *losses)}
+        samples = {adapter: _sample(task.held_out, losses)}
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
         _write_adapter(prepared, task, initial, inputs, adapter)
@@ -87,7 +90,7 @@ def trained(
                 write_whole(note, prepared.mark)
             plain = prepared.task(prepared.load(merged), packed=packed)
             losses = plain.held_out_losses(accelerator)
-            samples[merged] = _sample(plain, *losses)
+            samples[merged] = _sample(plain.held_out, losses)
             training = training.model_copy(update={"loss_merged": _mean(losses)})
             del plain
             _give_back()
@@ -181,20 +184,17 @@ def _warnings(training: Training) -> list[str]:
     return found
 
 
-def _sample(task: Task, sums: Tensor, counts: Tensor) -> Sample:
-    """The first held-out examples with their mean losses, for those who certify the result."""
-    ids: list[list[int]] = []
-    learned: list[list[bool]] = []
-    tokens = 0
-    for number in range(min(len(task.held_out), MAX_WINDOWS)):
-        own, scored = task.held_out.one(number)
-        tokens += len(own)
-        if ids and tokens > MAX_TOKENS:
-            break
-        ids.append(own.tolist())
-        learned.append(scored.tolist())
-    means = (sums / counts)[: len(ids)].tolist()
-    return Sample(ids, [one.index(True) for one in learned], means, learned)
+def _sample(held_out: Examples, losses: tuple[Tensor, Tensor] | None = None) -> Sample:
+    """Held-out examples: with their losses the first few, for those who certify the result; without them all."""
+    pairs = [held_out.one(number) for number in range(len(held_out))]
+    if losses is not None:
+        tokens = list(accumulate(len(ids) for ids, _ in pairs))
+        pairs = [
+            pair for pair, sofar in zip(pairs[:MAX_WINDOWS], tokens, strict=False) if sofar <= MAX_TOKENS
+        ] or pairs[:1]
+    means = None if losses is None else (losses[0] / losses[1])[: len(pairs)].tolist()
+    learned = [scored.tolist() for _, scored in pairs]
+    return Sample([ids.tolist() for ids, _ in pairs], [one.index(True) for one in learned], means, learned)
 
 
 def _mean(losses: tuple[Tensor, Tensor]) -> float:
@@ -263,10 +263,18 @@ def for_what_follows(inputs: Inputs, done: Trained) -> Inputs:
 
 
 def added(report: Report, inputs: Inputs, done: Trained) -> Report:
-    """The report of what came after the training, with the training and the model that it began with."""
+    """The report of what came after the training, with the training and the model that it began with; what it wrote is
+    measured on the same held-out examples.
+    """
+    device, losses = done.prepared.device.type, {}
+    everything = _sample(done.prepared.held_out)
+    for size in report.sizes:
+        name = cast(Format, size.format)
+        losses[name] = loss_in_transformers(inputs.out / name, name, everything, done.prepared.dtype, device)
+    known = {name: loss for name, loss in losses.items() if loss is not None}
     return report.model_copy(
         update={
-            "training": done.training,
+            "training": done.training.model_copy(update={"loss_quantized": known}),
             "source": source_part(inputs, done.source),
             "warnings": [*done.warnings, *report.warnings],
             "libraries": report.libraries | libraries(*LIBRARIES),

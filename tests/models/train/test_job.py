@@ -1,5 +1,6 @@
 """Whole jobs that train: the adapter and the merged model certified, and 4-bit weights of what was learned."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from squeeze.report import Report
 from tests.models.engine_parts import frame_of
 from tests.models.job_parts import Heard, digests
 from tests.models.tiny import FAMILIES
-from tests.models.train.parts import inputs_for, spec_of
+from tests.models.train.parts import inputs_for, spec_of, written
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,9 @@ def test_what_was_learned_is_quantized_in_the_same_job(tmp_path: Path, model: Pa
     assert (report.source.dtype, report.source.bytes) == ("float32", open_model(model).weight_bytes)
     assert [step["method"] for step in report.recipe] == ["lora", "gptq"]
     assert report.certificates[0].outcome == "passed"
+    assert training.loss_merged is not None
+    assert training.loss_quantized["compressed-tensors"] == pytest.approx(training.loss_merged, rel=0.1)
+    assert training.loss_quantized["compressed-tensors"] != training.loss_merged < training.loss_before
 
 
 @pytest.mark.parametrize(
@@ -87,10 +91,11 @@ def test_what_can_t_be_trained_is_refused_from_the_config_alone(
 
 
 @pytest.mark.slow
-def test_a_training_that_learns_nothing_says_so(tmp_path: Path, model: Path) -> None:
-    heard = Heard()
-    spec = spec_of({"learning_rate": 0.5, "schedule": "constant", "warmup": 0, "steps": 3})
-    outcome = run(inputs_for(spec, model, tmp_path), heard)
+def test_a_training_that_learns_nothing_for_others_says_so(tmp_path: Path, model: Path) -> None:
+    heard, other = Heard(), [{"text": f"quartz jumps {n} zephyrs by vex"} for n in range(9)]
+    inputs = inputs_for(spec_of(evaluation={"source": "file-zyxwvuts"}), model, tmp_path)
+    inputs = dataclasses.replace(inputs, evaluation_text=written(tmp_path / "other", other))
+    outcome = run(inputs, heard)
     assert any("held-out loss rose" in one for one in outcome.report.warnings)
     assert set(outcome.report.warnings) <= set(heard.messages)
 
