@@ -8,12 +8,12 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from squeeze.errors import BodyInvalid, CursorInvalid, SpecInvalid, SqueezeError
-from squeeze.steps import METHODS, tag_of
+from squeeze.steps import STEPS, tag_of
 
 TOLD_AT_MOST = 5
 SHOWN_CHARACTERS = 60
 
-_TAGGED = {tag_of(method): method for method in METHODS}
+_TAGGED = {tag_of(method): method for method in STEPS}
 _WHOLE = "body"
 _OUTSIDE = {"query", "path", "header", "cookie"}
 

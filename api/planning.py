@@ -30,6 +30,7 @@ from squeeze.pace import duration
 from squeeze.shapes import Shape, shape_of
 from squeeze.specs import SELF, JobSpec, hub_text
 from squeeze.steps import Format, Grouped, Quantize
+from squeeze.training import Finetune, LoRA
 from squeeze.work import counted
 
 LEAST = {"bits": 2, "target_bytes": None}
@@ -62,7 +63,7 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
 
 
 def _shape(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> Shape:
-    ignored = [pattern for step in spec.steps for pattern in step.ignore]
+    ignored = _ignored(spec)
     dtypes = Counter(tensor.dtype for tensor in tensors.values())
     dtype = max(dtypes, key=dtypes.__getitem__, default="BF16")
     return shape_of(config, {name: tensor.shape for name, tensor in tensors.items()}, dtype, ignored)
@@ -70,7 +71,7 @@ def _shape(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) ->
 
 def _cost(service: Service, spec: JobSpec, shape: Shape, result_bytes: dict[Format, int]) -> dict[str, Any]:
     """Memory and time; nothing where the headers show no blocks."""
-    if not shape.blocks:
+    if not shape.blocks or any(isinstance(step, Finetune) for step in spec.steps):  # what training takes is not counted
         return {}
     memory = needed(shape, spec, result_bytes)
     method = next(step.method for step in spec.steps if isinstance(step, Quantize))
@@ -126,7 +127,7 @@ def _in_the_model(
         yield ArchitectureUnsupported(f"model_type {kind!r} is not supported. Supported: {supported}.", param="model")
     else:
         for number, name in enumerate(spec.formats):
-            if name not in HELD_BY[kind]:
+            if name not in (*HELD_BY[kind], "peft"):
                 held = ", ".join(HELD_BY[kind])
                 yield FormatUnfit(f"{name} can't hold a {kind} model; take {held}.", param=f"formats.{number}")
     if config.get("quantization_config"):
@@ -134,6 +135,8 @@ def _in_the_model(
     if not tensors and not _weight_bytes(files):
         yield ModelMalformed("The model has no weights: neither safetensors nor .bin files.", param="model")
     for number, step in enumerate(spec.steps):
+        if not isinstance(step, Quantize):
+            continue
         if step.rotation is not None and kind in ARCHITECTURES:
             try:
                 refuse_unrotatable(kind, f"steps.{number}.rotation")
@@ -161,8 +164,12 @@ def _in_the_model(
 
 def _compressed(spec: JobSpec, linears: list[Linear]) -> list[Linear]:
     """Those that a step does not ignore."""
-    ignored = [pattern for step in spec.steps for pattern in step.ignore]
+    ignored = _ignored(spec)
     return [linear for linear in linears if not any(fnmatchcase(linear.name, pattern) for pattern in ignored)]
+
+
+def _ignored(spec: JobSpec) -> list[str]:
+    return [pattern for step in spec.steps if isinstance(step, Quantize) for pattern in step.ignore]
 
 
 def _weight_bytes(files: Files) -> int:
@@ -171,10 +178,25 @@ def _weight_bytes(files: Files) -> int:
 
 def _result_bytes(spec: JobSpec, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[Format, int]:
     """Of the weight files, by format."""
-    step = next(step for step in spec.steps if isinstance(step, Quantize))
+    step = next((step for step in spec.steps if isinstance(step, Quantize)), None)
+    if step is None:
+        return _trained_bytes(spec, tensors, linears)
     if isinstance(step, Grouped) and step.target_bytes is not None:
         return dict.fromkeys(spec.formats, step.target_bytes)
     return _estimates(spec, step, tensors, linears)
+
+
+def _trained_bytes(spec: JobSpec, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[Format, int]:
+    """An adapter in 32 bits, and the model with it merged in 16."""
+    (step,) = spec.steps
+    wanted = step.target_modules if isinstance(step, LoRA) and step.target_modules else ("*",)
+    chosen = [one for one in linears if any(fnmatchcase(one.name, pattern) for pattern in wanted)]
+    rank = step.rank * (2 if step.init == "pissa" else 1) if isinstance(step, LoRA) else 0
+    sizes: dict[Format, int] = {
+        "peft": 4 * rank * sum(one.rows + one.columns for one in chosen),
+        "safetensors": 2 * sum(tensor.elements for tensor in tensors.values()),
+    }
+    return {name: sizes[name] for name in spec.formats if name in sizes}
 
 
 def _estimates(spec: JobSpec, step: Quantize, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[Format, int]:

@@ -82,9 +82,21 @@ def _check_first_line(filename: str, text: str, *, whole: bool) -> None:
         row = json.loads(first)
     except ValueError as error:
         raise _not_jsonl(filename, f"its first line is not JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+    if not isinstance(row, dict) or not _holds_text(row):
         raise _not_jsonl(filename, "its first line is no object with `text`")
 
 
+def _holds_text(row: dict[str, object]) -> bool:
+    if isinstance(row.get("text"), str):
+        return True
+    if "prompt" in row and "completion" in row:
+        return True
+    return any(isinstance(row.get(name), list) for name in ("messages", "conversations"))
+
+
 def _not_jsonl(filename: str, reason: str) -> DataUnusable:
-    return DataUnusable(f'{filename}: {reason}. Each line must look like {{"text": "…"}}.', param="file")
+    return DataUnusable(
+        f'{filename}: {reason}. Each line must look like {{"text": "…"}}, {{"prompt": "…", "completion": "…"}} or '
+        '{"messages": [{"role": "user", "content": "…"}, …]}.',
+        param="file",
+    )

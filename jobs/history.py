@@ -1,6 +1,5 @@
 """What finished jobs took: the speeds that plans and estimates of the time left rest on."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import exists, select
@@ -38,8 +37,5 @@ def _past(device: Any, spent: Any, recipe: Any) -> Past | None:
     """None where the report is of a version that counted no work."""
     if not isinstance(device, str) or not isinstance(spent, dict) or not spent.get("work"):
         return None
-    return Past(_method(recipe), device, spent["seconds"], spent["work"])
-
-
-def _method(recipe: Sequence[dict[str, Any]]) -> str:
-    return next(str(step["method"]) for step in recipe if step["kind"] == "quantize")
+    method = next((str(step["method"]) for step in recipe if step["kind"] == "quantize"), None)
+    return None if method is None else Past(method, device, spent["seconds"], spent["work"])

@@ -15,6 +15,7 @@ LOADING = {
     "bitsandbytes": "pip install transformers accelerate bitsandbytes",
     "safetensors": "pip install transformers",
     "onnx": "pip install onnxruntime-genai",
+    "peft": "pip install transformers peft",
     "gguf": "llama-cli --model model.gguf --prompt 'Once upon a time'",
 }
 
@@ -44,10 +45,10 @@ def _front_matter(format_name: Format, report: Report) -> str:
     fields: dict[str, Any] = {}
     if _is_hub_id(report.source.model):
         fields["base_model"] = report.source.model.partition("@")[0]
-        fields["base_model_relation"] = "quantized"
+        fields["base_model_relation"] = _relation(format_name, report)
     if report.source.license:
         fields["license"] = report.source.license
-    fields["library_name"] = "transformers"
+    fields["library_name"] = "peft" if format_name == "peft" else "transformers"
     fields["pipeline_tag"] = "text-generation"
     bits = sorted({f"{step['bits']}-bit" for step in report.recipe if "bits" in step and step["bits"] != "auto"})
     bits += [] if report.allocation is None else ["mixed-precision"]
@@ -56,6 +57,12 @@ def _front_matter(format_name: Format, report: Report) -> str:
     # JSON is YAML, and quoted strings can't be mistaken for anything else.
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()]
     return "\n".join(["---", *lines, "---", ""])
+
+
+def _relation(format_name: Format, report: Report) -> str:
+    if format_name == "peft":
+        return "adapter"
+    return "quantized" if any(step["kind"] == "quantize" for step in report.recipe) else "finetune"
 
 
 def _origin(report: Report) -> str:
@@ -78,6 +85,13 @@ def _recipe(report: Report) -> str:
     lines.append("")
     if report.calibration is not None:
         lines += [f"Calibrated on {_text(report.calibration)}, drawn with seed {report.seed}.", ""]
+    if report.training is not None:
+        data = report.training.data
+        lines += [
+            f"Trained on {data.learned_tokens:,} tokens of {data.records:,} records of {data.origin}, in "
+            f"{report.training.steps:,} steps, with seed {report.seed}.",
+            "",
+        ]
     if report.damping_escalations:
         lines += [f"{report.damping_escalations} factorisations needed more damping than asked for.", ""]
     return "\n".join(lines)
@@ -88,8 +102,14 @@ def _figures(format_name: Format, report: Report) -> str:
     for size in report.sizes:
         if size.format == format_name:
             before, after = _megabytes(report.source.bytes), _megabytes(size.weight_bytes)
-            rows.append(("Weights", before, f"{after} ({size.ratio:.2f} times smaller)"))
-    rows.append(("Bits a weight of the quantized layers", _bits(report.source.dtype), f"{report.bits_per_weight:.2f}"))
+            smaller = "" if size.ratio is None else f" ({size.ratio:.2f} times smaller)"
+            rows.append(("Weights", before, after + smaller))
+    if report.bits_per_weight is not None:
+        bits = f"{report.bits_per_weight:.2f}"
+        rows.append(("Bits a weight of the quantized layers", _bits(report.source.dtype), bits))
+    if report.training is not None:
+        before, after = f"{report.training.loss_before:.4f}", f"{report.training.loss_after:.4f}"
+        rows.append(("Held-out loss of the training, nats a token", before, after))
     lines = ["## Figures", ""]
     if report.quality is not None:
         rows += _quality_rows(report.quality)
@@ -115,7 +135,7 @@ def _quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
 def _loading(directory: Path, format_name: Format, report: Report) -> str:
     lines = ["## Loading", "", f"```sh\n{LOADING[format_name]}\n```", ""]
     if format_name != "gguf":
-        program = ONNX_LINES if format_name == "onnx" else _transformers_lines(directory)
+        program = ONNX_LINES if format_name == "onnx" else _transformers_lines(directory, format_name, report)
         lines += ["```python", *program, "```", ""]
     for one in report.certificates:
         if one.format == format_name:
@@ -128,7 +148,17 @@ def _loading(directory: Path, format_name: Format, report: Report) -> str:
     return "\n".join([*lines, ""])
 
 
-def _transformers_lines(directory: Path) -> list[str]:
+def _transformers_lines(directory: Path, format_name: Format, report: Report) -> list[str]:
+    if format_name == "peft":
+        return [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'directory = "…"  # where this file lies',
+            f'base = AutoModelForCausalLM.from_pretrained("{_public_name(report)}", dtype="auto")',
+            "model = PeftModel.from_pretrained(base, directory)",
+            "tokenizer = AutoTokenizer.from_pretrained(directory)",
+        ]
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     dtype = config.get("dtype") or config.get("torch_dtype")
     return [

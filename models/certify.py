@@ -4,10 +4,11 @@ transformers must pass, or the job fails with what was seen. vLLM, in an environ
 operator has one; what it says is reported.
 """
 
+import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,10 @@ def certify(
     directory: Path,
     format_name: Format,
     *,
-    expected: list[float] | None,
-    windows: Windows | None,
+    expected: list[float] | None = None,
+    windows: Windows | None = None,
+    sample: Sample | None = None,
+    base: Path | None = None,
     source_bytes: int,
     dtype: torch.dtype,
     device: str,
@@ -94,6 +97,7 @@ def certify(
 
     expected: mean negative log-likelihood of each window's scored tokens as the engine measured it, nats; None where
     nothing was measured: then the directory only has to load and to generate.
+    sample: what is scored, where that isn't windows. base: the model that an adapter goes with.
     dtype: in which the engine computed. consumers: Pythons of the environments that the operator has for other
     consumers than transformers, by the consumer's name. texts: with the numbers of their tokens, for those that make
     their own. memory_limit_bytes: host memory that a certifying process may take; where the
@@ -101,21 +105,25 @@ def certify(
     job's peak.
     """
     size_bytes = weight_bytes(directory)
-    if size_bytes >= source_bytes and format_name != "safetensors":  # a cast to another 16-bit type saves nothing
+    # A cast to another 16-bit type saves nothing, and an adapter comes on top.
+    if size_bytes >= source_bytes and format_name not in ("safetensors", "peft"):
         raise CertificationFailed(
             f"the {format_name} weights take {size_bytes:,} bytes, no fewer than the source's {source_bytes:,}: "
             "use fewer bits or larger groups"
         )
-    sample = Sample.of(windows, expected)
+    sample = sample or Sample.of(windows, expected)
     limit = memory_limit_bytes if memory_limit_bytes is not None else max(peak_host_bytes(), LEAST_LIMIT_BYTES)
     able = CAPACITIES[format_name].consumers
     asked = {"directory": str(directory), "dtype": str(dtype).removeprefix("torch."), "device": device, "texts": texts}
     certificates = []
     if "transformers" in able:
         certificates.append(_transformers(directory, format_name, sample, dtype, device, limit))
+    if base is not None:
+        certificates.append(_peft(directory, base, sample, dtype, device))
+    foreign = sample if sample.learned is None else Sample.of(None, None)  # they score whole windows
     for name, consumer in FOREIGN.items():
         if name in able:
-            certificates.append(_foreign(directory, format_name, sample, asked, name, consumer, consumers))
+            certificates.append(_foreign(directory, format_name, foreign, asked, name, consumer, consumers))
     for certificate in certificates:
         if certificate.outcome == "failed":
             notify.event(
@@ -124,6 +132,17 @@ def certify(
                 format=format_name,
             )
     return certificates
+
+
+def loss_in_transformers(
+    directory: Path, format_name: Format, sample: Sample, dtype: torch.dtype, device: str
+) -> float | None:
+    """Mean negative log-likelihood of a sample's scored tokens, nats, in a fresh process; None where it can't load."""
+    if "transformers" not in CAPACITIES[format_name].consumers:
+        return None
+    limit = max(peak_host_bytes(), LEAST_LIMIT_BYTES)
+    seen = _transformers(directory, format_name, replace(sample, expected=None), dtype, device, limit)
+    return None if seen.perplexity is None else math.log(seen.perplexity)
 
 
 def _transformers(
@@ -166,6 +185,28 @@ def _transformers(
         raise _failure(certificate, ended)
     how = " with its weights on disk" if offload else ""
     return certificate.model_copy(update={"detail": f"loaded by AutoModelForCausalLM{how}; {certificate.detail}"})
+
+
+def _peft(directory: Path, base: Path, sample: Sample, dtype: torch.dtype, device: str) -> Certificate:
+    """Of an adapter, on the model that it goes with."""
+    with tempfile.TemporaryDirectory(prefix=".certify-", dir=directory.parent) as scratch:
+        request = sample.request() | {
+            "directory": str(directory),
+            "base": str(base),
+            "format": "peft",
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": device,
+            "offload": False,
+            "new_tokens": NEW_TOKENS,
+        }
+        command = [sys.executable, "-m", "models.certify_process"]
+        ended = run_program(command, request, Path(scratch), environment(scratch) | {"PYTHONPATH": str(ROOT)}, None)
+    exact = dtype == torch.float32 and device == "cpu"
+    certificate = judge("peft", "peft", sample, ended, TOLERANCE_EXACT if exact else sample.tolerance)
+    if certificate.outcome == "failed":
+        raise _failure(certificate, ended)
+    detail = f"loaded by PeftModel on the model that it was trained on; {certificate.detail}"
+    return certificate.model_copy(update={"detail": detail})
 
 
 def _failure(certificate: Certificate, ended: Ended) -> SqueezeError:

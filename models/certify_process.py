@@ -1,4 +1,5 @@
-"""The program of the certifying process: loads a written directory with transformers alone, generates, and scores.
+"""The program of the certifying process: loads a written directory with transformers alone, generates, and scores; of
+an adapter, with peft and the model that it goes with.
 
     python -m models.certify_process REQUEST.json ANSWER.json
 
@@ -24,7 +25,8 @@ def main(request_path: str, answer_path: str) -> None:
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     die_with(request["parent"])
     began = time.monotonic()
-    answer: dict[str, Any] = {"version": importlib.metadata.version("transformers")}
+    library = "peft" if request.get("base") else "transformers"
+    answer: dict[str, Any] = {"version": importlib.metadata.version(library)}
     try:
         answer |= check(request)
     except Exception as error:  # noqa: BLE001 - whatever a library raises is the finding
@@ -49,16 +51,28 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     directory = request["directory"]
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, request["dtype"]), trust_remote_code=False, **placement(request)
+        request.get("base") or directory,
+        dtype=getattr(torch, request["dtype"]),
+        trust_remote_code=False,
+        **placement(request),
     ).eval()
     if request["offload"] and request["format"] == "compressed-tensors":
         round_inputs(model, Path(directory))
+    if request.get("base"):
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, directory).eval()
     # What accelerate keeps on disk is on no device; its hooks move the inputs.
     device = torch.device(request["device"])
     with torch.inference_mode():
         nll = [
-            score(model, torch.tensor(ids, device=device), first)
-            for ids, first in zip(request["ids"], request["first_scored"], strict=True)
+            score(model, torch.tensor(ids, device=device), first, learned)
+            for ids, first, learned in zip(
+                request["ids"],
+                request["first_scored"],
+                request.get("learned") or [None] * len(request["ids"]),
+                strict=True,
+            )
         ]
         sample = generate(model, tokenizer, request, device)
     return {"nll": nll, "sample": sample}
@@ -116,8 +130,8 @@ def round_inputs(model: Any, directory: Path) -> None:
         module.register_forward_pre_hook(rounding(name))
 
 
-def score(model: Any, ids: Any, first: int) -> float:
-    """Mean negative log-likelihood in nats of ids[first:]. ids: (T,) int64.
+def score(model: Any, ids: Any, first: int, learned: list[bool] | None = None) -> float:
+    """Mean negative log-likelihood in nats of ids[first:]. ids: (T,) int64. learned: of which tokens alone; None: all.
 
     The window goes through the model in pieces, with its cache, so that the logits of one piece bound the memory.
     """
@@ -126,15 +140,16 @@ def score(model: Any, ids: Any, first: int) -> float:
     length, vocabulary = len(ids), model.config.get_text_config().vocab_size
     rows = max(16, LOGIT_BYTES // (4 * vocabulary))
     cache, total = None, 0.0
+    scored = ids if learned is None else torch.where(torch.tensor(learned, device=ids.device), ids, -100)
     for start in range(0, length - 1, rows):
         stop = min(start + rows, length - 1)
         out = model(input_ids=ids[None, start:stop], past_key_values=cache, use_cache=rows < length - 1)
         cache = out.past_key_values
         skipped = max(first - 1 - start, 0)  # the logits at position t predict token t + 1
         logits = out.logits[0, skipped:].float()
-        targets = ids[start + 1 + skipped : stop + 1].to(logits.device)
+        targets = scored[start + 1 + skipped : stop + 1].to(logits.device)
         total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")) if len(targets) else 0.0
-    mean = total / (length - first)
+    mean = total / (length - first if learned is None else sum(learned))
     if not math.isfinite(mean):
         raise ValueError("the logits are not finite")
     return mean

@@ -54,11 +54,15 @@ def tokenized(tokenizer: Any) -> list[tuple[str, list[int]]]:
 
 @dataclass(frozen=True)
 class Sample:
-    """The windows that certifiers score, with what the engine says of them."""
+    """The windows that certifiers score, with what the engine says of them.
+
+    learned: of training examples, which tokens are scored, from `first_scored` on; None: all from there.
+    """
 
     ids: list[list[int]]
     first_scored: list[int]
     expected: list[float] | None
+    learned: list[list[bool]] | None = None
 
     @classmethod
     def of(cls, windows: Windows | None, expected: list[float] | None) -> "Sample":
@@ -70,6 +74,8 @@ class Sample:
     @property
     def counts(self) -> list[int]:
         """Scored tokens of each window."""
+        if self.learned is not None:
+            return [sum(one) for one in self.learned]
         return [len(ids) - first for ids, first in zip(self.ids, self.first_scored, strict=True)]
 
     @property
@@ -87,6 +93,7 @@ class Sample:
             "parent": os.getpid(),
             "ids": self.ids,
             "first_scored": self.first_scored,
+            "learned": self.learned,
             "prompt_tokens": PROMPT_TOKENS,
         }
 
@@ -132,16 +139,20 @@ def judge(format_name: Format, consumer: str, sample: Sample, ended: Ended, tole
     answer = ended.answer
     perplexity = expected = None
     outcome, detail = "passed", "generated; no perplexity was measured to compare with"
+    if "nll" in answer and sample.ids:
+        perplexity = sample.perplexity(answer["nll"])
     if "error" in answer or "nll" not in answer:
         outcome, detail = "failed", quoted(answer.get("error") or ended.killed or ended.last_words)
     elif sample.expected is not None:
-        perplexity, expected = sample.perplexity(answer["nll"]), sample.perplexity(sample.expected)
+        expected = sample.perplexity(sample.expected)
+        assert perplexity is not None, "what is expected is of windows"
         apart = abs(perplexity / expected - 1)
         within = apart <= tolerance
         outcome = "passed" if within else "failed"
         detail = (
-            f"perplexity {perplexity:.6g} on {len(sample.ids)} windows, {apart:.3%} from the {expected:.6g} measured "
-            f"while compressing; {'within' if within else 'more than'} the {tolerance:.1%} that other kernels explain"
+            f"perplexity {perplexity:.6g} on {len(sample.ids)} {'windows' if sample.learned is None else 'examples'}, "
+            f"{apart:.3%} from the {expected:.6g} measured here; {'within' if within else 'more than'} the "
+            f"{tolerance:.1%} that other kernels explain"
         )
     return Certificate.model_validate(
         {

@@ -167,7 +167,7 @@ def _draw(documents: Documents, budget: int, limit: int, seed: int) -> tuple[lis
     dice = random.Random(seed)
     heap: list[tuple[float, int, str]] = []  # the largest priority on top, hence negated
     characters, dropped = 0, False
-    for number, passage in enumerate(_passages(documents(), limit)):
+    for number, passage in enumerate(passages(documents(), limit)):
         heapq.heappush(heap, (-dice.random(), number, passage))
         characters += len(passage)
         while characters - len(heap[0][2]) >= budget:
@@ -176,7 +176,7 @@ def _draw(documents: Documents, budget: int, limit: int, seed: int) -> tuple[lis
     return [passage for _, _, passage in sorted(heap, reverse=True)], dropped
 
 
-def _passages(documents: Iterator[str], limit: int) -> Iterator[str]:
+def passages(documents: Iterator[str], limit: int) -> Iterator[str]:
     """Long documents in pieces of up to `limit` characters, cut at line ends where there are any, or else at spaces."""
     for document in documents:
         start = 0
@@ -195,11 +195,16 @@ def _documents(source: Path | None, split: Split | None, param: str, column: str
         return lambda: (text for _, text in standard_library(split or "held_out"))
     if split is None:
         return lambda: documents_of(source, param, column)
-    size_bytes = sum(file.stat().st_size for file in (source.iterdir() if source.is_dir() else (source,)))
-    grain = max(SPLIT_CHARACTERS_LEAST, min(size_bytes // SPLIT_PIECES, SPLIT_CHARACTERS_MOST))
+    grain = grain_of(source)
     return lambda: (
-        passage for passage in _passages(documents_of(source, param, column), grain) if _split_of(passage) == split
+        passage for passage in passages(documents_of(source, param, column), grain) if _split_of(passage) == split
     )
+
+
+def grain_of(source: Path) -> int:
+    """Characters of the pieces that a file's running text is split by."""
+    size_bytes = sum(file.stat().st_size for file in (source.iterdir() if source.is_dir() else (source,)))
+    return max(SPLIT_CHARACTERS_LEAST, min(size_bytes // SPLIT_PIECES, SPLIT_CHARACTERS_MOST))
 
 
 def _split_of(passage: str) -> Split:

@@ -7,6 +7,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+Row = tuple[str, object]  # where in the file a record stands, and what it holds; a piece of plain text is a str
 COLUMNS = ("text", "prompt", "completion", "messages", "conversations")
 WANTED = "`text`, `prompt` and `completion`, or `messages`"
 
@@ -33,13 +35,20 @@ def documents_of(source: Path, param: str, column: str | None = None) -> Iterato
     param: the field of the request that names it, for the error. column: the field that holds the text of a record;
     None: the usual ones. Raises DataUnusable where a file is no text or a record has none.
     """
+    columns, wanted = _wanted(column)
+    for where, record in records_of(source, param, column):
+        with blamed(param):
+            yield record if isinstance(record, str) else _text_of(record, columns, wanted, where)
+
+
+def records_of(source: Path, param: str, column: str | None = None) -> Iterator[Row]:
+    """As `documents_of`, the records as they are, each with where it stands; plain text comes in pieces."""
     if source.is_dir():
         for one in sorted(source.iterdir()):
-            yield from documents_of(one, param, column)
+            yield from records_of(one, param, column)
         return
-    wanted = WANTED if column is None else f"`{column}`"
-    columns = COLUMNS if column is None else (column,)
-    try:
+    columns, wanted = _wanted(column)
+    with blamed(param):
         with source.open("rb") as file:
             head = file.read(HEAD_BYTES)
         if head.startswith(b"PAR1"):
@@ -51,12 +60,24 @@ def documents_of(source: Path, param: str, column: str | None = None) -> Iterato
         if re.match(r"\s*\[\s*\{\s*\"", opening):
             raise DataUnusable("the file is one JSON array; write one object a line instead (JSONL)")
         if re.match(r"\s*\{\s*[\"}]", opening):
-            yield from _jsonl(source, encoding, columns, wanted)
+            yield from _jsonl(source, encoding, wanted)
         else:
             yield from _plain(source, encoding)
+
+
+@contextmanager
+def blamed(param: str) -> Iterator[None]:
+    """Has an error of a text name the field of the request that names the text."""
+    try:
+        yield
     except DataUnusable as error:
         error.param = param
         raise
+
+
+def _wanted(column: str | None) -> tuple[Sequence[str], str]:
+    """(fields of a record that are looked at, the same in words)."""
+    return (COLUMNS, WANTED) if column is None else ((column,), f"`{column}`")
 
 
 def _refuse_binary(opening: str) -> None:
@@ -67,13 +88,13 @@ def _refuse_binary(opening: str) -> None:
         )
 
 
-def _plain(source: Path, encoding: str) -> Iterator[str]:
+def _plain(source: Path, encoding: str) -> Iterator[Row]:
     with source.open(encoding=encoding, errors="replace") as file:
         while text := file.read(BLOCK_CHARACTERS):
-            yield text + file.readline(BLOCK_CHARACTERS)
+            yield "", text + file.readline(BLOCK_CHARACTERS)
 
 
-def _jsonl(source: Path, encoding: str, columns: Sequence[str], wanted: str) -> Iterator[str]:
+def _jsonl(source: Path, encoding: str, wanted: str) -> Iterator[Row]:
     with source.open(encoding=encoding, errors="replace") as file:
         number = 0
         while line := file.readline(LONGEST_RECORD):
@@ -86,10 +107,12 @@ def _jsonl(source: Path, encoding: str, columns: Sequence[str], wanted: str) -> 
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataUnusable(f"line {number} of the file is not JSON: {error}") from error
-            yield _text_of(row, columns, wanted, f"line {number}")
+            if not isinstance(row, dict):
+                raise DataUnusable(f"line {number} of the file has none of {wanted}")
+            yield f"line {number}", row
 
 
-def _parquet(source: Path, columns: Sequence[str], wanted: str) -> Iterator[str]:
+def _parquet(source: Path, columns: Sequence[str], wanted: str) -> Iterator[Row]:
     from pyarrow import ArrowException, parquet  # only where such a file is given: it costs 60 MB
 
     number = 0
@@ -102,7 +125,7 @@ def _parquet(source: Path, columns: Sequence[str], wanted: str) -> Iterator[str]
         for batch in file.iter_batches(batch_size=256, columns=held):
             for row in batch.to_pylist():
                 number += 1
-                yield _text_of(row, columns, wanted, f"row {number}")
+                yield f"row {number}", row
     except (ArrowException, OSError) as error:
         raise DataUnusable(f"the file is damaged parquet, unreadable after row {number}: upload it again") from error
 
@@ -115,18 +138,18 @@ def _text_of(row: object, columns: Sequence[str], wanted: str, where: str) -> st
     parts = [value for name, value in given.items() if name == kind or (kind == "prompt" and name == "completion")]
     if not fields or not all(isinstance(part, str | bytes | list | dict) for part in parts):
         raise DataUnusable(f"{where} of the file has none of {wanted}")
-    text = ("" if all(isinstance(part, str) for part in parts) else "\n").join(map(_said, parts))
+    text = ("" if all(isinstance(part, str) for part in parts) else "\n").join(map(said, parts))
     return text.encode(errors="replace").decode()  # JSON can hold halves of characters, no encoding can
 
 
-def _said(value: Any) -> str:
+def said(value: Any) -> str:
     """What a string, a message, a list of them or of their parts says; a part that is no text says nothing."""
     if isinstance(value, str):
         return value
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, list):
-        return "\n".join(filter(None, map(_said, value)))
+        return "\n".join(filter(None, map(said, value)))
     if isinstance(value, dict):
-        return _said(next((value[name] for name in ("content", "text", "value") if name in value), None))
+        return said(next((value[name] for name in ("content", "text", "value") if name in value), None))
     return ""

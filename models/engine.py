@@ -27,7 +27,7 @@ from models.frame import Frame
 from models.progress import Notify
 from models.quantized import QuantizedModel
 from models.resources import available_host_bytes, return_free_memory
-from models.snapshots import Activations, Snapshots
+from models.snapshots import SNAPSHOT_SECONDS, SNAPSHOT_SHARE, Activations, Snapshots
 from models.streams import Room, Stream
 from models.team import SOLO, Team
 from squeeze.errors import DataUnusable, SpecInvalid
@@ -35,9 +35,6 @@ from squeeze.objects import Stage
 from squeeze.report import Block
 from squeeze.schemes import Scheme
 from squeeze.steps import Quantize
-
-SNAPSHOT_SECONDS = 30.0
-SNAPSHOT_SHARE = 0.1  # of the time that may go into snapshots before that
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,18 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
 
 import torch
 
 from models.checkpoint import SourceModel
 from models.material import Material
 from squeeze import __version__
+from squeeze.report import TrainingData
 from squeeze.schemes import Scheme
 from squeeze.specs import JobSpec
+from squeeze.training import Finetune
 
 TARGETS = {"target_bits", "target_bytes"}  # decide nothing but the schemes
 
@@ -27,11 +31,37 @@ def fingerprint(
     parts = {
         "steps": [step.model_dump(mode="json", exclude=TARGETS) for step in spec.steps],
         "schemes": None if schemes is None else [f"{name} {scheme}" for name, scheme in schemes.items()],
-        "model": [revision, source.config, source.weight_bytes, sorted(map(str, source.entries))],
-        "written": None if revision else sorted({e.path.stat().st_mtime_ns for e in source.entries.values()}),
+        **_of_model(source, revision),
         "calibration": texts.calibration.text.model_dump() if texts.calibration else None,
         "windows": texts.windows.text.model_dump() if texts.windows else None,
         "device": device,
         "versions": [__version__, torch.__version__],
     }
+    return _digest(parts)
+
+
+def training_fingerprint(
+    step: Finetune, seed: int, revision: str | None, device: str, source: SourceModel, data: TrainingData, length: int
+) -> str:
+    """As `fingerprint`, of what a step that trains leaves. length: of a sequence, in tokens."""
+    parts = {
+        "step": step.model_dump(mode="json"),
+        "seed": seed,
+        **_of_model(source, revision),
+        "data": data.model_dump(),
+        "length": length,
+        "device": device,
+        "versions": [__version__, torch.__version__, *map(version, ("transformers", "peft", "accelerate"))],
+    }
+    return _digest(parts)
+
+
+def _of_model(source: SourceModel, revision: str | None) -> dict[str, Any]:
+    return {
+        "model": [revision, source.config, source.weight_bytes, sorted(map(str, source.entries))],
+        "written": None if revision else sorted({e.path.stat().st_mtime_ns for e in source.entries.values()}),
+    }
+
+
+def _digest(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

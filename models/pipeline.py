@@ -1,12 +1,12 @@
 """A job's way through this room: a model directory and a spec in, model directories and a report out.
 
-loading -> calibrating -> compressing (evaluating in the same pass) -> evaluating -> exporting -> certifying
+loading -> training, where a step trains; of what that merged, or of the source, where a step quantizes: loading ->
+calibrating -> compressing (evaluating in the same pass) -> evaluating -> exporting -> certifying
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from models.evaluation import Measured, measure
 from models.experts import refuse_torn
 from models.fingerprint import fingerprint
 from models.formats import layout
-from models.formats.directory import refuse_broken_companions, weight_bytes
+from models.formats.directory import refuse_broken_companions
 from models.formats.gguf import refuse_source
 from models.frame import Frame
+from models.job import Inputs, Outcome, libraries, result_of, size_part, source_part
 from models.kv_cache import refuse_unknown_attention
 from models.material import Material, read_tokenizer, refuse_too_large_for_self
 from models.progress import Notify
@@ -35,66 +36,19 @@ from models.resources import Clock, cpu_seconds, device_name, peak_gpu_bytes, pe
 from models.rotation import told
 from models.team import SOLO, Team
 from models.teamwork import frames_of, lead
+from models.train.job import added, for_what_follows, run_training, trained
+from models.train.prepare import refuse_untrainable
 from squeeze import __version__
 from squeeze.architectures import HELD_BY, refuse_unrotatable
-from squeeze.errors import CertificationFailed, FormatUnfit, ModelMalformed, SqueezeError
+from squeeze.errors import FormatUnfit, ModelMalformed, SqueezeError
 from squeeze.formats import candidates
-from squeeze.objects import Result, Stage
-from squeeze.report import Allocation, Block, Certificate, Report, Rotation, Size, Source, Spent
+from squeeze.objects import Stage
+from squeeze.report import Allocation, Block, Certificate, Report, Rotation, Spent
 from squeeze.schemes import Scheme
 from squeeze.specs import JobSpec
-from squeeze.steps import Format, Grouped, Quantize
+from squeeze.steps import Format, Grouped, Quantize, Step
+from squeeze.training import Finetune
 from squeeze.work import counted
-
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "compressed-tensors",
-    "gptqmodel",
-    "bitsandbytes",
-    "gguf",
-    "onnx",
-    "safetensors",
-    "tokenizers",
-)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """model: the source's directory. work: kept between attempts, so that the next one resumes. out: emptied first.
-
-    calibration_text, evaluation_text: JSONL, plain text or parquet, or a directory of such files; None: the generic
-    text, or a held-out part of calibration_text. Their origins: what the report calls them, where the request's own
-    words say too little. model_name: as the user named it, without anything private.
-    consumers: Pythons of environments that results are loaded in, by the consumer's name. activation_bytes: see
-    `engine.quantize`.
-    """
-
-    spec: JobSpec
-    model: Path
-    model_name: str
-    revision: str | None
-    license: str | None
-    calibration_text: Path | None
-    evaluation_text: Path | None
-    work: Path
-    out: Path
-    device: str
-    consumers: Mapping[str, Path]
-    job_id: str
-    snapshot_seconds: float = engine.SNAPSHOT_SECONDS
-    activation_bytes: int | None = None
-    calibration_origin: str | None = None
-    evaluation_origin: str | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """directories: a model directory for each format, beside `report.json`."""
-
-    directories: dict[Format, Path]
-    report: Report
-    result: Result
 
 
 @dataclass(frozen=True)
@@ -110,6 +64,16 @@ def check(spec: JobSpec, model: Path) -> Facts:
     """Refuses what can't work, from `config.json` alone, before any weight is fetched."""
     config = read_config(model)
     frame = Frame(SourceModel(model, config, {}, architecture_of(config)), torch.float32, torch.device("cpu"))
+    training = finetune_step(spec)
+    if training is not None:
+        with _params_named(spec, training):
+            count = refuse_untrainable(training, frame)
+        if training is spec.steps[-1]:
+            return Facts(config["model_type"], frame.count, count)
+    return _check_quantizable(spec, config, frame)
+
+
+def _check_quantizable(spec: JobSpec, config: dict[str, Any], frame: Frame) -> Facts:
     step = _quantize_step(spec)
     refuse_too_large_for_self(spec, step, frame)
     if step.rotation is not None:
@@ -145,11 +109,29 @@ def run(inputs: Inputs, notify: Notify, team: Team = SOLO) -> Outcome:
 
 
 def _run(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
-    clock = Clock()
-    spec, step = inputs.spec, _quantize_step(inputs.spec)
     notify.stage(Stage.planning)
-    torch.manual_seed(spec.seed)
-    check(spec, inputs.model)
+    torch.manual_seed(inputs.spec.seed)
+    check(inputs.spec, inputs.model)
+    training, clock = finetune_step(inputs.spec), Clock()
+    if training is None:
+        return _quantized(inputs, clock, notify, team)
+    if training is inputs.spec.steps[-1]:
+        return run_training(inputs, training, notify)
+    adapter, merged = inputs.work / "adapter", inputs.work / "merged"
+    done = trained(inputs, training, adapter, merged, clock, notify)
+    following = for_what_follows(inputs, done)
+    return _quantized(following, clock, notify, team, lambda report: added(report, inputs, done))
+
+
+def _quantized(
+    inputs: Inputs,
+    clock: Clock,
+    notify: Notify,
+    team: Team,
+    completed: Callable[[Report], Report] = lambda report: report,
+) -> Outcome:
+    """The step that quantizes, which is the last. completed: adds to the report what came before."""
+    spec, step = inputs.spec, _quantize_step(inputs.spec)
     with clock.stage("loading"):
         notify.stage(Stage.loading)
         source = open_or_convert(inputs.model, inputs.work / "source")
@@ -226,30 +208,34 @@ def _run(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
     with clock.stage("certifying"):
         notify.stage(Stage.certifying)
         certificates = written.certify(directories, result, notify)
-    report = written.report(directories, certificates, clock, frame, work)
+    report = completed(written.report(directories, certificates, clock, frame, work))
     for name, directory in directories.items():
         write_card(directory, name, report)
     write_whole(inputs.out / "report.json", report.model_dump_json(indent=2) + "\n")
-    return Outcome(directories, report, _result(report, directories))
+    return Outcome(directories, report, result_of(report, directories))
+
+
+def finetune_step(spec: JobSpec) -> Finetune | None:
+    return next((step for step in spec.steps if isinstance(step, Finetune)), None)
 
 
 def _quantize_step(spec: JobSpec) -> Quantize:
     return next(step for step in spec.steps if isinstance(step, Quantize))
 
 
-def _param(spec: JobSpec, name: str) -> str:
-    """A field of the quantize step as the request names it; other fields as they are."""
-    number = spec.steps.index(_quantize_step(spec))
+def _param(spec: JobSpec, name: str, step: Step | None = None) -> str:
+    """A field of a step, by default of the one that quantizes, as the request names it; other fields as they are."""
+    number = spec.steps.index(step or _quantize_step(spec))
     return f"steps.{number}.{name}" if name in type(spec.steps[number]).model_fields else name
 
 
 @contextmanager
-def _params_named(spec: JobSpec) -> Iterator[None]:
+def _params_named(spec: JobSpec, step: Step | None = None) -> Iterator[None]:
     """Errors that name a field of the step name it as the request does."""
     try:
         yield
     except SqueezeError as error:
-        error.param = error.param and _param(spec, error.param)
+        error.param = error.param and _param(spec, error.param, step)
         raise
 
 
@@ -323,17 +309,9 @@ class _Written:
         return Report(
             job=inputs.job_id,
             squeeze=__version__,
-            libraries={name: version(name) for name in LIBRARIES},
+            libraries=libraries(),
             device=device_name(frame.device, self.team.size),
-            source=Source(
-                model=inputs.model_name,
-                revision=inputs.revision,
-                architecture=str(self.source.config["model_type"]),
-                parameters=self.source.parameters,
-                bytes=self.source.weight_bytes,
-                dtype=str(self.source.dtype).removeprefix("torch."),
-                license=inputs.license,
-            ),
+            source=source_part(inputs, self.source),
             recipe=[step.model_dump(mode="json") for step in spec.steps],
             seed=spec.seed,
             calibration=self.texts.calibration.text if self.texts.calibration else None,
@@ -341,7 +319,7 @@ class _Written:
             bits_per_weight=self.model.bits_per_weight,
             rotation=self.rotation,
             allocation=self.allocation,
-            sizes=[self._size(name, directory) for name, directory in directories.items()],
+            sizes=[size_part(name, directory, self.source.weight_bytes) for name, directory in directories.items()],
             blocks=self.blocks,
             damping_escalations=sum(layer.damping_escalations for block in self.blocks for layer in block.layers),
             certificates=certificates,
@@ -356,31 +334,3 @@ class _Written:
                 certifier_peak_host_bytes=max((one.peak_host_bytes or 0 for one in certificates), default=0) or None,
             ),
         )
-
-    def _size(self, name: Format, directory: Path) -> Size:
-        weights = weight_bytes(directory)
-        if weights >= self.source.weight_bytes and name != "safetensors":  # as the certifier has it
-            raise CertificationFailed(
-                f"the {name} weights take {weights:,} bytes, no fewer than the source's {self.source.weight_bytes:,}: "
-                "use fewer bits or larger groups"
-            )
-        whole = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-        return Size(format=name, bytes=whole, weight_bytes=weights, ratio=self.source.weight_bytes / weights)
-
-
-def _result(report: Report, directories: dict[Format, Path]) -> Result:
-    quality = report.quality
-    certified: dict[str, dict[str, str]] = {name: {} for name in directories}
-    for one in report.certificates:
-        certified[one.format][one.consumer] = one.outcome if one.outcome != "failed" else f"failed: {one.detail}"
-    return Result(
-        source_bytes=report.source.bytes,
-        result_bytes={size.format: size.bytes for size in report.sizes},
-        compression_ratio=max(size.ratio for size in report.sizes),
-        bits_per_weight=report.bits_per_weight,
-        perplexity_before=quality.perplexity_before if quality else None,
-        perplexity_after=quality.perplexity_after if quality else None,
-        divergence_nats=quality.divergence_nats if quality else None,
-        top1_agreement=quality.top1_agreement if quality else None,
-        certified=certified,
-    )

@@ -10,6 +10,8 @@ from models.streams import Room, Stream
 from models.team import SOLO, Team
 from squeeze.report import Block
 
+SNAPSHOT_SECONDS = 30.0
+SNAPSHOT_SHARE = 0.1  # of the time that may go into snapshots before that
 STREAMS = ("calibration", "original", "compressed", "uncompressed")
 
 

@@ -19,6 +19,7 @@ from models.frame import Frame
 from models.plain import TYPES
 from models.progress import Notify, Silent
 from models.rotation import Rotated
+from models.snapshots import SNAPSHOT_SECONDS
 from models.team import Team
 from squeeze.report import Text
 from squeeze.schemes import Scheme
@@ -66,7 +67,7 @@ def lead(
     fingerprint: str,
     notify: Notify,
     *,
-    snapshot_seconds: float = engine.SNAPSHOT_SECONDS,
+    snapshot_seconds: float = SNAPSHOT_SECONDS,
     schemes: Mapping[str, Scheme] | None = None,
     memory_bytes: int | None = None,
 ) -> engine.Quantization:

@@ -16,9 +16,11 @@ sys.path.insert(0, str(ROOT))
 from scripts.document_report import type_name  # noqa: E402
 from squeeze.formats import CAPACITIES, Capacity, holders  # noqa: E402
 from squeeze.steps import METHODS, Grouped, Quantize, tag_of  # noqa: E402
+from squeeze.training import FINETUNE_METHODS, Finetune  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 MARKS = {
+    "training": ("<!-- Training: written by scripts/document_methods.py. -->", "<!-- End of the training methods. -->"),
     "methods": ("<!-- Methods: written by scripts/document_methods.py. -->", "<!-- End of the methods. -->"),
     "formats": ("<!-- Formats: written by scripts/document_methods.py. -->", "<!-- End of the formats. -->"),
 }
@@ -27,7 +29,7 @@ MARKS = {
 def page() -> str:
     """The page as it should be."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, made in (("methods", _methods()), ("formats", _formats())):
+    for name, made in (("methods", _methods()), ("training", _training()), ("formats", _formats())):
         begin, end = MARKS[name]
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n\n{made}\n\n{end}{rest.partition(end)[2]}"
@@ -53,9 +55,18 @@ def _methods() -> str:
     return "\n\n".join(parts)
 
 
+def _training() -> str:
+    parts = ["Every method takes:\n\n" + _table(Finetune, ())]
+    for method in FINETUNE_METHODS:
+        about = f"### {_name(method)}\n\n{inspect.getdoc(method)}"
+        parts.append("\n\n".join(filter(None, (about, _table(method, Finetune.model_fields)))))
+    return "\n\n".join(parts)
+
+
 def _formats() -> str:
     rows = [
-        f"| `{name}` | {_held(capacity)} | {', '.join(capacity.consumers)} |" for name, capacity in CAPACITIES.items()
+        f"| `{name}` | {_held(capacity) or 'what was learned, without the model'} | {', '.join(capacity.consumers)} |"
+        for name, capacity in CAPACITIES.items()
     ]
     return "\n".join(["| format | holds | who loads it |", "|---|---|---|", *rows])
 
@@ -72,7 +83,7 @@ def _held(capacity: Capacity) -> str:
     return "; ".join(told)
 
 
-def _table(method: type[Quantize], shared: Iterable[str]) -> str:
+def _table(method: type[Quantize] | type[Finetune], shared: Iterable[str]) -> str:
     fields = {name: field for name, field in method.model_fields.items() if name not in {"kind", "method", *shared}}
     if not fields:
         return ""
@@ -112,7 +123,7 @@ def _listed(methods: Iterable[type[Quantize]]) -> str:
     return ", ".join(f"`{_name(one)}`" for one in methods)
 
 
-def _name(method: type[Quantize]) -> str:
+def _name(method: type[Quantize] | type[Finetune]) -> str:
     return tag_of(method).split(".")[1]
 
 

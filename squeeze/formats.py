@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from squeeze.errors import FormatUnfit
 from squeeze.schemes import Activations, Element, Group, Scheme
 from squeeze.steps import CODE_BITS, Format, Grouped, Quantize
+from squeeze.training import Finetune
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,10 @@ class Held:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What one format can hold. mixes: layers of several numbers of bits, where they have no zero points."""
+    """What one format can hold. mixes: layers of several numbers of bits, where they have no zero points.
+
+    held: empty where it holds no weights of a model, but what was learned beside them.
+    """
 
     held: tuple[Held, ...]
     consumers: tuple[str, ...]
@@ -75,6 +79,7 @@ CAPACITIES: dict[Format, Capacity] = {
         held=(Held("int", (4, 8), GROUPS, asymmetric=True),),
         consumers=("onnxruntime",),
     ),
+    "peft": Capacity(held=(), consumers=("peft",)),
 }
 
 
@@ -111,6 +116,8 @@ def candidates(step: Grouped, formats: Sequence[Format]) -> tuple[int, ...]:
 
 def refuse_unfit(steps: Sequence[object], formats: Sequence[Format]) -> None:
     """Raises FormatUnfit, naming the parameter and what would do, where a format can't hold what a step makes."""
+    if isinstance(steps[-1], Finetune):
+        _refuse_untrained(steps[-1], len(steps) - 1, formats)
     for number, step in enumerate(steps):
         if not isinstance(step, Quantize):
             continue
@@ -136,6 +143,23 @@ def refuse_unfit(steps: Sequence[object], formats: Sequence[Format]) -> None:
                 f"{name} can't hold {field}={value}; it holds {', '.join(map(str, fits))}. "
                 f"Change the step or leave {name} out of `formats`.",
                 param=f"steps.{number}.{field}",
+            )
+
+
+def _refuse_untrained(step: Finetune, number: int, formats: Sequence[Format]) -> None:
+    """Raises FormatUnfit where a job that ends with training is to be written as what that does not make."""
+    for name in formats:
+        if name == "safetensors" and not step.merge:
+            raise FormatUnfit(
+                "safetensors holds the merged model, and this step does not merge. Set `merge` to true, or leave "
+                "safetensors out of `formats`.",
+                param=f"steps.{number}.merge",
+            )
+        if name not in ("peft", "safetensors"):
+            raise FormatUnfit(
+                f"{name} can't hold what {step.method} makes; peft holds the adapter, safetensors the merged model. "
+                "Change `formats`, or add a step that quantizes.",
+                param="formats",
             )
 
 

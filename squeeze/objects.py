@@ -69,14 +69,19 @@ class Result(Answer):
 
     source_bytes: int = Field(description="Of the source's weights.")
     result_bytes: dict[str, int] = Field(description="Bytes of the model directory, by format.")
-    compression_ratio: float = Field(
-        description="Weight bytes of the source over those of the smallest result; tokenizer and settings don't count."
+    compression_ratio: float | None = Field(
+        description="Weight bytes of the source over those of the smallest result; tokenizer and settings don't count. "
+        "Null where nothing was made smaller."
     )
-    bits_per_weight: float = Field(description="Of the compressed linears, scales and zeros counted in.")
+    bits_per_weight: float | None = Field(
+        description="Of the compressed linears, scales and zeros counted in. Null where nothing was quantized."
+    )
     perplexity_before: float | None = None
     perplexity_after: float | None = None
     divergence_nats: float | None = Field(None, description="Mean KL(original ‖ result) a token.")
     top1_agreement: float | None = None
+    loss_before: float | None = Field(None, description="Held-out loss of the examples before a step that trains.")
+    loss_after: float | None = Field(None, description="And after it, nats a learned token.")
     certified: dict[str, dict[str, str]] = Field(
         default_factory=dict, description="format -> consumer -> `passed`, `not checked` or why not."
     )

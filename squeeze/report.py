@@ -135,7 +135,9 @@ class Size(Part):
     format: str
     bytes: int = Field(description="Of the whole directory.")
     weight_bytes: int
-    ratio: float = Field(description="Weight bytes of the source over weight bytes of the result.")
+    ratio: float | None = Field(
+        description="Weight bytes of the source over weight bytes of the result; null where that is no whole model."
+    )
 
 
 class Certificate(Part):
@@ -152,6 +154,74 @@ class Certificate(Part):
     sample: str | None = Field(None, description="What it generated.")
     seconds: float | None = None
     peak_host_bytes: int | None = Field(None, description="Largest resident size of the consumer's process.")
+
+
+class TrainingData(Part):
+    """What was learned from, and what the loss was measured on. sha256: of token ids (int32 little-endian), of what is
+    learned (a byte a token) and of where each example begins (int64 little-endian), one behind the other.
+    """
+
+    origin: str
+    held_out_origin: str = Field(description="The same, where a part of it was held out by its records' hashes.")
+    records: int
+    held_out_records: int
+    examples: int = Field(description="Records, longer texts cut into several.")
+    held_out_examples: int
+    tokens: int
+    learned_tokens: int = Field(description="Of `tokens`, those whose loss counts.")
+    sha256: str
+    held_out_sha256: str
+
+
+class TrainingStep(Part):
+    """One step of the optimizer."""
+
+    step: int = Field(description="The first is 1.")
+    loss: float = Field(description="Mean over the learned tokens of the batch, before the step.")
+    learning_rate: float
+    gradient_norm: float = Field(description="Before it was clipped.")
+    tokens: int = Field(description="That went through the model, those that are not learned counted in.")
+    seconds: float
+    peak_host_bytes: int = Field(description="Largest resident size of the process so far.")
+    peak_gpu_bytes: int
+
+
+class HeldOutLoss(Part):
+    """A look at the held-out loss."""
+
+    step: int = Field(description="After so many steps.")
+    loss: float = Field(description="Mean over the learned tokens of the held-out examples.")
+
+
+class Training(Part):
+    """What a step that trains did."""
+
+    method: str
+    precision: Literal["fp32", "bf16"]
+    trainable_parameters: int
+    trained_modules: int = Field(description="Linear layers with an adapter.")
+    data: TrainingData
+    sequence_length: int
+    packed: bool = Field(description="Several examples to a sequence, which don't see each other.")
+    sequences: int = Field(description="To train on, packed where they are.")
+    filled: float = Field(description="Share of the positions that go through the model that hold tokens.")
+    measured_examples: int = Field(description="Held-out examples that the loss was measured on.")
+    measured_tokens: int = Field(description="Learned tokens of these.")
+    steps: int = Field(description="That were taken.")
+    planned_steps: int
+    stopped: str | None = Field(None, description="Why it ended before the planned steps.")
+    best_step: int = Field(description="After which the weights are that were kept.")
+    loss_before: float = Field(description="Held-out, of the model as it came.")
+    loss_after: float = Field(description="Held-out, of what was kept.")
+    loss_merged: float | None = Field(None, description="Held-out, of the merged model as it is stored.")
+    loss_quantized: dict[str, float] = Field(
+        default_factory=dict,
+        description="Held-out, by format, where the next step quantized what was merged; as transformers sees it.",
+    )
+    curve: list[TrainingStep]
+    held_out: list[HeldOutLoss]
+    tokens_per_second: float = Field(description="Through the model and back, while it trained.")
+    resumed: list[int] = Field(default_factory=list, description="Steps after which another attempt went on.")
 
 
 class Spent(Part):
@@ -182,7 +252,8 @@ class Report(Part):
     seed: int
     calibration: Text | None
     quality: Quality | None
-    bits_per_weight: float
+    training: Training | None = Field(None, description="Of a step that trains alone.")
+    bits_per_weight: float | None = Field(description="Null where no step quantizes.")
     rotation: Rotation | None = Field(None, description="Of `rotation` alone.")
     allocation: Allocation | None = Field(None, description="Of bits `auto` alone.")
     sizes: list[Size]

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, field_validator, model_validator
 
 from squeeze.formats import holders
-from squeeze.steps import Format, Quantize, Step, Wire
+from squeeze.steps import Format, Quantize, Step
+from squeeze.training import Finetune
+from squeeze.wire import Wire
 
 HUB_ID = re.compile(r"^(?P<repo>[\w.-]{1,96}/[\w.-]{1,96}|[\w.-]{1,96})(@(?P<revision>[\w./-]{1,128}))?$", re.ASCII)
 OWN_ID = re.compile(r"^(job|file)-[0-9a-z]{8,64}$")
@@ -77,14 +79,15 @@ _COLUMN = (
 
 
 class Data(Wire):
-    """The text that calibration and, unless `evaluation` names its own, evaluation look at."""
+    """The text that training, calibration and, unless `evaluation` names its own, evaluation look at."""
 
     source: _Source | None = Field(
         None,
         description="An uploaded file (`file-…`); a Hub dataset (`hub:org/name`, `hub:org/name:split` or "
         "`hub:org/name:subset/split`, with `@revision` after the name where it isn't `main`); or `self`: the model "
         "samples its own calibration text, for which it must fit in memory whole. Left out: a generic text that comes "
-        "with the installation; figures on it say little about your own text, and the report says so.",
+        "with the installation; figures on it say little about your own text, and the report says so. A step that "
+        "trains needs a file or a dataset: text, `prompt` and `completion`, or `messages` of a chat.",
     )
     column: str | None = Field(None, min_length=1, max_length=128, description=_COLUMN)
     samples: int = Field(128, ge=1, le=65536, description="Calibration sequences.")
@@ -132,7 +135,10 @@ class Limits(Wire):
 
 
 def _default_formats(fields: dict[str, Any]) -> tuple[Format, ...]:
-    """The most widely loaded format that holds what the steps make."""
+    """The most widely loaded format that holds what the steps make; of a last step that trains, all that it makes."""
+    last = next(iter(reversed(fields.get("steps", ()))), None)
+    if isinstance(last, Finetune):
+        return last.formats
     schemes = [step.scheme() for step in fields.get("steps", ()) if isinstance(step, Quantize)]
     return (holders(schemes[-1]) if schemes else ())[:1] or ("compressed-tensors",)
 
@@ -153,10 +159,11 @@ class JobSpec(Wire):
     formats: tuple[Format, ...] = Field(
         default_factory=_default_formats,
         min_length=1,
-        description="One directory is written for each. Left out: compressed-tensors, or what else holds the result.",
+        description="One directory is written for each. Left out: compressed-tensors, or what else holds the result; "
+        "of a job that ends with training, `peft` and, where it merges, `safetensors`.",
     )
     limits: Limits = Limits()
-    seed: int = Field(0, ge=0, lt=2**63, description="Of the calibration draw.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of the calibration draw, and of what training draws.")
     priority: int = Field(0, ge=-3, le=6, description="Larger runs first; jobs of equal priority in order of arrival.")
     metadata: Metadata = Field(default_factory=dict, max_length=16, description="Yours; lists can be filtered by it.")
 
@@ -198,9 +205,31 @@ class JobSpec(Wire):
             raise ValueError(
                 f"steps {quantizing} all quantize; quantized weights can't be compressed again: keep one of them"
             )
+        if quantizing and quantizing[0] != len(self.steps) - 1:
+            raise ValueError("quantized weights can't be worked on again: let the step that quantizes be the last")
         for step in self.steps:
             if isinstance(step, Quantize) and step.by_block and self.limits.gpus > 1:
                 raise ValueError(f"{step.method} works on whole blocks, which GPUs can't share: set limits.gpus to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _trains_once_on_examples(self) -> Self:
+        training = [step for step in self.steps if isinstance(step, Finetune)]
+        if len(training) > 1:
+            raise ValueError("more than one step trains: keep one, and name the job's id as the next one's model")
+        for step in training:
+            if self.data.source is None or self.data.source == SELF:
+                raise ValueError(
+                    f"{step.method} learns from examples: name a file (file-…) or a dataset (hub:…) as data.source"
+                )
+            if step is not self.steps[-1] and not step.merge:
+                raise ValueError(f"the step after {step.method} goes on with a whole model: set its `merge` to true")
+            if self.limits.gpus > 1:
+                raise ValueError(f"{step.method} trains on one GPU: set limits.gpus to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _strides_within_a_window(self) -> Self:
         stride = self.evaluation.stride
         if stride is not None and stride > self.data.sequence_length:
             raise ValueError(f"evaluation.stride is {stride}, more than data.sequence_length allows")

@@ -1,29 +1,26 @@
 """The steps of a job, one class per method: what it takes, with units, ranges and defaults.
 
-A method is found by its name: `kind` and `method` here are the folder and the file in `models/`
-(`quantize`, `gptq` -> `models/quantize/gptq.py`). A new method adds its class here and that file, nothing else.
+Those that quantize are here, those that train in `squeeze.training`. A method is found by its name: `kind` and `method`
+are the folder and the file in `models/` (`quantize`, `gptq` -> `models/quantize/gptq.py`). A new method adds its class
+and that file, nothing else.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from squeeze.schemes import Activations, Scheme
+from squeeze.training import FINETUNE_METHODS, Finetune
+from squeeze.wire import Wire
 
-Kind = Literal["quantize"]
-Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx", "gguf"]
+Kind = Literal["quantize", "finetune"]
+Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx", "gguf", "peft"]
 GroupSize = Literal[32, 64, 128, "channel"]
 Statistic = Literal["moments", "hessian", "drift"]
 Mixture = Literal["q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"]
 
 CODE_BITS = (2, 3, 4, 8)  # of the integer codes of `Grouped`
 USUAL_BITS = 4
-
-
-class Wire(BaseModel):
-    """Base of all requests: unknown fields are refused, values never change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Quantize(Wire):
@@ -328,7 +325,7 @@ class KQuant(Quantize):
         return Scheme("ggml", bits, group, symmetric, ggml=f"q{bits}_k")
 
 
-METHODS: tuple[type[Quantize], ...] = (
+METHODS: tuple[type[Quantize], ...] = (  # that quantize
     RTN,
     GPTQ,
     AWQ,
@@ -345,6 +342,8 @@ METHODS: tuple[type[Quantize], ...] = (
     KQuant,
 )
 
+STEPS: tuple[type[Quantize] | type[Finetune], ...] = (*METHODS, *FINETUNE_METHODS)
+
 
 def _tag(value: Any) -> str | None:
     if isinstance(value, dict):
@@ -353,12 +352,12 @@ def _tag(value: Any) -> str | None:
     return f"{getattr(value, 'kind', None)}.{getattr(value, 'method', None)}"
 
 
-def tag_of(method: type[Quantize]) -> str:
+def tag_of(method: type[Quantize] | type[Finetune]) -> str:
     """`kind.method` of a step's class, for example `quantize.gptq`."""
     return ".".join(get_args(method.model_fields[name].annotation)[0] for name in ("kind", "method"))
 
 
 if TYPE_CHECKING:
-    Step = Quantize
+    Step = Quantize | Finetune
 else:
-    Step = Annotated[Union[tuple(Annotated[one, Tag(tag_of(one))] for one in METHODS)], Discriminator(_tag)]  # noqa: UP007 - of as many as there are
+    Step = Annotated[Union[tuple(Annotated[one, Tag(tag_of(one))] for one in STEPS)], Discriminator(_tag)]  # noqa: UP007 - of as many as there are

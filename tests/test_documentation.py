@@ -9,7 +9,7 @@ import pytest
 from scripts import document_methods, document_report
 from squeeze.architectures import ARCHITECTURES
 from squeeze.formats import CAPACITIES
-from squeeze.steps import METHODS, tag_of
+from squeeze.steps import STEPS, tag_of
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"\[[^\]]*\]\(([^)#]+)(?:#[^)]*)?\)")
@@ -26,7 +26,7 @@ def test_the_catalogue_of_methods_is_the_one_that_their_classes_make() -> None:
 
 def test_every_method_parameter_format_and_architecture_is_in_the_catalogue() -> None:
     page = (ROOT / "docs" / "methods.md").read_text()
-    for method in METHODS:
+    for method in STEPS:
         assert f"### {tag_of(method).split('.')[1]}" in page
         for name in method.model_fields.keys() - {"kind", "method"}:
             assert f"`{name}`" in page

@@ -15,12 +15,15 @@ import torch
 
 import workers.warm  # noqa: F401 - for its imports
 from models import pipeline
-from models.engine import SNAPSHOT_SECONDS
+from models.job import Inputs
+from models.snapshots import SNAPSHOT_SECONDS
 from models.team import Team
 from models.teamwork import follow
+from models.train.examples import check_records
 from squeeze.errors import ProcessKilled
 from squeeze.specs import JobSpec
 from squeeze.steps import Quantize
+from squeeze.training import Finetune
 from storage import open_storage
 from workers.alone import take
 from workers.channel import Channel, Message, Teller
@@ -30,7 +33,7 @@ from workers.processors import count
 from workers.pull import pull
 from workers.request import Request
 from workers.results import REPORT, upload
-from workers.texts import Texts
+from workers.texts import Located, Texts
 
 
 def run(channel: Channel) -> int:
@@ -86,11 +89,15 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
     _settle(spec, request)
     storage = open_storage(request.storage_url)
     texts = Texts(request, spec, teller)
+    trains = any(isinstance(step, Finetune) for step in spec.steps)
+    fetched = texts.fetch(storage) if trains else None
+    if fetched is not None:  # a line that is wrong is told before any weight is fetched
+        _check_examples(spec, *fetched)
     pulled = pull(request, spec, storage, lambda directory: pipeline.check(spec, directory), teller)
-    calibration, evaluation = texts.fetch(storage)
+    calibration, evaluation = fetched or texts.fetch(storage)
     _go_offline()
     outcome = pipeline.run(
-        pipeline.Inputs(
+        Inputs(
             spec=spec,
             model=pulled.directory,
             model_name=pulled.name,
@@ -117,6 +124,11 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
         "result": outcome.result.model_dump(mode="json"),
         "report": outcome.report.model_dump(mode="json"),
     }
+
+
+def _check_examples(spec: JobSpec, data: Located | None, held_out: Located | None) -> None:
+    assert data is not None, "a step that trains names its data"
+    check_records(data.path, held_out.path if held_out else None, (spec.data.column, spec.evaluation.column))
 
 
 def _settle(spec: JobSpec, request: Request) -> None:

@@ -31,7 +31,6 @@ from squeeze.errors import (
 )
 from squeeze.objects import FINAL, Stage, Status
 from squeeze.pace import Past, expected
-from squeeze.steps import Quantize
 from workers.channel import Channel, Message
 from workers.death import MemoryWatch, explain
 from workers.fraction import Course
@@ -186,7 +185,7 @@ class Supervision:
         """One line of the child's."""
         match message:
             case {"expect": work}:
-                method = next(step.method for step in self._claim.spec.steps if isinstance(step, Quantize))
+                method = self._claim.spec.steps[-1].method
                 self._course.expect(expected(work, method, self._past), time.monotonic() - self._began)
             case {"stage": stage}:
                 self._course.enter(Stage(stage), time.monotonic() - self._began)

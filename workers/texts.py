@@ -11,6 +11,7 @@ from models.text import HELD_OUT_SHARE
 from squeeze.errors import DataUnusable
 from squeeze.objects import Stage
 from squeeze.specs import OWN_ID, JobSpec, hub_text
+from squeeze.training import Finetune
 from storage import Storage
 from workers import shards
 from workers.channel import Teller
@@ -19,6 +20,7 @@ from workers.request import Request
 from workers.sources import uploaded
 
 DATA, EVALUATION = "data.source", "evaluation.source"
+EVERYTHING = 1 << 40  # sequences
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class Texts:
         """Calibration's and evaluation's; None for one that is in no file."""
         spec = self._spec
         data, evaluation = spec.data, spec.evaluation
+        training = next((step for step in spec.steps if isinstance(step, Finetune)), None)
         calibrating = data.samples if any(step.needs_calibration for step in spec.steps) else 0
-        evaluating = evaluation.samples if evaluation.perplexity or evaluation.divergence else 0
+        evaluating = evaluation.samples if evaluation.perplexity or evaluation.divergence or training else 0
         held_out = HELD_OUT_SHARE * evaluating if evaluation.source is None else 0
+        learned = 0 if training is None else _sequences(training, data.sequence_length)
         return (
-            self._one(storage, DATA, data.source, data.column, calibrating + held_out),
+            self._one(storage, DATA, data.source, data.column, max(calibrating, learned) + held_out),
             self._one(storage, EVALUATION, evaluation.source, evaluation.column, evaluating),
         )
 
@@ -75,6 +79,13 @@ class Texts:
                 lambda done, total: self._teller.advance(done, total, "bytes"),
             )
         return Located(path, dataset.origin)
+
+
+def _sequences(step: Finetune, length: int) -> int:
+    """That a training looks at, at most; of epochs the whole of a dataset."""
+    if step.steps is not None:
+        return step.steps * step.batch_size
+    return EVERYTHING if step.tokens is None else -(-step.tokens // length)
 
 
 @contextmanager

@@ -9,13 +9,14 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 
 from squeeze.architectures import ARCHITECTURES
 from squeeze.formats import CAPACITIES
-from squeeze.steps import METHODS, tag_of
+from squeeze.steps import METHODS, tag_of  # what trains is imported by the jobs that do: peft takes 100 MB
 
 importlib.import_module("transformers.models.auto.modeling_auto")
 importlib.import_module("transformers.models.auto.tokenization_auto")
 for _name in map(model_type_to_module_name, ARCHITECTURES):
     importlib.import_module(f"transformers.models.{_name}.modeling_{_name}")
-for _format in CAPACITIES:
-    importlib.import_module(f"models.formats.{_format.replace('-', '_')}")
+for _format, _capacity in CAPACITIES.items():
+    if _capacity.held:
+        importlib.import_module(f"models.formats.{_format.replace('-', '_')}")
 for _method in METHODS:
     importlib.import_module(f"models.{tag_of(_method)}")

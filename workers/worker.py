@@ -31,7 +31,6 @@ from squeeze.errors import (
 from squeeze.objects import Status
 from squeeze.pace import Past
 from squeeze.specs import OWN_ID
-from squeeze.steps import Quantize
 from storage import Storage
 from workers.ending import clear, settle
 from workers.groups import Ledger
@@ -135,7 +134,7 @@ class Worker:
 
     def _past(self, claim: Claim) -> list[Past]:
         """What jobs like this one took on devices like ours."""
-        method = next(step.method for step in claim.spec.steps if isinstance(step, Quantize))
+        method = claim.spec.steps[-1].method
         with self._database.read() as session:
             return history.finished(session, method, gpu=self._device != "cpu")
 

@@ -14,7 +14,8 @@ from squeeze.errors import ServiceUnavailable, Unauthenticated
 from squeeze.formats import CAPACITIES
 from squeeze.objects import Load, Method, Page
 from squeeze.schemes import Scheme
-from squeeze.steps import METHODS, Quantize, tag_of
+from squeeze.steps import STEPS, Format, Quantize, tag_of
+from squeeze.training import Finetune
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"])
 
@@ -22,10 +23,10 @@ router = APIRouter(prefix="/v1/methods", tags=["methods"])
 @router.get("", summary="List methods", responses=refusals(Unauthenticated, ServiceUnavailable))
 def list_methods(project: Project) -> Page[Method]:  # noqa: ARG001 (asked for so that a key is needed)
     """Every method: its kind, the JSON schema of its step, the architectures and formats that it goes with."""
-    return Page.of([_method(step) for step in METHODS], False, lambda one: one.method)
+    return Page.of([_method(step) for step in STEPS], False, lambda one: one.method)
 
 
-def _method(step: type[Quantize]) -> Method:
+def _method(step: type[Quantize] | type[Finetune]) -> Method:
     kind, method = tag_of(step).split(".")
     usual = step.model_construct(method=method)
     return Method(
@@ -34,10 +35,24 @@ def _method(step: type[Quantize]) -> Method:
         description=inspect.getdoc(step) or "",
         parameters=step.model_json_schema(),
         architectures=list(ARCHITECTURES),
-        formats=_formats(usual.scheme()),
+        formats=_formats(usual.scheme()) if isinstance(usual, Quantize) else _trained_formats(),
         loads=[Load.model_validate(one) for one in _loads() if one.pop("method") == method],
-        needs=["calibration data"] if usual.needs_calibration else [],
+        needs=_needs(usual),
     )
+
+
+def _needs(step: Quantize | Finetune) -> list[str]:
+    if isinstance(step, Finetune):
+        return ["training data"]
+    return ["calibration data"] if step.needs_calibration else []
+
+
+def _trained_formats() -> dict[str, dict[str, Any]]:
+    """What a job is written as that ends with training: the adapter, and the merged model where it merges."""
+    names: tuple[Format, ...] = ("peft", "safetensors")
+    return {
+        name: {"consumers": list(CAPACITIES[name].consumers), "architectures": list(ARCHITECTURES)} for name in names
+    }
 
 
 def _loads() -> list[dict[str, Any]]:

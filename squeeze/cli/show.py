@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from squeeze.objects import Duration, Event, File, Job, Method, Plan
-from squeeze.report import Report
+from squeeze.report import Report, Training
 
 WIDTH_WITHOUT_TERMINAL = 160
 
@@ -63,9 +63,13 @@ def job(one: Job) -> None:
         lines.append(("took", seconds_text((one.finished_at - one.started_at).total_seconds())))
     if one.result:
         sizes = ", ".join(f"{decimal(size)} as {name}" for name, size in one.result.result_bytes.items())
-        ratio = f"weights {one.result.compression_ratio:.2f} times smaller"
-        lines.append(("size", f"{decimal(one.result.source_bytes)} -> {sizes} ({ratio})"))
-        lines.append(("bits a weight", f"{one.result.bits_per_weight:.2f}"))
+        ratio = one.result.compression_ratio
+        smaller = "" if ratio is None else f" (weights {ratio:.2f} times smaller)"
+        lines.append(("size", f"{decimal(one.result.source_bytes)} -> {sizes}{smaller}"))
+        if one.result.bits_per_weight is not None:
+            lines.append(("bits a weight", f"{one.result.bits_per_weight:.2f}"))
+        if one.result.loss_before is not None and one.result.loss_after is not None:
+            lines.append(("held-out loss", change_text(one.result.loss_before, one.result.loss_after)))
         if one.result.perplexity_before and one.result.perplexity_after:
             lines.append(("perplexity", change_text(one.result.perplexity_before, one.result.perplexity_after)))
         lines += [
@@ -87,8 +91,12 @@ def report(one: Report) -> None:
         lines.append(
             (f"size as {size.format}", f"{decimal(one.source.bytes)} -> {decimal(size.weight_bytes)} of weights")
         )
-        lines.append(("", f"{size.ratio:.2f} times smaller, {decimal(size.bytes)} with everything"))
-    lines.append(("bits a weight", f"{one.bits_per_weight:.2f} in the compressed layers, scales counted in"))
+        smaller = "" if size.ratio is None else f"{size.ratio:.2f} times smaller, "
+        lines.append(("", f"{smaller}{decimal(size.bytes)} with everything"))
+    if one.bits_per_weight is not None:
+        lines.append(("bits a weight", f"{one.bits_per_weight:.2f} in the compressed layers, scales counted in"))
+    if one.training is not None:
+        lines += _training_lines(one.training)
     quality = one.quality
     if quality and quality.perplexity_before and quality.perplexity_after:
         lines.append(("perplexity", change_text(quality.perplexity_before, quality.perplexity_after)))
@@ -223,3 +231,14 @@ def _print(table: Table) -> None:
         out.print(table)
     for line in capture.get().splitlines():  # in a file or a pipe the cells' padding is only in the way
         click.echo(line.rstrip())
+
+
+def _training_lines(one: Training) -> list[tuple[str, str]]:
+    return [
+        (
+            "trained",
+            f"{one.trainable_parameters:,} parameters, {one.steps:,} steps, {one.tokens_per_second:,.0f} tokens/s",
+        ),
+        ("held-out loss", change_text(one.loss_before, one.loss_after)),
+        ("learned from", f"{one.data.records:,} records of {one.data.origin}, {one.data.held_out_records:,} held out"),
+    ]

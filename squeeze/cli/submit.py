@@ -15,9 +15,11 @@ from squeeze.cli.options import OneOf, given, method_name, option, step_options
 from squeeze.client import Client, Purpose
 from squeeze.errors import SpecInvalid
 from squeeze.specs import Data, Evaluation, JobSpec, Limits
-from squeeze.steps import METHODS, Format, Quantize
+from squeeze.steps import STEPS, Format, Quantize
+from squeeze.training import Finetune
 
 NO_FILE = re.compile(r"^(file-[0-9a-z]{8,64}|hub:.*|self)$")
+Method = type[Quantize] | type[Finetune]
 TO_UPLOAD = "file-toupload"  # in the place of an id that is not there yet
 NAMES_A_MODEL = (
     "MODEL is a Hub id (org/name or org/name@revision), an earlier job (job-…) or a directory of the service."
@@ -25,14 +27,14 @@ NAMES_A_MODEL = (
 
 
 def commands() -> list[click.Command]:
-    """One command for every kind of step that the wire knows: `quantize` …"""
-    kinds: dict[str, list[type[Quantize]]] = {}
-    for method in METHODS:
+    """One command for every kind of step that the wire knows: `quantize`, `finetune` …"""
+    kinds: dict[str, list[Method]] = {}
+    for method in STEPS:
         kinds.setdefault(str(get_args(method.model_fields["kind"].annotation)[0]), []).append(method)
     return [_command(kind, some) for kind, some in kinds.items()]
 
 
-def _command(kind: str, some: Sequence[type[Quantize]]) -> click.Command:
+def _command(kind: str, some: Sequence[Method]) -> click.Command:
     @click.pass_context
     def submit(ctx: click.Context, /, waits: bool, directory: Path | None, as_json: bool, **values: Any) -> None:
         client = client_of(ctx)
@@ -65,7 +67,7 @@ def _command(kind: str, some: Sequence[type[Quantize]]) -> click.Command:
 @click.pass_context
 def _plan(ctx: click.Context, /, as_json: bool, **values: Any) -> None:
     client = client_of(ctx)
-    answer = client.plan(spec_of(client, values, METHODS))
+    answer = client.plan(spec_of(client, values, STEPS))
     if as_json:
         show.as_json(answer)
     else:
@@ -84,7 +86,7 @@ def methods(ctx: click.Context, as_json: bool) -> None:
         show.methods(answer)
 
 
-def spec_parameters(some: Sequence[type[Quantize]]) -> list[click.Parameter]:
+def spec_parameters(some: Sequence[Method]) -> list[click.Parameter]:
     """Everything that describes the job, and no more: the step's parameters, the data, the formats, the limits."""
     source = (
         "A file to upload (JSONL with a text field, plain text, parquet), the id of one that is uploaded, or a Hub "
@@ -104,7 +106,7 @@ def spec_parameters(some: Sequence[type[Quantize]]) -> list[click.Parameter]:
         click.Option(
             ["--data", "data_source"],
             metavar="FILE",
-            help=f"Text to calibrate and evaluate on. {source}; or self: the model samples what it is calibrated on.",
+            help=f"Text to train, calibrate and evaluate on. {source}; or self: the model samples what calibrates it.",
         ),
         option("data_column", data["column"]),
         option("samples", data["samples"]),
@@ -130,7 +132,7 @@ def _pairs(ctx: click.Context, param: click.Parameter, values: Sequence[str]) ->
     return dict(value.split("=", 1) for value in values)
 
 
-def spec_of(client: Client, values: dict[str, Any], some: Sequence[type[Quantize]]) -> JobSpec:
+def spec_of(client: Client, values: dict[str, Any], some: Sequence[Method]) -> JobSpec:
     """The job that the options describe, checked as the service will check it; files are uploaded after the check."""
     method = next(one for one in some if method_name(one) == values["method"])
     every = {name for one in some for name in one.model_fields}
@@ -141,7 +143,7 @@ def spec_of(client: Client, values: dict[str, Any], some: Sequence[type[Quantize
         if values[f"evaluation_{name}"] is not None:
             evaluation[name] = values[f"evaluation_{name}"]
     texts: dict[str, tuple[dict[str, Any], Purpose]] = {
-        "data": (data, "calibration"),
+        "data": (data, "training" if issubclass(method, Finetune) else "calibration"),
         "evaluation": (evaluation, "evaluation"),
     }
     for name, (part, _) in texts.items():
@@ -192,7 +194,7 @@ plan = json_option(
     click.Command(
         "plan",
         callback=_plan,
-        params=spec_parameters(METHODS),
+        params=spec_parameters(STEPS),
         help=f"Says what a job would need and what stands in its way; runs nothing.\n\n{NAMES_A_MODEL}",
     )
 )

@@ -61,6 +61,8 @@ def test_a_file_that_a_job_needs_stays(running: Running) -> None:
         ("a.md", b"# x"),
         ("a.jsonl", b"\xef\xbb\xbf" + JSONL),
         ("a.jsonl", b'\n\n{"text": "\xe2\x80\xa8", "id": 1}'),
+        ("a.jsonl", b'{"prompt": "why?", "completion": "so"}'),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}'),
         ("a.jsonl", b'{"text": "' + b"x" * 200_000 + b'"}'),
         ("a.txt", b"x" * 65535 + "ä".encode()),
         ("a.parquet", b"PAR1....PAR1"),

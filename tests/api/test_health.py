@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from squeeze.objects import Method
-from squeeze.steps import METHODS, tag_of
+from squeeze.steps import STEPS, tag_of
 from tests.api.serving import NOWHERE, SPEC, Running
 
 
@@ -72,7 +72,7 @@ def test_metrics_are_told_without_the_queue_too(start: Callable[..., Running]) -
 
 def test_every_method_is_listed_with_what_it_takes(shared: Running) -> None:
     listed = [Method.model_validate(each) for each in shared.client.get("/v1/methods").json()["data"]]
-    assert {f"{each.kind}.{each.method}" for each in listed} == {tag_of(step) for step in METHODS}
+    assert {f"{each.kind}.{each.method}" for each in listed} == {tag_of(step) for step in STEPS}
     gptq = next(each for each in listed if each.method == "gptq")
     assert gptq.needs == ["calibration data"]
     assert gptq.parameters["properties"]["bits"]["enum"] == [2, 3, 4, 8, "auto"]
@@ -82,7 +82,11 @@ def test_every_method_is_listed_with_what_it_takes(shared: Running) -> None:
 
 
 def test_what_a_method_lists_is_what_submit_takes(shared: Running) -> None:
+    row = b'{"prompt": "why?", "completion": "so"}'
+    uploaded = shared.client.post("/v1/files", data={"purpose": "training"}, files={"file": ("rows.jsonl", row)})
     for each in shared.client.get("/v1/methods").json()["data"]:
-        step = {"kind": each["kind"], "method": each["method"]}
-        answer = shared.client.post("/v1/jobs", json={**SPEC, "steps": [step], "formats": list(each["formats"])})
+        step, job = {"kind": each["kind"], "method": each["method"]}, {**SPEC, "formats": list(each["formats"])}
+        if each["needs"] == ["training data"]:
+            step, job = step | {"merge": True}, job | {"data": {"source": uploaded.json()["id"]}}
+        answer = shared.client.post("/v1/jobs", json=job | {"steps": [step]})
         assert answer.status_code == 202, answer.text

@@ -33,6 +33,40 @@ def test_the_report_shows_its_figures(page: tuple[str, str]) -> None:
         assert shown in text, shown
 
 
+def test_a_training_is_shown_with_its_curve() -> None:
+    steps = [{"step": n, "loss": 3.0 - n, "learning_rate": 0.1, "gradient_norm": 1.0, "tokens": 9, "seconds": 0.1,
+              "peak_host_bytes": 1, "peak_gpu_bytes": 0} for n in (1, 2)]  # fmt: skip
+    data = {
+        **{"origin": "file-<i>", "held_out_origin": "file-<i>", "records": 90, "held_out_records": 10, "examples": 90},
+        **{"held_out_examples": 10, "tokens": 900, "learned_tokens": 800, "sha256": "a", "held_out_sha256": "b"},
+    }
+    training = {
+        **{"method": "lora", "precision": "fp32", "trainable_parameters": 1234, "trained_modules": 3, "data": data},
+        **{"sequence_length": 64, "packed": True, "sequences": 15, "filled": 0.9, "measured_examples": 10},
+        **{
+            "measured_tokens": 80,
+            "steps": 2,
+            "planned_steps": 2,
+            "best_step": 2,
+            "loss_before": 3.1,
+            "loss_after": 1.0,
+        },
+        **{"curve": steps, "held_out": [{"step": 0, "loss": 3.1}, {"step": 2, "loss": 1.0}], "tokens_per_second": 90.0},
+    }
+    changed = {"training": training, "bits_per_weight": None, "blocks": [], "quality": None}
+    text = page_of("job-1", Report.model_validate(report() | changed))
+    for shown in (
+        "Held-out loss",
+        "3.1 before",
+        "1,234",
+        '<polyline points="300.0,83.3 590.0,150.0">',
+        "file-&lt;i&gt;",
+    ):
+        assert shown in text, shown
+    assert "Bits per weight" not in text and "Error of every block" not in text
+    assert text.count("<circle") == 2
+
+
 def test_what_users_and_models_wrote_is_escaped(page: tuple[str, str]) -> None:
     text, _ = page
     for raw in ("<script", "<img", "<b>", "<i>"):

@@ -97,7 +97,7 @@ def planner(tmp_path_factory: pytest.TempPathFactory, _valkey: str, sick: Faulty
         with serve(settings) as running:
 
             def plan(model: str, step: dict[str, Any] | None = None, **changes: Any) -> Plan:
-                steps = [{**SPEC["steps"][0], **(step or {})}]
+                steps = [changes.pop("replaced", None) or {**SPEC["steps"][0], **(step or {})}]
                 answer = running.client.post("/v1/plan", json={"model": model, "steps": steps, **changes})
                 assert answer.status_code == 200, answer.text
                 return Plan.model_validate(answer.json())
@@ -120,6 +120,16 @@ def test_a_plan_counts_what_the_headers_say(planner: Callable[..., Plan], sick: 
     assert plan.host_bytes is not None and plan.host_bytes > 900_000_000, "two processes with their libraries"
     assert plan.least_host_bytes is not None and plan.least_host_bytes <= plan.host_bytes
     assert plan.disk_bytes is not None and plan.disk_bytes > plan.source_bytes
+
+
+def test_a_training_s_plan_counts_its_adapter_and_the_merged_model(planner: Callable[..., Plan]) -> None:
+    step = {"kind": "finetune", "method": "lora", "rank": 8, "merge": True}
+    plan = planner("org/llama", replaced=step, data={"source": "hub:org/texts"})
+    assert plan.feasible and plan.source_bytes is not None
+    assert plan.result_bytes == {"peft": 4 * 8 * 2 * (512 + 896), "safetensors": plan.source_bytes}
+    assert plan.seconds is None and plan.host_bytes is None, "what training takes is not counted yet"
+    (obstacle,) = planner("org/llama", replaced=step, data={"source": "hub:org/texts"}, formats=["gguf"]).obstacles
+    assert (obstacle.code, obstacle.param) == ("format_unfit", "formats")
 
 
 def test_a_config_with_absurd_numbers_is_planned_without_them(planner: Callable[..., Plan]) -> None:

@@ -12,7 +12,7 @@ from squeeze.cli import main
 from squeeze.cli.options import option, step_options
 from squeeze.cli.submit import checked, spec_of, spec_parameters
 from squeeze.errors import SpecInvalid
-from squeeze.steps import METHODS, Grouped, Quantize
+from squeeze.steps import METHODS, STEPS, Grouped, Quantize, tag_of
 
 
 class Wanda(Quantize):
@@ -31,8 +31,9 @@ def named(methods: list[type[BaseModel]]) -> dict[str, click.Option]:
 
 
 def test_every_parameter_of_every_method_is_an_option_with_its_description() -> None:
-    shown = CliRunner().invoke(main, ["quantize", "--help"], terminal_width=4000).output
-    for method in METHODS:
+    for method in STEPS:
+        kind = tag_of(method).split(".")[0]
+        shown = CliRunner().invoke(main, [kind, "--help"], terminal_width=4000).output
         for name, field in method.model_fields.items():
             if name not in ("kind", "method"):
                 assert f"--{name.replace('_', '-')}" in shown

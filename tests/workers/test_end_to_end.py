@@ -31,6 +31,8 @@ SMALL: dict[str, Any] = {
     "evaluation": {"samples": 2},
 }
 RTN = {"kind": "quantize", "method": "rtn", "group_size": 32}
+CODE = "\n".join(f"def function_{n}(argument):\n    return argument + {n}" for n in range(2000))
+LORA = {"kind": "finetune", "method": "lora", "steps": 8, "learning_rate": 0.01, "rank": 4}
 GPTQ = {"kind": "quantize", "method": "gptq", "group_size": 32}
 
 
@@ -104,6 +106,52 @@ def test_a_job_on_uploaded_text_killed_while_it_compresses_goes_on_and_gives_the
     with place.database.read() as session:
         report = listing.report(session, PROJECT, quiet)
     assert (report["calibration"]["origin"], report["calibration"]["generic"]) == (file_id, False)
+
+
+def test_a_job_that_trains_on_uploaded_examples_gives_an_adapter_and_is_told_of_a_line_that_is_none(
+    place: Place, worker: Worker
+) -> None:
+    rows = [json.dumps({"prompt": f"{n} and one is ", "completion": str(n + 1)}) for n in range(80)]
+    fields = SMALL | {"data": {"source": _upload(place, "\n".join(rows)), "sequence_length": 64}}
+    job_id = place.submit(steps=[LORA], **fields)
+    assert worker.run_job(job_id) == Status.succeeded, place.job(job_id).error
+    with place.database.read() as session:
+        artifacts = listing.artifacts(session, PROJECT, job_id)
+        report = listing.report(session, PROJECT, job_id)
+    assert "peft/adapter_model.safetensors" in {artifact.filename for artifact in artifacts}
+    assert {artifact.format for artifact in artifacts} == {"peft", "report"}
+    training = report["training"]
+    assert training["loss_after"] < training["loss_before"] and len(training["curve"]) == 8
+    assert [one["outcome"] for one in report["certificates"]] == ["passed"]
+    told = [event for event in place.events(job_id) if "steps" in event.data]
+    assert [step["step"] for event in told for step in event.data["steps"]] == list(range(1, 9))
+    assert "training" in [event.message for event in place.events(job_id) if event.type == "stage"]
+
+    wrong = SMALL | {"data": {"source": _upload(place, "\n".join([*rows[:2], '{"prompt": "2 and one is "}']))}}
+    job_id = place.submit(steps=[LORA], **wrong)
+    assert worker.run_job(job_id) == Status.failed
+    error = place.job(job_id).error
+    assert error is not None and error["code"] == "data_unusable" and error["message"].startswith("line 3 ")
+
+
+@pytest.mark.slow
+def test_a_training_whose_process_is_killed_goes_on_and_gives_the_same_adapter(place: Place, worker: Worker) -> None:
+    rows = [json.dumps({"text": f"line {n} says that {n} is followed by {n + 1}"}) for n in range(300)]
+    fields = SMALL | {"data": {"source": _upload(place, "\n".join(rows)), "sequence_length": 64}}
+    step = LORA | {"steps": 150, "dropout": 0.1}
+    quiet, disturbed = (place.submit(steps=[step], **fields) for _ in range(2))
+    assert worker.run_job(quiet) == Status.succeeded, place.job(quiet).error
+    running = Running(worker, disturbed)
+    work = place.scratch(disturbed) / "work" / "train"
+    eventually(lambda: any(work.glob("checkpoint-*[0-9]")), "a checkpoint is saved")
+    _kill_child(worker)
+    assert running.status() == Status.queued
+    assert worker.run_job(disturbed) == Status.succeeded, place.job(disturbed).error
+    with place.database.read() as session:
+        first, second = (listing.report(session, PROJECT, one)["training"] for one in (quiet, disturbed))
+    assert second["resumed"] and not first["resumed"]
+    assert [one["loss"] for one in first["curve"]] == [one["loss"] for one in second["curve"]]
+    assert _weights(place, disturbed) == _weights(place, quiet)
 
 
 @pytest.mark.slow
@@ -213,11 +261,10 @@ def test_a_warm_worker_starts_a_job_at_once(place: Place, hub: FaultyHub, capsys
         sys.stdout.write(f"\nseconds from ring to work, the first while the server warms up: {shown}\n")
 
 
-def _upload(place: Place) -> str:
-    """A calibration text whose uploader gave it a name that leads elsewhere."""
-    text = "\n".join(f"def function_{n}(argument):\n    return argument + {n}" for n in range(2000)).encode()
+def _upload(place: Place, text: str = CODE) -> str:
+    """A text whose uploader gave it a name that leads elsewhere."""
     file_id = new_id("file")
-    stored = open_storage(place.settings.storage_url).put_stream(files.storage_key(file_id), [text])
+    stored = open_storage(place.settings.storage_url).put_stream(files.storage_key(file_id), [text.encode()])
     with place.database.write() as session:
         files.add(
             session,

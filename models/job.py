@@ -1,0 +1,116 @@
+"""What every job is given and leaves, whatever its steps: its inputs, its outcome, the parts of its report."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from models.checkpoint import SourceModel
+from models.formats.directory import weight_bytes
+from models.snapshots import SNAPSHOT_SECONDS
+from squeeze.errors import CertificationFailed
+from squeeze.objects import Result
+from squeeze.report import Report, Size, Source
+from squeeze.specs import JobSpec
+from squeeze.steps import Format
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "compressed-tensors",
+    "gptqmodel",
+    "bitsandbytes",
+    "gguf",
+    "onnx",
+    "safetensors",
+    "tokenizers",
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """model: the source's directory. work: kept between attempts, so that the next one resumes. out: emptied first.
+
+    calibration_text, evaluation_text: JSONL, plain text or parquet, or a directory of such files; None: the generic
+    text, or a held-out part of calibration_text. Their origins: what the report calls them, where the request's own
+    words say too little. model_name: as the user named it, without anything private.
+    consumers: Pythons of environments that results are loaded in, by the consumer's name. activation_bytes: see
+    `engine.quantize`.
+    """
+
+    spec: JobSpec
+    model: Path
+    model_name: str
+    revision: str | None
+    license: str | None
+    calibration_text: Path | None
+    evaluation_text: Path | None
+    work: Path
+    out: Path
+    device: str
+    consumers: Mapping[str, Path]
+    job_id: str
+    snapshot_seconds: float = SNAPSHOT_SECONDS
+    activation_bytes: int | None = None
+    calibration_origin: str | None = None
+    evaluation_origin: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """directories: a model directory for each format, beside `report.json`."""
+
+    directories: dict[Format, Path]
+    report: Report
+    result: Result
+
+
+def libraries(*more: str) -> dict[str, str]:
+    """Versions of what a result depends on. more: beside what every job uses."""
+    return {name: version(name) for name in (*LIBRARIES, *more)}
+
+
+def source_part(inputs: Inputs, source: SourceModel) -> Source:
+    return Source(
+        model=inputs.model_name,
+        revision=inputs.revision,
+        architecture=str(source.config["model_type"]),
+        parameters=source.parameters,
+        bytes=source.weight_bytes,
+        dtype=str(source.dtype).removeprefix("torch."),
+        license=inputs.license,
+    )
+
+
+def size_part(name: Format, directory: Path, source_bytes: int) -> Size:
+    """source_bytes: of the source's weights. Raises CertificationFailed where the result of a compression is larger."""
+    weights = weight_bytes(directory)
+    if weights >= source_bytes and name not in ("safetensors", "peft"):  # as the certifier has it
+        raise CertificationFailed(
+            f"the {name} weights take {weights:,} bytes, no fewer than the source's {source_bytes:,}: "
+            "use fewer bits or larger groups"
+        )
+    whole = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    ratio = None if name == "peft" else source_bytes / weights
+    return Size(format=name, bytes=whole, weight_bytes=weights, ratio=ratio)
+
+
+def result_of(report: Report, directories: Mapping[Format, Path]) -> Result:
+    """The headline."""
+    quality, training, quantized = report.quality, report.training, report.bits_per_weight is not None
+    certified: dict[str, dict[str, str]] = {name: {} for name in directories}
+    for one in report.certificates:
+        certified[one.format][one.consumer] = one.outcome if one.outcome != "failed" else f"failed: {one.detail}"
+    return Result(
+        source_bytes=report.source.bytes,
+        result_bytes={size.format: size.bytes for size in report.sizes},
+        compression_ratio=max((size.ratio for size in report.sizes if size.ratio), default=None) if quantized else None,
+        bits_per_weight=report.bits_per_weight,
+        perplexity_before=quality.perplexity_before if quality else None,
+        perplexity_after=quality.perplexity_after if quality else None,
+        divergence_nats=quality.divergence_nats if quality else None,
+        top1_agreement=quality.top1_agreement if quality else None,
+        loss_before=training.loss_before if training else None,
+        loss_after=training.loss_after if training else None,
+        certified=certified,
+    )

@@ -1,0 +1,127 @@
+"""What is kept of a training on the way: everything that the next step depends on, so that another attempt goes on to
+the same bits.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from squeeze.report import HeldOutLoss, TrainingStep
+
+TENSORS, STORY = "state.safetensors", "state.json"
+
+
+@dataclass
+class Story:
+    """What was seen so far, and where the random numbers stood when the next step began."""
+
+    curve: list[TrainingStep] = field(default_factory=list)
+    held_out: list[HeldOutLoss] = field(default_factory=list)
+    resumed: list[int] = field(default_factory=list)
+    stopped: str | None = None
+
+    @property
+    def done(self) -> int:
+        """Steps."""
+        return len(self.curve)
+
+    @property
+    def best(self) -> HeldOutLoss | None:
+        """The first of the lowest, once something was learned."""
+        return min((one for one in self.held_out if one.step), key=lambda one: one.loss, default=None)
+
+
+class Checkpoints:
+    """The work directory of one training; what another one left in it is deleted.
+
+    fingerprint: of all that decides the result.
+    """
+
+    def __init__(self, directory: Path, fingerprint: str) -> None:
+        self.directory = directory
+        mark = directory / "fingerprint"
+        if directory.exists() and (not mark.is_file() or mark.read_text() != fingerprint):
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        mark.write_text(fingerprint)
+
+    def save(self, story: Story, tensors: Mapping[str, Tensor]) -> None:
+        """The new one is complete before the old one goes."""
+        target = self.directory / f"checkpoint-{story.done:08d}"
+        part = self.directory / "checkpoint.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part / TENSORS)
+        told = {
+            "curve": [one.model_dump() for one in story.curve],
+            "held_out": [one.model_dump() for one in story.held_out],
+            "resumed": story.resumed,
+            "stopped": story.stopped,
+        }
+        (part / STORY).write_text(json.dumps(told), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        part.rename(target)
+        self._forget_but(target)
+
+    def latest(self) -> tuple[Story, dict[str, Tensor]] | None:
+        """What was saved last; None where nothing was."""
+        found = sorted(self.directory.glob("checkpoint-*[0-9]"))
+        if not found:
+            return None
+        self._forget_but(found[-1])
+        told = json.loads((found[-1] / STORY).read_text(encoding="utf-8"))
+        story = Story(
+            [TrainingStep.model_validate(one) for one in told["curve"]],
+            [HeldOutLoss.model_validate(one) for one in told["held_out"]],
+            told["resumed"],
+            told["stopped"],
+        )
+        return story, load_file(found[-1] / TENSORS)
+
+    @property
+    def last_step(self) -> int | None:
+        """After which the last one was saved."""
+        found = sorted(self.directory.glob("checkpoint-*[0-9]"))
+        return int(found[-1].name.rpartition("-")[2]) if found else None
+
+    def _forget_but(self, kept: Path) -> None:
+        for old in self.directory.glob("checkpoint-*[0-9]"):
+            if old != kept:
+                shutil.rmtree(old)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer, by its parameters' numbers."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{n}.{name}": value for n, each in state.items() for name, value in each.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    described = optimizer.state_dict()
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, rest = key.partition(".")
+        if kind == "optimizer":
+            number, _, name = rest.partition(".")
+            state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
+
+
+def random_tensors(device: torch.device) -> dict[str, Tensor]:
+    """Where the random numbers of this process stand."""
+    found = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["random.cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def restore_random(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(tensors["random.cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)

@@ -1,0 +1,210 @@
+"""From a user's records to training examples: token ids, and which of them are learned.
+
+Of a text everything is learned, of a prompt and its completion the completion, of a chat what the assistant says. A
+tenth of the records, by their own hashes, is held out.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.data import grain_of, passages
+from models.documents import blamed, records_of
+from models.text import HELD_OUT_SHARE
+from models.train.records import Record, Text, record_of
+from models.train.turns import pieces_of, tokens_of
+from squeeze.errors import DataUnusable
+from squeeze.report import TrainingData
+
+DATA, EVALUATION = "data.source", "evaluation.source"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """ids: (N,) int32, all examples one behind the other. scored: (N,) bool, whether a token is learned; the first of
+    an example never is. starts: (n + 1,) int64, where each begins.
+    """
+
+    ids: Tensor
+    scored: Tensor
+    starts: Tensor
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> list[int]:
+        return [int(length) for length in self.starts.diff()]
+
+    def one(self, number: int) -> tuple[Tensor, Tensor]:
+        """(ids, scored) of an example, both (t,)."""
+        part = slice(int(self.starts[number]), int(self.starts[number + 1]))
+        return self.ids[part], self.scored[part]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of ids (int32 little-endian), of what is learned (a byte each) and of the starts (int64)."""
+        whole = hashlib.sha256()
+        for part, kind in ((self.ids, "<i4"), (self.scored, "u1"), (self.starts, "<i8")):
+            whole.update(part.numpy().astype(kind).tobytes())
+        return whole.hexdigest()
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is trained on, and what the loss is measured on. warnings: of what was cut or left out."""
+
+    train: Examples
+    held_out: Examples
+    data: TrainingData
+    warnings: list[str]
+
+
+def check_records(source: Path, evaluation: Path | None, columns: tuple[str | None, str | None]) -> None:
+    """Looks at every record of the files without a model; raises DataUnusable, naming its line, where one is none, and
+    where there are too few. evaluation: a text of its own to hold out. columns: of either, where not the usual ones.
+    """
+    _refuse_too_few(sum(1 for _ in _records(source, DATA, columns[0])), apart=evaluation is not None)
+    if evaluation is not None and not any(True for _ in _records(evaluation, EVALUATION, columns[1])):
+        raise DataUnusable("the evaluation text has no records: it is empty", param=EVALUATION)
+
+
+def read_examples(
+    tokenizer: Any,
+    source: Path,
+    evaluation: Path | None,
+    length: int,
+    *,
+    origins: tuple[str, str],
+    columns: tuple[str | None, str | None] = (None, None),
+) -> Split:
+    """The examples of at most `length` tokens each, in the files' order.
+
+    evaluation: a text of its own to hold out; None: a tenth of the source. origins: what the report calls either.
+    Longer texts are cut into several examples; prompts and chats lose what is past the end. Raises DataUnusable where a
+    record is none, with its line, or where nothing is left to learn on either side.
+    """
+    train, held_out = _Side(tokenizer, length), _Side(tokenizer, length)
+    marks = [_mark(record) for _, record in _records(source, DATA, columns[0])]
+    _refuse_too_few(len(marks), apart=evaluation is not None)
+    chosen = set() if evaluation is not None else _held_out(marks)
+    for number, (where, record) in enumerate(_records(source, DATA, columns[0])):
+        with blamed(DATA):
+            (held_out if number in chosen else train).add(record, where)
+    if evaluation is not None:
+        for where, record in _records(evaluation, EVALUATION, columns[1]):
+            with blamed(EVALUATION):
+                held_out.add(record, where)
+    for side, param in ((train, DATA), (held_out, DATA if evaluation is None else EVALUATION)):
+        side.refuse_nothing(param)
+    told = TrainingData(
+        origin=origins[0],
+        held_out_origin=origins[1],
+        records=train.records,
+        held_out_records=held_out.records,
+        examples=len(train.starts) - 1,
+        held_out_examples=len(held_out.starts) - 1,
+        tokens=len(train.ids),
+        learned_tokens=sum(train.scored),
+        sha256=train.examples.digest,
+        held_out_sha256=held_out.examples.digest,
+    )
+    return Split(train.examples, held_out.examples, told, _warnings(length, train, held_out))
+
+
+class _Side:
+    """One side of the split while it is read."""
+
+    def __init__(self, tokenizer: Any, length: int) -> None:
+        self._tokenizer, self._length = tokenizer, length
+        self.ids, self.scored, self.starts = array("i"), bytearray(), [0]
+        self.records = self.cut = self.unlearned = 0
+
+    def add(self, record: Record, where: str) -> None:
+        self.records += 1
+        whole = isinstance(record, Text)
+        tokens = tokens_of(self._tokenizer, record, where)
+        self.cut += not whole and len(tokens[0]) > self._length
+        learned = False
+        for ids, scored in pieces_of(tokens, self._length, cut=whole):
+            if any(scored[1:]):
+                self.ids.extend(ids)
+                self.scored.extend([False, *scored[1:]])
+                self.starts.append(len(self.ids))
+                learned = True
+        self.unlearned += not learned
+
+    @property
+    def examples(self) -> Examples:
+        return Examples(
+            torch.frombuffer(self.ids, dtype=torch.int32).clone(),
+            torch.frombuffer(self.scored, dtype=torch.uint8).bool(),
+            torch.tensor(self.starts, dtype=torch.int64),
+        )
+
+    def refuse_nothing(self, param: str) -> None:
+        if len(self.starts) > 1:
+            return
+        side = "training" if param == DATA else "evaluation"
+        raise DataUnusable(
+            f"nothing of the {side} data is left to learn: of all {self.records} records the part that would be "
+            f"learned is empty or lies past {self._length} tokens. Take a longer data.sequence_length, or shorter "
+            "prompts.",
+            param=param,
+        )
+
+
+def _records(source: Path, param: str, column: str | None) -> Iterator[tuple[str, Record]]:
+    """Every record with where it stands; running text in pieces, as everywhere."""
+    grain = grain_of(source)
+    for where, record in records_of(source, param, column):
+        if isinstance(record, str):
+            yield from (("a passage", Text(passage)) for passage in passages(iter([record]), grain))
+            continue
+        with blamed(param):
+            found = record_of(record, column, where)
+        if found is not None:
+            yield where, found
+
+
+def _mark(record: Record) -> int:
+    """Of its content alone: the same record is on the same side wherever it stands."""
+    content = json.dumps([type(record).__name__, vars(record)], sort_keys=True)
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big")
+
+
+def _held_out(marks: list[int]) -> set[int]:
+    """Numbers of the records that are held out: about a tenth, at least one, never all."""
+    chosen = {number for number, mark in enumerate(marks) if mark % HELD_OUT_SHARE == 0}
+    least = min(range(len(marks)), key=lambda number: marks[number])
+    if not chosen:
+        return {least}
+    return chosen - {least} if len(chosen) == len(marks) else chosen
+
+
+def _refuse_too_few(count: int, *, apart: bool) -> None:
+    """Raises where a split of so many records would leave a side empty. apart: what is held out is another text."""
+    if count == 0:
+        raise DataUnusable("the training data has no records: it is empty", param=DATA)
+    if count == 1 and not apart:
+        raise DataUnusable(
+            "the training data has one record; at least 2 are needed, one to learn and one to hold out, and some "
+            "hundreds do well. Add more, or name a text of its own as evaluation.source.",
+            param=DATA,
+        )
+
+
+def _warnings(length: int, train: _Side, held_out: _Side) -> list[str]:
+    found = []
+    if cut := train.cut + held_out.cut:
+        found.append(f"{cut:,} prompts or chats are longer than {length} tokens and lost what lies past them")
+    if unlearned := train.unlearned + held_out.unlearned:
+        found.append(f"{unlearned:,} records have nothing to learn within {length} tokens and were left out")
+    return found

@@ -1,0 +1,282 @@
+"""The step of a job that trains: from a model's directory and examples to an adapter, a merged model, their story."""
+
+import gc
+import json
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from models.card import write_card
+from models.certify import certify, loss_in_transformers
+from models.certify_run import MAX_TOKENS, MAX_WINDOWS, Sample
+from models.checkpoint import SourceModel
+from models.disk import write_whole
+from models.formats.directory import write_companions, written_whole
+from models.job import Inputs, Outcome, libraries, result_of, size_part, source_part
+from models.material import read_tokenizer
+from models.progress import Notify
+from models.resources import (
+    Clock,
+    cpu_seconds,
+    device_name,
+    peak_gpu_bytes,
+    peak_host_bytes,
+    return_free_memory,
+)
+from models.train.checkpoints import Checkpoints, Story
+from models.train.examples import Examples
+from models.train.loop import Task, accelerator_of, train
+from models.train.merging import write_merged
+from models.train.prepare import Prepared, begun, method_of, prepare
+from squeeze import __version__
+from squeeze.objects import Stage
+from squeeze.report import Certificate, Report, Spent, Training
+from squeeze.steps import Format
+from squeeze.training import Finetune
+
+LIBRARIES = ("peft", "accelerate")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """adapter, merged: directories. samples: of each, held-out examples with the losses that it was seen to have."""
+
+    prepared: Prepared
+    adapter: Path
+    merged: Path | None
+    training: Training
+    warnings: list[str]
+    samples: dict[Path, Sample]
+
+    @property
+    def source(self) -> SourceModel:
+        return self.prepared.source
+
+
+def trained(
+    inputs: Inputs, step: Finetune, adapter: Path, merged: Path | None, clock: Clock, notify: Notify
+) -> Trained:
+    """Trains, resuming where an earlier attempt stopped, writes what was learned, and measures what was written.
+
+    adapter, merged: the directories to write; a merged one that this training wrote before is left as it is.
+    """
+    with clock.stage("loading"):
+        notify.stage(Stage.loading)
+        prepared = prepare(inputs, step)
+        accelerator = accelerator_of(prepared.precision, prepared.device)
+        task, initial, warnings = begun(prepared)
+    with clock.stage("training"):
+        notify.stage(Stage.training)
+        checkpoints = Checkpoints(inputs.work / "train", prepared.mark)
+        story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
+        losses = task.held_out_losses(accelerator)
+        samples = {adapter: _sample(task.held_out, losses)}
+    with clock.stage("exporting"):
+        notify.stage(Stage.exporting)
+        _write_adapter(prepared, task, initial, inputs, adapter)
+        training = _training(prepared, task, story, _mean(losses))
+        packed = task.packed
+        del task, initial
+        _give_back()
+        if merged is not None:
+            note = inputs.work / "merged-by"
+            if not merged.is_dir() or not note.is_file() or note.read_text(encoding="utf-8") != prepared.mark:
+                sums = method_of(step).Merged(adapter)
+                write_merged(prepared.source, prepared.sites, sums, merged, notify)
+                write_whole(note, prepared.mark)
+            plain = prepared.task(prepared.load(merged), packed=packed)
+            losses = plain.held_out_losses(accelerator)
+            samples[merged] = _sample(plain.held_out, losses)
+            training = training.model_copy(update={"loss_merged": _mean(losses)})
+            del plain
+            _give_back()
+    warnings += _warnings(training)
+    for warning in warnings:
+        notify.event("warning", warning)
+    return Trained(prepared, adapter, merged, training, warnings, samples)
+
+
+def run_training(inputs: Inputs, step: Finetune, notify: Notify) -> Outcome:
+    """A job that ends with training."""
+    clock, formats = Clock(), inputs.spec.formats
+    places: dict[Format, Path] = {name: inputs.out / name for name in formats}
+    merged = places.get("safetensors")
+    done = trained(inputs, step, places.get("peft", inputs.work / "adapter"), merged, clock, notify)
+    with clock.stage("certifying"):
+        notify.stage(Stage.certifying)
+        certificates = []
+        for number, (name, directory) in enumerate(places.items(), start=1):
+            certificates += _certified(inputs, done, name, directory, notify)
+            notify.advance(number, len(places), "formats")
+    report = _report(inputs, done, places, certificates, clock)
+    for name, directory in places.items():
+        write_card(directory, name, report)
+    write_whole(inputs.out / "report.json", report.model_dump_json(indent=2) + "\n")
+    return Outcome(places, report, result_of(report, places))
+
+
+def _certified(inputs: Inputs, done: Trained, name: Format, directory: Path, notify: Notify) -> list[Certificate]:
+    return certify(
+        directory,
+        name,
+        sample=done.samples[directory],
+        base=inputs.model if name == "peft" else None,
+        source_bytes=done.source.weight_bytes,
+        dtype=done.prepared.dtype,
+        device=done.prepared.device.type,
+        consumers=inputs.consumers,
+        notify=notify,
+    )
+
+
+def _write_adapter(prepared: Prepared, task: Task, initial: dict[str, Tensor], inputs: Inputs, out: Path) -> None:
+    with written_whole(out) as partial:
+        write_companions(prepared.source, partial)
+        method_of(prepared.step).write(task.model, prepared.step, initial, partial, inputs.model_name, inputs.revision)
+
+
+def _training(prepared: Prepared, task: Task, story: Story, after: float) -> Training:
+    rows, step, best = task.plan.rows, prepared.step, story.best
+    places = sum(one.tokens for one in story.curve)
+    seconds = sum(one.seconds for one in story.curve)
+    held_out = task.held_out
+    return Training(
+        method=step.method,
+        precision="bf16" if prepared.dtype == torch.bfloat16 else "fp32",
+        trainable_parameters=sum(one.numel() for one in task.learning.values()),
+        trained_modules=len(prepared.sites),
+        data=prepared.split.data,
+        sequence_length=prepared.length,
+        packed=task.packed,
+        sequences=len(rows),
+        filled=prepared.split.data.tokens / (len(rows) * prepared.length),
+        measured_examples=len(held_out),
+        measured_tokens=int(held_out.scored.sum()),
+        steps=story.done,
+        planned_steps=task.plan.steps,
+        stopped=story.stopped,
+        best_step=best.step if best is not None and step.evaluate_every is not None else story.done,
+        loss_before=story.held_out[0].loss,
+        loss_after=after,
+        curve=story.curve,
+        held_out=story.held_out,
+        tokens_per_second=round(places / max(seconds, 1e-9), 1),
+        resumed=story.resumed,
+    )
+
+
+def _warnings(training: Training) -> list[str]:
+    found = []
+    if training.loss_after >= training.loss_before:
+        found.append(
+            f"the held-out loss rose from {training.loss_before:.4f} to {training.loss_after:.4f}: nothing was learned "
+            "that holds for other examples. Take a lower learning_rate, fewer epochs, or more examples."
+        )
+    if training.measured_tokens < 1000:
+        found.append(
+            f"the held-out loss was measured on {training.measured_tokens} tokens, which tell little; give more "
+            "examples, or a text of its own as evaluation.source"
+        )
+    return found
+
+
+def _sample(held_out: Examples, losses: tuple[Tensor, Tensor] | None = None) -> Sample:
+    """Held-out examples: with their losses the first few, for those who certify the result; without them all."""
+    pairs = [held_out.one(number) for number in range(len(held_out))]
+    if losses is not None:
+        tokens = list(accumulate(len(ids) for ids, _ in pairs))
+        pairs = [
+            pair for pair, sofar in zip(pairs[:MAX_WINDOWS], tokens, strict=False) if sofar <= MAX_TOKENS
+        ] or pairs[:1]
+    means = None if losses is None else (losses[0] / losses[1])[: len(pairs)].tolist()
+    learned = [scored.tolist() for _, scored in pairs]
+    return Sample([ids.tolist() for ids, _ in pairs], [one.index(True) for one in learned], means, learned)
+
+
+def _mean(losses: tuple[Tensor, Tensor]) -> float:
+    return float(losses[0].sum() / losses[1].sum())
+
+
+def _give_back() -> None:
+    gc.collect()
+    return_free_memory()
+
+
+def _report(
+    inputs: Inputs, done: Trained, places: dict[Format, Path], certificates: list[Certificate], clock: Clock
+) -> Report:
+    spec, device = inputs.spec, done.prepared.device
+    return Report(
+        job=inputs.job_id,
+        squeeze=__version__,
+        libraries=libraries(*LIBRARIES),
+        device=device_name(device),
+        source=source_part(inputs, done.source),
+        recipe=[step.model_dump(mode="json") for step in spec.steps],
+        seed=spec.seed,
+        calibration=None,
+        quality=None,
+        training=done.training,
+        bits_per_weight=None,
+        sizes=[size_part(name, directory, done.source.weight_bytes) for name, directory in places.items()],
+        blocks=[],
+        damping_escalations=0,
+        certificates=certificates,
+        warnings=done.warnings,
+        spent=Spent(
+            seconds=clock.seconds,
+            cpu_seconds=round(cpu_seconds(), 3),
+            gpu_seconds=round(clock.seconds["training"], 3) if device.type == "cuda" else 0.0,
+            peak_host_bytes=peak_host_bytes(),
+            peak_gpu_bytes=peak_gpu_bytes(),
+            certifier_peak_host_bytes=max((one.peak_host_bytes or 0 for one in certificates), default=0) or None,
+        ),
+    )
+
+
+def for_what_follows(inputs: Inputs, done: Trained) -> Inputs:
+    """What the next step is given: the merged model, and both sides of the split as the model reads them, so that what
+    was held out from training is held out from calibration too.
+    """
+    assert done.merged is not None, "a step that goes on needs a whole model"
+    tokenizer, split = read_tokenizer(inputs.model), done.prepared.split
+    files = {}
+    for name, side, column in (
+        ("learned", split.train, inputs.spec.data.column),
+        ("held-out", split.held_out, inputs.spec.evaluation.column),
+    ):
+        files[name] = inputs.work / f"{name}.jsonl"
+        texts = (tokenizer.decode(side.one(number)[0]) for number in range(len(side)))
+        write_whole(files[name], "".join(json.dumps({column or "text": text}) + "\n" for text in texts))
+    return replace(
+        inputs,
+        model=done.merged,
+        calibration_text=files["learned"],
+        evaluation_text=files["held-out"],
+        calibration_origin=split.data.origin,
+        evaluation_origin=split.data.held_out_origin,
+    )
+
+
+def added(report: Report, inputs: Inputs, done: Trained) -> Report:
+    """The report of what came after the training, with the training and the model that it began with; what it wrote is
+    measured on the same held-out examples.
+    """
+    device, losses = done.prepared.device.type, {}
+    everything = _sample(done.prepared.held_out)
+    for size in report.sizes:
+        name = cast(Format, size.format)
+        losses[name] = loss_in_transformers(inputs.out / name, name, everything, done.prepared.dtype, device)
+    known = {name: loss for name, loss in losses.items() if loss is not None}
+    return report.model_copy(
+        update={
+            "training": done.training.model_copy(update={"loss_quantized": known}),
+            "source": source_part(inputs, done.source),
+            "warnings": [*done.warnings, *report.warnings],
+            "libraries": report.libraries | libraries(*LIBRARIES),
+        }
+    )

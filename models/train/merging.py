@@ -1,0 +1,57 @@
+"""A merged model on disk: the tensors of the source, with what was learned added to some, in 16 bits."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from models.checkpoint import SourceModel
+from models.formats.directory import COMPUTED, without_private, write_companions, write_json, written_whole
+from models.formats.shards import Piece, write_shards
+from models.plain import saturated
+from models.progress import Notify
+from models.quantized import Site
+
+
+class Merged(Protocol):
+    """What a method makes of a weight."""
+
+    def weight(self, module: str, W: Tensor, *, transposed: bool) -> Tensor:
+        """The weight of a linear with what was learned in it, float32, in the layout of W. W: (out, in), or (in, out)
+        where transposed.
+        """
+
+
+def stored_dtype(source: SourceModel) -> torch.dtype:
+    """Of the merged weights: the source's own where that has 16 bits."""
+    return source.dtype if source.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def write_merged(source: SourceModel, sites: list[Site], merged: Merged, out: Path, notify: Notify) -> None:
+    """Writes a directory that loads like the source. Sums are made in float32 and rounded once.
+
+    One tensor is in memory at a time, whatever the size of the model.
+    """
+    dtype = stored_dtype(source)
+    learned = {source.module_key(site.name, "weight"): site for site in sites}
+    with written_whole(out) as partial:
+        write_companions(source, partial)
+        config = without_private(source.config)
+        config.pop("torch_dtype", None)
+        write_json(partial / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+        names = [name for name in source.names() if not COMPUTED.search(name)]
+        write_shards(partial, [_piece(source, name, learned.get(name), merged, dtype) for name in names], notify)
+
+
+def _piece(source: SourceModel, name: str, site: Site | None, merged: Merged, dtype: torch.dtype) -> Piece:
+    entry = source.entries[name]
+    kept = dtype if entry.dtype.is_floating_point else entry.dtype
+
+    def make() -> dict[str, Tensor]:
+        tensor = source.tensor(name)
+        if site is not None:
+            tensor = merged.weight(site.name, tensor, transposed=site.transposed)
+        return {name: saturated(tensor, kept) if kept.is_floating_point else tensor}
+
+    return Piece({name: (kept, entry.shape)}, make)

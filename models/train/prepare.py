@@ -1,0 +1,163 @@
+"""What a step that trains needs before its first batch: examples, what is to learn, batches; checked as it is found."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from models.checkpoint import SourceModel, open_or_convert
+from models.data import LEAST_TOKENS
+from models.fingerprint import training_fingerprint
+from models.formats.directory import refuse_broken_companions
+from models.frame import Frame
+from models.job import Inputs
+from models.material import read_tokenizer
+from models.quantized import Site
+from models.train.examples import Examples, Split, read_examples
+from models.train.loop import Task
+from models.train.packing import Plan, rows_of, steps_for
+from models.train.scoring import packs
+from squeeze.errors import DataUnusable, ModelMalformed
+from squeeze.training import Finetune, Precision
+
+TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """source: the model as it came. sites: the linears that get something to learn. held_out: the examples that the
+    loss is measured on. length: of a sequence, in tokens. mark: of all that decides the result.
+    """
+
+    step: Finetune
+    seed: int
+    source: SourceModel
+    sites: list[Site]
+    split: Split
+    held_out: Examples
+    length: int
+    precision: str
+    device: torch.device
+    mark: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that don't learn, and of the computation."""
+        return TYPES[self.precision]
+
+    def load(self, path: Path) -> Any:
+        """A model directory's whole model on the device, nothing of it to learn."""
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, trust_remote_code=False)
+        model.config.use_cache = False
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def task(self, model: Any, *, packed: bool) -> Task:
+        step, examples = self.step, self.split.train
+        rows = rows_of(examples.lengths, self.length, packed=packed)
+        steps = step.steps or steps_for(
+            rows, examples.lengths, step.batch_size, self.seed, epochs=step.epochs, tokens=step.tokens
+        )
+        return Task(
+            model=model,
+            step=step,
+            examples=examples,
+            plan=Plan(rows, step.batch_size, self.seed, steps),
+            held_out=self.held_out,
+            held_out_rows=rows_of(self.held_out.lengths, self.length, packed=packed),
+            packed=packed,
+            device=self.device,
+        )
+
+
+def method_of(step: Finetune) -> Any:
+    """The module of a step's method."""
+    return import_module(f"models.{step.kind}.{step.method}")
+
+
+def refuse_untrainable(step: Finetune, frame: Frame) -> int:
+    """The number of linears that get something to learn; raises where there are none, from the config alone."""
+    sites = method_of(step).sites_of(frame, step)
+    if not sites:
+        raise ModelMalformed("no linear layer of the decoder blocks can get an adapter", param="target_modules")
+    if (frame.max_positions or LEAST_TOKENS) < LEAST_TOKENS:
+        raise DataUnusable(f"the model has {frame.max_positions} positions; at least {LEAST_TOKENS} are needed")
+    return len(sites)
+
+
+def prepare(inputs: Inputs, step: Finetune) -> Prepared:
+    """Reads the examples, and looks at the model's headers. Raises what is wrong with either."""
+    spec, text = inputs.spec, inputs.calibration_text
+    assert text is not None and spec.data.source is not None, "a step that trains has examples"
+    source = open_or_convert(inputs.model, inputs.work / "source")
+    refuse_broken_companions(source)
+    frame = Frame(source, torch.float32, torch.device("cpu"))
+    frame.refuse_misfits()
+    length = min(spec.data.sequence_length, frame.max_positions or spec.data.sequence_length)
+    origin = inputs.calibration_origin or spec.data.source
+    split = read_examples(
+        read_tokenizer(inputs.model),
+        text,
+        inputs.evaluation_text,
+        length,
+        origins=(origin, inputs.evaluation_origin or spec.evaluation.source or origin),
+        columns=(spec.data.column, spec.evaluation.column),
+    )
+    if length < spec.data.sequence_length:
+        split.warnings.append(f"sequence_length {spec.data.sequence_length} was cut to the model's {length} positions")
+    _refuse_foreign_ids(split, int(frame.model.config.vocab_size))
+    device = torch.device(inputs.device)
+    return Prepared(
+        step=step,
+        seed=spec.seed,
+        source=source,
+        sites=method_of(step).sites_of(frame, step),
+        split=split,
+        held_out=_first(split.held_out, spec.evaluation.samples * length),
+        length=length,
+        precision=_resolved(step.precision, device),
+        device=device,
+        mark=training_fingerprint(step, spec.seed, inputs.revision, inputs.device, source, split.data, length),
+    )
+
+
+def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
+    """(the training before its first step, what is to learn as it begins, warnings)."""
+    step, warnings = prepared.step, list(prepared.split.warnings)
+    model = prepared.load(prepared.source.path)
+    torch.manual_seed(prepared.seed)
+    model = method_of(step).finetune(model, step, [site.name for site in prepared.sites])
+    packed = step.packing and packs(model, prepared.device, int(model.config.vocab_size))
+    if step.packing and not packed:
+        warnings.append(
+            f"examples of a {prepared.source.config['model_type']} would see each other in one sequence: each has one "
+            "of its own"
+        )
+    if step.activation_checkpointing:
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    return prepared.task(model, packed=packed), method_of(step).adapter_of(model), warnings
+
+
+def _resolved(precision: Precision, device: torch.device) -> str:
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _first(examples: Examples, tokens: int) -> Examples:
+    """The first examples, of so many tokens together; at least one."""
+    count = max(1, int((examples.starts[1:] <= tokens).sum()))
+    end = int(examples.starts[count])
+    return Examples(examples.ids[:end], examples.scored[:end], examples.starts[: count + 1])
+
+
+def _refuse_foreign_ids(split: Split, vocabulary: int) -> None:
+    highest = max(int(side.ids.max()) for side in (split.train, split.held_out))
+    if highest >= vocabulary:
+        raise ModelMalformed(
+            f"the tokenizer gives id {highest}, but the model knows only {vocabulary} tokens; tokenizer and weights "
+            "are not of one model"
+        )

@@ -1,0 +1,89 @@
+"""Losses of batches: of the learned tokens alone, each example by itself."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.train.examples import Examples
+from models.train.packing import UNSCORED, Batch, Row, batch_of, micro_batches
+from squeeze.errors import NotFinite
+
+# By what the logits of an example may differ, over their own spread. When the example before it is another: by nothing,
+# but for mixtures of experts, whose products depend on how many tokens an expert gets. When none stands before it: sums
+# come in another order.
+LEAK_TOLERANCE = {torch.float32: 1e-4}
+POSITION_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+def logits_of(model: Any, batch: Batch, *, packed: bool) -> Tensor:
+    """(B, T, V) in the type of the computation. packed: examples share sequences.
+
+    Without a mask transformers (5.23) makes one out of positions that begin anew: a token then sees only those of its
+    own example. Where each sequence holds one example, causality alone keeps what fills it up out.
+    """
+    told = {"position_ids": batch.positions} if packed else {}
+    return model(input_ids=batch.ids, use_cache=False, **told).logits  # type: ignore[no-any-return]
+
+
+def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of all learned tokens together, nats, float32. targets: (B, T) as in `Batch`."""
+    learned = targets != UNSCORED
+    return F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum")
+
+
+@torch.no_grad()
+def example_losses(
+    model: Any, examples: Examples, rows: Sequence[Row], *, packed: bool, size: int | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(negative log-likelihood, number) of the learned tokens of each example that a row holds, both (n,) float64 over
+    all examples; 0 for one that none holds. size: sequences that go through the model together.
+    """
+    sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    for some in micro_batches(rows, size):
+        batch = batch_of(examples, some).to(device)
+        logits, learned = logits_of(model, batch, packed=packed), batch.targets != UNSCORED
+        each = F.cross_entropy(logits[learned].float(), batch.targets[learned], reduction="none").double().cpu()
+        owners = batch.owners[learned].cpu()
+        sums.index_add_(0, owners, each)
+        counts.index_add_(0, owners, torch.ones_like(each))
+    model.train(was_training)
+    if not torch.isfinite(sums).all():
+        raise NotFinite(
+            "the held-out loss is NaN or infinite: the model is damaged, or the precision too narrow for it"
+        )
+    return sums, counts
+
+
+def packs(model: Any, device: torch.device, vocabulary: int) -> bool:
+    """Whether examples in one sequence stay strangers to each other in this model, found by trying.
+
+    Two sequences whose first halves differ: the second half must give the same logits, and the same as alone, both but
+    for rounding.
+    """
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "position_ids" not in inspect.signature(own.forward).parameters:
+        return False
+    dice = torch.Generator().manual_seed(0)
+    first, second = 7, 9
+    ids = torch.randint(0, vocabulary, (2, first + second), generator=dice)
+    ids[1, first:] = ids[0, first:]
+    positions = torch.cat([torch.arange(first), torch.arange(second)])
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        both = [
+            model(input_ids=one[None].to(device), position_ids=positions[None].to(device), use_cache=False).logits[0]
+            for one in ids
+        ]
+        alone = model(input_ids=ids[:1, first:].to(device), use_cache=False).logits[0]
+    model.train(was_training)
+    inside, other = (one[first:].float() for one in both)
+    spread = alone.float().std()
+    leaked, apart = ((inside - one).square().mean().sqrt() / spread for one in (other, alone.float()))
+    return bool(leaked <= LEAK_TOLERANCE.get(alone.dtype, 0.0) and apart <= POSITION_TOLERANCE.get(alone.dtype, 0.1))

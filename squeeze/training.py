@@ -1,0 +1,151 @@
+"""The steps that train, one class per method: what it takes, with units, ranges and defaults.
+
+As with the other steps, `kind` and `method` are the folder and the file in `models/`
+(`finetune`, `lora` -> `models/finetune/lora.py`). A new method adds its class here and that file, nothing else.
+"""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from squeeze.wire import Wire
+
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["auto", "fp32", "bf16"]
+USUAL_EPOCHS = 1.0
+
+
+class Finetune(Wire):
+    """What every training on the user's own examples shares.
+
+    How long it goes on is said by one of `steps`, `epochs` and `tokens`. A batch is what one step of the optimizer
+    looks at; it goes through the model in micro-batches, whose gradients are added up, each token with the same weight.
+    """
+
+    kind: Literal["finetune"] = "finetune"
+    method: str
+    steps: int | None = Field(None, ge=1, le=10_000_000, description="Steps of the optimizer.")
+    epochs: float | None = Field(
+        None, gt=0, le=1000, description="How often each example is seen. Left out, with `steps` and `tokens`: once."
+    )
+    tokens: int | None = Field(None, ge=1, description="Tokens to train on; ends with the step that reaches them.")
+    learning_rate: float = Field(2e-4, gt=0, le=10, description="At its highest.")
+    schedule: Schedule = Field(
+        "cosine",
+        description="How the learning rate falls after the warm-up, to nothing at the end; `constant`: it stays.",
+    )
+    warmup: float = Field(
+        0.03, ge=0, le=1, description="Share of the steps in which the learning rate rises from nothing; rounded up."
+    )
+    batch_size: int = Field(
+        8,
+        ge=1,
+        le=65536,
+        description="Sequences of a step of the optimizer; packed, each is filled up to `data.sequence_length` tokens.",
+    )
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        le=65536,
+        description="Sequences that go through the model together: less memory, the same result but for rounding. Left "
+        "out: all of a batch.",
+    )
+    packing: bool = Field(
+        True,
+        description="Put several short examples into one sequence. They don't see each other, and positions count from "
+        "the start of each.",
+    )
+    weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled, of AdamW (arXiv 1711.05101).")
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="The most that the norm of a step's whole gradient may be. Null: whatever it is."
+    )
+    precision: Precision = Field(
+        "auto",
+        description="Of the computation. What is trained, and the optimizer's state, is float32 in any case. `auto`: "
+        "bf16 on a GPU that can, else fp32.",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory, a third more time."
+    )
+    evaluate_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between two looks at the held-out loss; the weights of the lowest are kept. Left out: "
+        "before and after alone, and the last weights are kept.",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="With `evaluate_every`: stop after so many looks in a row that found no lower held-out loss.",
+    )
+    merge: bool = Field(
+        False,
+        description="Add what was learned to the weights: a plain model in 16 bits, written as `safetensors`, or what "
+        "the next step goes on with.",
+    )
+    by_block: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _says_once_how_long(self) -> Self:
+        said = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
+        if len(said) > 1:
+            raise ValueError(f"{' and '.join(said)} all say how long to train: keep one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.patience is not None and self.evaluate_every is None:
+            raise ValueError("patience counts looks at the held-out loss: say `evaluate_every` too")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size is {self.micro_batch_size}, more than a batch of {self.batch_size} has sequences"
+            )
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it looks at text."""
+        return True
+
+    @property
+    def formats(self) -> tuple[Literal["peft", "safetensors"], ...]:
+        """What a job is written as that ends with this step."""
+        return ("peft", "safetensors") if self.merge else ("peft",)
+
+
+class LoRA(Finetune):
+    """Learns a product of two narrow matrices beside each linear layer, whose own weights stay (arXiv 2106.09685)."""
+
+    method: Literal["lora"]
+    rank: int = Field(16, ge=1, le=4096, description="Columns of the narrow matrices.")
+    alpha: float = Field(
+        32.0,
+        gt=0,
+        description="What was learned is multiplied by `alpha` / `rank`; with `rslora` by `alpha` / √`rank`.",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the inputs of each adapter that is dropped.")
+    target_modules: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(
+        (),
+        max_length=64,
+        description="Linear layers that get an adapter: shell patterns over their full names, for example `*.q_proj`. "
+        "Left out: all linear layers of the decoder blocks. The fused experts of a mixture get none.",
+    )
+    rslora: bool = Field(False, description="Scale by the root of the rank, for high ranks (arXiv 2312.03732).")
+    dora: bool = Field(
+        False, description="Learn the length of each row of the weights apart from its direction (arXiv 2402.09353)."
+    )
+    init: Literal["default", "pissa"] = Field(
+        "default",
+        description="Where the narrow matrices start. `default`: their product is nothing. `pissa`: at the largest "
+        "singular vectors of the weights (arXiv 2404.02948); the adapter is written with twice the rank, so that it "
+        "goes with the weights as they were.",
+    )
+
+    @model_validator(mode="after")
+    def _starts_in_one_way(self) -> Self:
+        if self.init == "pissa" and self.dora:
+            raise ValueError("init `pissa` changes the weights whose rows `dora` measures: take one of them")
+        return self
+
+
+FINETUNE_METHODS: tuple[type[Finetune], ...] = (LoRA,)

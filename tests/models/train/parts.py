@@ -1,0 +1,58 @@
+"""A small training: records, the job that learns from them, and the loop over them."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from models.job import Inputs
+from models.train.checkpoints import Checkpoints, Story
+from models.train.loop import Task, accelerator_of, train
+from models.train.prepare import Prepared, begun, prepare
+from squeeze.specs import JobSpec
+from squeeze.training import LoRA
+from tests.models.job_parts import Heard, inputs_of
+
+QUICK: dict[str, Any] = {"steps": 12, "learning_rate": 0.01, "batch_size": 4, "rank": 4}
+
+
+def spec_of(step: dict[str, Any] | None = None, **changes: Any) -> JobSpec:
+    steps = [{"kind": "finetune", "method": "lora"} | QUICK | (step or {})]
+    data = {"source": "file-abcdefgh", "sequence_length": 48}
+    return JobSpec.model_validate({"model": "org/model", "steps": steps, "data": data} | changes)
+
+
+def sums(count: int = 60, seed: int = 0) -> list[dict[str, str]]:
+    dice = random.Random(seed)
+    pairs = [(dice.randrange(90), dice.randrange(90)) for _ in range(count)]
+    return [{"prompt": f"{a} + {b} = ", "completion": f"{a + b}, no more"} for a, b in pairs]
+
+
+def written(path: Path, rows: list[Any]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def inputs_for(spec: JobSpec, model: Path, room: Path, rows: list[Any] | None = None) -> Inputs:
+    room.mkdir(parents=True, exist_ok=True)
+    return inputs_of(spec, model, written(room / "rows.jsonl", sums() if rows is None else rows), room)
+
+
+def begin(inputs: Inputs) -> tuple[Prepared, Task]:
+    step = inputs.spec.steps[0]
+    assert isinstance(step, LoRA)
+    prepared = prepare(inputs, step)
+    return prepared, begun(prepared)[0]
+
+
+def go_on(inputs: Inputs, heard: Heard | None = None) -> tuple[Task, Story]:
+    """The loop, from where an earlier process of the same room stopped."""
+    prepared, task = begin(inputs)
+    checkpoints = Checkpoints(inputs.work / "train", prepared.mark)
+    accelerator = accelerator_of(prepared.precision, prepared.device)
+    return task, train(task, accelerator, checkpoints, heard or Heard(), inputs.snapshot_seconds)
+
+
+def seen(story: Story) -> list[tuple[float, float, float]]:
+    """What a training must repeat to the bit."""
+    return [(one.loss, one.learning_rate, one.gradient_norm) for one in story.curve]

@@ -1,0 +1,105 @@
+"""Whole jobs that train: the adapter and the merged model certified, and 4-bit weights of what was learned."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.checkpoint import open_model
+from models.frame import Frame
+from models.pipeline import check, run
+from models.quantized import Site
+from squeeze.errors import ModelMalformed
+from squeeze.objects import Stage
+from squeeze.report import Report
+from tests.models.engine_parts import frame_of
+from tests.models.job_parts import Heard, digests
+from tests.models.tiny import FAMILIES
+from tests.models.train.parts import inputs_for, spec_of, written
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return FAMILIES["llama"](tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.mark.slow
+def test_a_training_ends_with_an_adapter_and_a_merged_model_that_lose_what_the_report_says(
+    tmp_path: Path, model: Path
+) -> None:
+    inputs, heard = inputs_for(spec_of({"merge": True}), model, tmp_path), Heard()
+    outcome = run(inputs, heard)
+    report, training = outcome.report, outcome.report.training
+    assert Report.model_validate_json((inputs.out / "report.json").read_text()) == report
+    assert sorted(path.name for path in inputs.out.iterdir()) == ["peft", "report.json", "safetensors"]
+    assert heard.stages == [Stage.planning, Stage.loading, Stage.training, Stage.exporting, Stage.certifying]
+    assert training is not None and training.steps == training.best_step == len(training.curve) == 12
+    assert training.loss_after < 0.9 * training.loss_before
+    assert training.loss_merged == pytest.approx(training.loss_after, rel=1e-2)  # rounded to bfloat16
+    assert training.trainable_parameters == 4 * sum(site.rows + site.columns for site in sites(model))
+    assert training.data.records + training.data.held_out_records == 60 and training.packed
+    passed = {one.consumer: one for one in report.certificates if one.outcome == "passed"}
+    assert set(passed) == {"peft", "transformers"}
+    for one in passed.values():
+        assert one.perplexity == pytest.approx(one.expected_perplexity, rel=1e-3) and one.sample is not None
+    assert (outcome.result.loss_before, outcome.result.loss_after) == (training.loss_before, training.loss_after)
+    assert outcome.result.bits_per_weight is outcome.result.compression_ratio is None
+    merged = open_model(outcome.directories["safetensors"])
+    assert str(merged.dtype) == "torch.bfloat16" and merged.names() == open_model(model).names()
+    config = json.loads((outcome.directories["peft"] / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/model"
+    for name, words in (("peft", "PeftModel"), ("safetensors", 'base_model_relation: "finetune"')):
+        assert words in (outcome.directories[name] / "README.md").read_text()
+
+    before = digests(inputs.out)
+    assert run(inputs, Heard()).report.training.resumed == [12]  # all that is left is to write it again
+    assert digests(inputs.out) == before
+
+
+@pytest.mark.slow
+def test_what_was_learned_is_quantized_in_the_same_job(tmp_path: Path, model: Path) -> None:
+    learn = {"kind": "finetune", "method": "lora", "merge": True, "steps": 12, "learning_rate": 0.01, "rank": 4}
+    steps = [learn, {"kind": "quantize", "method": "gptq", "group_size": 32}]
+    outcome = run(inputs_for(spec_of(steps=steps), model, tmp_path), Heard())
+    report, training, quality = outcome.report, outcome.report.training, outcome.report.quality
+    assert set(outcome.directories) == {"compressed-tensors"} and report.bits_per_weight == 4.5
+    assert training is not None and training.loss_after < training.loss_before
+    assert quality is not None and quality.divergence_nats is not None and quality.divergence_nats < 0.2
+    assert quality.text.origin == training.data.held_out_origin and not quality.text.generic
+    assert (report.source.dtype, report.source.bytes) == ("float32", open_model(model).weight_bytes)
+    assert [step["method"] for step in report.recipe] == ["lora", "gptq"]
+    assert report.certificates[0].outcome == "passed"
+    assert training.loss_merged is not None
+    assert training.loss_quantized["compressed-tensors"] == pytest.approx(training.loss_merged, rel=0.1)
+    assert training.loss_quantized["compressed-tensors"] != training.loss_merged < training.loss_before
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "words", "param"),
+    [({"target_modules": ["*.wq"]}, ModelMalformed, "matches no linear layer", "steps.0.target_modules")],
+)
+def test_what_can_t_be_trained_is_refused_from_the_config_alone(
+    tmp_path: Path, model: Path, step: dict[str, Any], error: type[Exception], words: str, param: str
+) -> None:
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    with pytest.raises(error, match=words) as refused:
+        check(spec_of(step), tmp_path)
+    assert getattr(refused.value, "param", None) == param
+    assert check(spec_of(), tmp_path).linears == 14
+
+
+@pytest.mark.slow
+def test_a_training_that_learns_nothing_for_others_says_so(tmp_path: Path, model: Path) -> None:
+    heard, other = Heard(), [{"text": f"quartz jumps {n} zephyrs by vex"} for n in range(9)]
+    inputs = inputs_for(spec_of(evaluation={"source": "file-zyxwvuts"}), model, tmp_path)
+    inputs = dataclasses.replace(inputs, evaluation_text=written(tmp_path / "other", other))
+    outcome = run(inputs, heard)
+    assert any("held-out loss rose" in one for one in outcome.report.warnings)
+    assert set(outcome.report.warnings) <= set(heard.messages)
+
+
+def sites(model: Path) -> list[Site]:
+    frame: Frame = frame_of(model)
+    return [site for n in range(frame.count) for site in frame.sites(n)]

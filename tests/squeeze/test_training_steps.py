@@ -1,0 +1,83 @@
+"""What a request may ask of training: combinations that make no sense are refused with what would."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from squeeze.errors import FormatUnfit
+from squeeze.formats import refuse_unfit
+from squeeze.specs import JobSpec
+
+DATA = {"source": "file-abcdefgh"}
+GPTQ = {"kind": "quantize", "method": "gptq"}
+
+
+def lora(**fields: Any) -> dict[str, Any]:
+    return {"kind": "finetune", "method": "lora"} | fields
+
+
+def job(*steps: dict[str, Any], **fields: Any) -> JobSpec:
+    return JobSpec.model_validate({"model": "org/model", "steps": steps, "data": DATA} | fields)
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (lora(steps=10, epochs=2), "steps and epochs all say how long"),
+        (lora(tokens=10, epochs=2), "epochs and tokens all say how long"),
+        (lora(patience=3), "say `evaluate_every` too"),
+        (lora(batch_size=4, micro_batch_size=5), "more than a batch of 4"),
+        (lora(init="pissa", dora=True), "take one of them"),
+        (lora(init="loftq"), "'default' or 'pissa'"),
+        (lora(rank=0), "greater than or equal to 1"),
+        (lora(precision="fp16"), "'auto', 'fp32' or 'bf16'"),
+        (lora(bits=4), "Extra inputs"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(list(value)[2:]),
+)
+def test_fields_that_don_t_go_together_are_refused(step: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        job(step)
+
+
+@pytest.mark.parametrize(
+    ("steps", "fields", "words"),
+    [
+        ([lora(), lora()], {}, "more than one step trains"),
+        ([GPTQ, lora()], {}, "let the step that quantizes be the last"),
+        ([lora(), GPTQ], {}, "set its `merge` to true"),
+        ([lora()], {"data": {}}, "learns from examples: name a file"),
+        ([lora()], {"data": {"source": "self"}}, "learns from examples: name a file"),
+        ([lora()], {"limits": {"gpus": 2}}, "trains on one GPU"),
+    ],
+    ids=["twice", "after quantizing", "unmerged", "no data", "own text", "GPUs"],
+)
+def test_steps_that_can_t_follow_each_other_are_refused(
+    steps: list[dict[str, Any]], fields: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValidationError, match=words):
+        job(*steps, **fields)
+
+
+def test_formats_are_what_the_last_step_makes_where_none_are_named() -> None:
+    assert job(lora()).formats == ("peft",)
+    assert job(lora(merge=True)).formats == ("peft", "safetensors")
+    assert job(lora(merge=True), GPTQ).formats == ("compressed-tensors",)
+
+
+@pytest.mark.parametrize(
+    ("steps", "formats", "param"),
+    [
+        ([lora()], ["safetensors"], "steps.0.merge"),
+        ([lora(merge=True)], ["gptq"], "formats"),
+        ([lora(merge=True), GPTQ], ["peft"], "formats"),
+        ([GPTQ], ["peft"], "formats"),
+    ],
+)
+def test_formats_that_can_t_hold_it_are_refused(steps: list[dict[str, Any]], formats: list[str], param: str) -> None:
+    spec = job(*steps, formats=formats)
+    with pytest.raises(FormatUnfit) as refused:
+        refuse_unfit(spec.steps, spec.formats)
+    assert refused.value.param == param
+    refuse_unfit(job(lora(merge=True)).steps, ["safetensors"])
