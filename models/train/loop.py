@@ -32,7 +32,7 @@ from models.train.checkpoints import (
 from models.train.examples import Examples
 from models.train.packing import Batch, Plan, Row, batch_of, micro_batches
 from models.train.schedule import learning_rate, warmup_steps
-from models.train.scoring import example_losses, logits_of, loss_sum
+from models.train.scoring import example_losses, learned_losses
 from squeeze.errors import NotFinite
 from squeeze.report import HeldOutLoss, TrainingStep
 from squeeze.training import Finetune
@@ -188,8 +188,8 @@ class _Run:
         model, accelerator = self._task.model, self._accelerator
         with nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast():
-                logits = logits_of(model, batch, packed=self._task.packed)
-            loss = loss_sum(logits, batch.targets) / learned
+                losses = learned_losses(model, batch, packed=self._task.packed)
+            loss = losses.sum() / learned
             accelerator.backward(loss)
         return float(loss.detach())
 

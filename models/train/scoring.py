@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.train.examples import Examples
@@ -29,10 +29,23 @@ def logits_of(model: Any, batch: Batch, *, packed: bool) -> Tensor:
     return model(input_ids=batch.ids, use_cache=False, **told).logits  # type: ignore[no-any-return]
 
 
-def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of all learned tokens together, nats, float32. targets: (B, T) as in `Batch`."""
-    learned = targets != UNSCORED
-    return F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum")
+def learned_losses(model: Any, batch: Batch, *, packed: bool) -> Tensor:
+    """Negative log-likelihood of each learned token, nats: (n,) float32, in the order of the batch.
+
+    The output head sees the positions alone whose next token is learned: logits are the largest thing that a small
+    model holds, and of a prompt or of what fills a sequence up nobody asks for them.
+    """
+    learned = batch.targets != UNSCORED
+
+    def chosen(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (given[0][learned], *given[1:])  # (B, T, C) -> (n, C)
+
+    hook = _own(model).get_output_embeddings().register_forward_pre_hook(chosen)
+    try:
+        logits = logits_of(model, batch, packed=packed)  # (n, V)
+    finally:
+        hook.remove()
+    return F.cross_entropy(logits.float(), batch.targets[learned], reduction="none")
 
 
 @torch.no_grad()
@@ -47,9 +60,8 @@ def example_losses(
     model.eval()
     for some in micro_batches(rows, size):
         batch = batch_of(examples, some).to(device)
-        logits, learned = logits_of(model, batch, packed=packed), batch.targets != UNSCORED
-        each = F.cross_entropy(logits[learned].float(), batch.targets[learned], reduction="none").double().cpu()
-        owners = batch.owners[learned].cpu()
+        each = learned_losses(model, batch, packed=packed).double().cpu()
+        owners = batch.owners[batch.targets != UNSCORED].cpu()
         sums.index_add_(0, owners, each)
         counts.index_add_(0, owners, torch.ones_like(each))
     model.train(was_training)
@@ -66,8 +78,7 @@ def packs(model: Any, device: torch.device, vocabulary: int) -> bool:
     Two sequences whose first halves differ: the second half must give the same logits, and the same as alone, both but
     for rounding.
     """
-    own = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "position_ids" not in inspect.signature(own.forward).parameters:
+    if "position_ids" not in inspect.signature(_own(model).forward).parameters:
         return False
     dice = torch.Generator().manual_seed(0)
     first, second = 7, 9
@@ -87,3 +98,8 @@ def packs(model: Any, device: torch.device, vocabulary: int) -> bool:
     spread = alone.float().std()
     leaked, apart = ((inside - one).square().mean().sqrt() / spread for one in (other, alone.float()))
     return bool(leaked <= LEAK_TOLERANCE.get(alone.dtype, 0.0) and apart <= POSITION_TOLERANCE.get(alone.dtype, 0.1))
+
+
+def _own(model: Any) -> Any:
+    """transformers' model, where peft has wrapped it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -14,6 +14,8 @@ import torch
 
 from models.train.checkpoints import Checkpoints, Story
 from models.train.loop import accelerator_of, train
+from models.train.packing import batch_of
+from models.train.scoring import learned_losses
 from squeeze.errors import NotFinite
 from tests.models.job_parts import Heard
 from tests.models.tiny import FAMILIES
@@ -120,6 +122,21 @@ def test_micro_batches_and_checkpointed_activations_change_nothing_but_rounding(
     curves = [go_on(inputs_for(spec_of({"steps": 4} | way), model, tmp_path / str(n)))[1] for n, way in enumerate(ways)]
     for other in curves[1:]:
         assert [one.loss for one in other.curve] == pytest.approx([one.loss for one in curves[0].curve], abs=1e-4)
+
+
+def test_checkpointed_activations_are_computed_twice_for_the_same_gradient(tmp_path: Path, model: Path) -> None:
+    entered, gradients = [], []
+    for checkpointing in (False, True):
+        _, task = begin(inputs_for(spec_of({"activation_checkpointing": checkpointing}), model, tmp_path))
+        times: list[bool] = []
+        task.model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_, to=times: to.append(True))
+        task.model.train()
+        batch = batch_of(task.examples, task.plan.batch(0))
+        learned_losses(task.model, batch, packed=task.packed).sum().backward()
+        entered.append(len(times))
+        gradients.append([one.grad for one in task.learning.values()])
+    assert entered == [1, 2]
+    torch.testing.assert_close(*gradients)
 
 
 def test_in_bfloat16_what_learns_stays_in_float32(tmp_path: Path, model: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 from models.train.examples import Examples
 from models.train.packing import UNSCORED, Plan, batch_of, rows_of, steps_for
 from models.train.schedule import learning_rate
-from models.train.scoring import example_losses, logits_of, packs
+from models.train.scoring import example_losses, learned_losses, logits_of, packs
 from tests.models.tiny import FAMILIES, VOCABULARY
 
 CPU = torch.device("cpu")
@@ -69,6 +69,18 @@ def test_packed_logits_are_those_of_each_example_alone(tmp_path: Path, family: s
 @pytest.mark.parametrize("family", ["opt", "bloom"])
 def test_models_that_count_positions_themselves_are_found_out(tmp_path: Path, family: str) -> None:
     assert not packs(loaded(family, tmp_path), CPU, VOCABULARY)
+
+
+def test_every_family_s_losses_are_those_of_its_whole_logits(tmp_path: Path) -> None:
+    some = examples([9, 17, 5, 12])
+    batch = batch_of(some, [(0,), (1,), (2,), (3,)])
+    learned = batch.targets != UNSCORED
+    for family in FAMILIES:
+        model = loaded(family, tmp_path)
+        with torch.no_grad():
+            logits = logits_of(model, batch, packed=False)
+            whole = torch.nn.functional.cross_entropy(logits[learned].float(), batch.targets[learned], reduction="none")
+            torch.testing.assert_close(learned_losses(model, batch, packed=False), whole, atol=1e-4, rtol=1e-4)
 
 
 def test_the_held_out_loss_is_the_same_packed_and_not(tmp_path: Path) -> None:
