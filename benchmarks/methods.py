@@ -219,7 +219,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"The bundled model (5 M parameters, trained), {DATA['samples']} calibration sequences of "
         f"{DATA['sequence_length']} tokens of the generic text;",
         "perplexity and divergence on held-out generic text. Seconds and memory are of the job's own process, with its",
-        "libraries (about 600 MB).",
+        "libraries (about 600 MB). The machine did other things too: seconds are good for orders of magnitude.",
         "",
         "## Cost and loss on the bundled model",
         "",
