@@ -177,6 +177,7 @@ def test_a_job_that_two_processes_share_gives_the_bytes_of_one_even_when_one_of_
     assert any(event.message.startswith("2 processes share") for event in place.events(shared))
 
 
+@pytest.mark.slow
 def test_a_job_on_a_dataset_of_the_hub_reports_the_commit_and_split_that_it_read(
     place: Place, worker: Worker, hub: FaultyHub, tmp_path: Path
 ) -> None:
@@ -242,6 +243,7 @@ def test_a_model_that_does_not_fit_the_recipe_fails_before_its_weights_come(
     assert {name for name, _ in hub.sent} == {"config.json"}
 
 
+@pytest.mark.slow
 def test_a_warm_worker_starts_a_job_at_once(place: Place, hub: FaultyHub, capsys: pytest.CaptureFixture[str]) -> None:
     seconds = []
     with worker_process(place, entry=DEFAULT_ENTRY, HF_ENDPOINT=hub.url):
