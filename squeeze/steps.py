@@ -173,8 +173,8 @@ class AutoRound(Grouped):
 
 
 class HQQ(Grouped):
-    """Rounds to nearest on a grid that a half-quadratic solver fits to the bulk of the weights (Badri and Shaji 2023).
-    No data.
+    """Rounds to nearest on a grid whose zero points a half-quadratic solver fits to the bulk of the weights (Badri and
+    Shaji 2023). A symmetric grid has none to fit, and is that of `rtn`: set `symmetric` to false. No data.
     """
 
     method: Literal["hqq"]
