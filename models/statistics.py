@@ -148,6 +148,11 @@ class Hessian:
         """H, a copy."""
         return self.sum * (2.0 / max(self.count, 1))
 
+    @property
+    def diagonal(self) -> Tensor:
+        """Σ x², (in,); not a copy."""
+        return self._sum.diagonal() if self.factor is None else self.factor.diagonal
+
     def replace(self, factor: Factor) -> None:
         """Keeps a factor instead of the sum, which is as large."""
         self.factor, self._sum = factor, torch.empty(0)

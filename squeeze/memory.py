@@ -18,7 +18,7 @@ FLOAT = 4  # bytes of a number that methods work on
 PROCESS_BYTES = 450_000_000  # of a process that has imported what a job or a certifier needs; measured, on a CPU
 LOGIT_BYTES, LOGIT_SLICES = 128 << 20, 6  # of one float32 slice of logits, as `models.evaluation` has it
 BATCH_TOKENS = 1024  # that go through a block together on a CPU
-BAND_WEIGHTS = 1 << 22  # that GPTQ works on together
+BAND_WEIGHTS = 1 << 22  # that are rounded together, errors fed back
 LOADING_SHARE, SAMPLING_BYTES = 1.1, (1 << 30) + (512 << 20)  # of a model that samples: loading; keys, values, logits
 CERTIFIER_LEAST_BYTES = 600_000_000
 CERTIFIER_LOGIT_BYTES, CERTIFIER_LOGIT_SLICES = 256 << 20, 3
@@ -131,14 +131,14 @@ def _solving(group: Group, step: Quantize) -> int:
     """The joined weights of all linears that read one input, their statistics, and what the method makes of them."""
     weights, square = group.weights, FLOAT * group.columns**2
     gptq = step.method == "gptq" or (isinstance(step, SmoothQuant) and step.rounding == "gptq")
+    rounding = 2 * square + (FLOAT + 2) * weights + 4 * FLOAT * min(weights, BAND_WEIGHTS)
     if gptq:
-        drift = square + 3 * FLOAT * weights if "drift" in step.wanted() else 0
-        return 2 * square + (FLOAT + 2) * weights + 4 * FLOAT * min(weights, BAND_WEIGHTS) + drift
+        return rounding + (square + 3 * FLOAT * weights if "drift" in step.wanted() else 0)
     if step.method == "awq":
         few = min(sum(group.rows), SAMPLED_ROWS) * group.columns
         return max(4 * square + (1 * weights + 8 * few) * FLOAT, 3 * square + 6 * FLOAT * weights)
     if step.method == "kquant":
-        return max(7 * square + FLOAT * weights, 3 * square + (2 * FLOAT + 2) * weights)
+        return max(rounding, square + (2 * FLOAT + 2) * weights)
     if step.method == "hqq":
         return 9 * FLOAT * weights
     return (3 * FLOAT + 1) * weights  # the weights, rounded in two steps, the codes

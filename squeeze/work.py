@@ -171,12 +171,15 @@ def _to_nearest(group: Group, step: Quantize) -> float:
     return (searched + ROUND_VISITS) * VISIT * group.weights
 
 
-def _gptq(group: Group, step: Quantize) -> float:
+def _feeding_back(group: Group) -> float:
     """One factorisation, in³/3, and a product of errors and factor, out·in², for all linears with one input."""
-    columns, rows = group.columns, sum(group.rows)
-    total = columns**3 / 3 + rows * columns**2 + 3 * VISIT * columns**2 + _to_nearest(group, step)
+    return group.columns**3 / 3 + group.weights * group.columns + 3 * VISIT * group.columns**2
+
+
+def _gptq(group: Group, step: Quantize) -> float:
+    total = _feeding_back(group) + _to_nearest(group, step)
     if "drift" in step.wanted():  # a product, and two triangular systems
-        total += 4 * rows * columns**2
+        total += 4 * group.weights * group.columns
     return total
 
 
@@ -201,9 +204,7 @@ def _smoothquant(group: Group, step: Quantize) -> float:
 
 
 def _kquant(group: Group, step: Quantize) -> float:  # noqa: ARG001 - all mixtures take about as long
-    """Two factorisations and an inverse, 4/3 in³."""
-    columns, rows = group.columns, sum(group.rows)
-    return 4 / 3 * columns**3 + rows * columns**2 + (SEARCH_VISITS + ROUND_VISITS) * VISIT * group.weights
+    return _feeding_back(group) + (SEARCH_VISITS + ROUND_VISITS) * VISIT * group.weights
 
 
 SOLVERS: Mapping[type[Quantize], Callable[[Group, Quantize], float]] = {

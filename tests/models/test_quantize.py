@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.codes import Codes
-from models.quantize import gptq, rtn
+from models.quantize import feedback, gptq, rtn
 from models.quantize.problem import Problem, Solution
 from models.statistics import LEAST_ROUNDED, Hessian, Statistics
 from squeeze.errors import FactorisationFailed
@@ -149,7 +149,7 @@ def test_too_little_text_for_a_definite_hessian_escalates_the_damping_and_counts
     step = GPTQ(method="gptq", group_size=32, damping=1e-9)
     solution = solved(gptq, torch.randn(16, 64), statistics_of(direction), step, torch.float32)
     assert solution.escalations > 0
-    assert solution.damping == pytest.approx(1e-9 * gptq.DAMPING_FACTOR**solution.escalations)
+    assert solution.damping == pytest.approx(1e-9 * feedback.DAMPING_FACTOR**solution.escalations)
 
 
 def test_too_few_tokens_for_the_columns_are_rounded_to_nearest_and_say_so():

@@ -7,7 +7,7 @@ import torch
 
 from models import calls, certify, certify_process, certify_run, evaluation, self_text, sensitivity
 from models.calls import Calls, run
-from models.quantize import autoround, awq, gptq, grid
+from models.quantize import autoround, awq, feedback, grid
 from models.wiring import wiring_of
 from squeeze import memory, work
 from tests.models import tiny
@@ -49,7 +49,7 @@ def test_plans_count_with_the_figures_that_the_engine_works_with() -> None:
     assert work.GENERATED_TOKENS == certify_run.NEW_TOKENS
     assert work.SAMPLED_AT_ONCE == self_text.MOST_SEQUENCES
     assert memory.BATCH_TOKENS == calls.TOKENS_PER_BATCH_CPU
-    assert memory.BAND_WEIGHTS == gptq.BAND_WEIGHTS
+    assert memory.BAND_WEIGHTS == feedback.BAND_WEIGHTS
     assert memory.LOGIT_BYTES == evaluation.LOGIT_BYTES
     assert memory.CERTIFIER_LOGIT_BYTES == certify_process.LOGIT_BYTES
     assert memory.LOADING_SHARE == self_text.LOADING_SHARE
