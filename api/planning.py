@@ -30,7 +30,7 @@ from squeeze.pace import duration
 from squeeze.shapes import Shape, shape_of
 from squeeze.specs import SELF, JobSpec, hub_text
 from squeeze.steps import Format, Grouped, Quantize
-from squeeze.training import Finetune, LoRA
+from squeeze.training import LoRA, Train
 from squeeze.work import counted
 
 LEAST = {"bits": 2, "target_bytes": None}
@@ -71,7 +71,7 @@ def _shape(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) ->
 
 def _cost(service: Service, spec: JobSpec, shape: Shape, result_bytes: dict[Format, int]) -> dict[str, Any]:
     """Memory and time; nothing where the headers show no blocks."""
-    if not shape.blocks or any(isinstance(step, Finetune) for step in spec.steps):  # what training takes is not counted
+    if not shape.blocks or any(isinstance(step, Train) for step in spec.steps):  # what training takes is not counted
         return {}
     memory = needed(shape, spec, result_bytes)
     method = next(step.method for step in spec.steps if isinstance(step, Quantize))

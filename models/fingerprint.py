@@ -14,7 +14,7 @@ from squeeze import __version__
 from squeeze.report import TrainingData
 from squeeze.schemes import Scheme
 from squeeze.specs import JobSpec
-from squeeze.training import Finetune
+from squeeze.training import Train
 
 TARGETS = {"target_bits", "target_bytes"}  # decide nothing but the schemes
 
@@ -41,7 +41,7 @@ def fingerprint(
 
 
 def training_fingerprint(
-    step: Finetune, seed: int, revision: str | None, device: str, source: SourceModel, data: TrainingData, length: int
+    step: Train, seed: int, revision: str | None, device: str, source: SourceModel, data: TrainingData, length: int
 ) -> str:
     """As `fingerprint`, of what a step that trains leaves. length: of a sequence, in tokens."""
     parts = {

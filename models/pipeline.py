@@ -1,6 +1,6 @@
 """A job's way through this room: a model directory and a spec in, model directories and a report out.
 
-loading -> training, where a step trains; of what that merged, or of the source, where a step quantizes: loading ->
+loading -> training, where a step trains; of what that made, or of the source, where a step quantizes: loading ->
 calibrating -> compressing (evaluating in the same pass) -> evaluating -> exporting -> certifying
 """
 
@@ -47,7 +47,7 @@ from squeeze.report import Allocation, Block, Certificate, Report, Rotation, Spe
 from squeeze.schemes import Scheme
 from squeeze.specs import JobSpec
 from squeeze.steps import Format, Grouped, Quantize, Step
-from squeeze.training import Finetune
+from squeeze.training import Train
 from squeeze.work import counted
 
 
@@ -64,7 +64,7 @@ def check(spec: JobSpec, model: Path) -> Facts:
     """Refuses what can't work, from `config.json` alone, before any weight is fetched."""
     config = read_config(model)
     frame = Frame(SourceModel(model, config, {}, architecture_of(config)), torch.float32, torch.device("cpu"))
-    training = finetune_step(spec)
+    training = training_step(spec)
     if training is not None:
         with _params_named(spec, training):
             count = refuse_untrainable(training, frame)
@@ -112,13 +112,12 @@ def _run(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
     notify.stage(Stage.planning)
     torch.manual_seed(inputs.spec.seed)
     check(inputs.spec, inputs.model)
-    training, clock = finetune_step(inputs.spec), Clock()
+    training, clock = training_step(inputs.spec), Clock()
     if training is None:
         return _quantized(inputs, clock, notify, team)
     if training is inputs.spec.steps[-1]:
         return run_training(inputs, training, notify)
-    adapter, merged = inputs.work / "adapter", inputs.work / "merged"
-    done = trained(inputs, training, adapter, merged, clock, notify)
+    done = trained(inputs, training, inputs.work / "adapter", inputs.work / "whole", clock, notify)
     following = for_what_follows(inputs, done)
     return _quantized(following, clock, notify, team, lambda report: added(report, inputs, done))
 
@@ -215,8 +214,8 @@ def _quantized(
     return Outcome(directories, report, result_of(report, directories))
 
 
-def finetune_step(spec: JobSpec) -> Finetune | None:
-    return next((step for step in spec.steps if isinstance(step, Finetune)), None)
+def training_step(spec: JobSpec) -> Train | None:
+    return next((step for step in spec.steps if isinstance(step, Train)), None)
 
 
 def _quantize_step(spec: JobSpec) -> Quantize:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.document_report import type_name  # noqa: E402
 from squeeze.formats import CAPACITIES, Capacity, holders  # noqa: E402
 from squeeze.steps import METHODS, Grouped, Quantize, tag_of  # noqa: E402
-from squeeze.training import FINETUNE_METHODS, Finetune  # noqa: E402
+from squeeze.training import TRAINING_METHODS, Train  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 MARKS = {
@@ -56,10 +56,10 @@ def _methods() -> str:
 
 
 def _training() -> str:
-    parts = ["Every method takes:\n\n" + _table(Finetune, ())]
-    for method in FINETUNE_METHODS:
+    parts = ["Every method takes:\n\n" + _table(Train, ())]
+    for method in TRAINING_METHODS:
         about = f"### {_name(method)}\n\n{inspect.getdoc(method)}"
-        parts.append("\n\n".join(filter(None, (about, _table(method, Finetune.model_fields)))))
+        parts.append("\n\n".join(filter(None, (about, _table(method, Train.model_fields)))))
     return "\n\n".join(parts)
 
 
@@ -83,7 +83,7 @@ def _held(capacity: Capacity) -> str:
     return "; ".join(told)
 
 
-def _table(method: type[Quantize] | type[Finetune], shared: Iterable[str]) -> str:
+def _table(method: type[Quantize] | type[Train], shared: Iterable[str]) -> str:
     fields = {name: field for name, field in method.model_fields.items() if name not in {"kind", "method", *shared}}
     if not fields:
         return ""
@@ -123,7 +123,7 @@ def _listed(methods: Iterable[type[Quantize]]) -> str:
     return ", ".join(f"`{_name(one)}`" for one in methods)
 
 
-def _name(method: type[Quantize] | type[Finetune]) -> str:
+def _name(method: type[Quantize] | type[Train]) -> str:
     return tag_of(method).split(".")[1]
 
 

@@ -28,7 +28,7 @@ from squeeze.objects import FINAL, Artifact, Deleted, Event, File, Item, Job, Me
 from squeeze.report import Report
 from squeeze.specs import JobSpec
 from squeeze.steps import Quantize
-from squeeze.training import Finetune
+from squeeze.training import Train
 from squeeze.transport import Transport, pause_seconds
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -265,7 +265,7 @@ def _described(value: object) -> dict[str, Any]:
     described = value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, JobSpec):
         described["steps"] = [_described(step) for step in value.steps]
-    if isinstance(value, Quantize | Finetune):
+    if isinstance(value, Quantize | Train):
         described["kind"] = value.kind  # it has a default, yet the service tells steps apart by it
     return described
 

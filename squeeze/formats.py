@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from squeeze.errors import FormatUnfit
 from squeeze.schemes import Activations, Element, Group, Scheme
 from squeeze.steps import CODE_BITS, Format, Grouped, Quantize
-from squeeze.training import Finetune
+from squeeze.training import Train
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def candidates(step: Grouped, formats: Sequence[Format]) -> tuple[int, ...]:
 
 def refuse_unfit(steps: Sequence[object], formats: Sequence[Format]) -> None:
     """Raises FormatUnfit, naming the parameter and what would do, where a format can't hold what a step makes."""
-    if isinstance(steps[-1], Finetune):
+    if isinstance(steps[-1], Train):
         _refuse_untrained(steps[-1], len(steps) - 1, formats)
     for number, step in enumerate(steps):
         if not isinstance(step, Quantize):
@@ -146,10 +146,15 @@ def refuse_unfit(steps: Sequence[object], formats: Sequence[Format]) -> None:
             )
 
 
-def _refuse_untrained(step: Finetune, number: int, formats: Sequence[Format]) -> None:
+def _refuse_untrained(step: Train, number: int, formats: Sequence[Format]) -> None:
     """Raises FormatUnfit where a job that ends with training is to be written as what that does not make."""
     for name in formats:
-        if name == "safetensors" and not step.merge:
+        if name == "peft" and name not in step.formats:
+            raise FormatUnfit(
+                f"peft holds adapters, and {step.method} trains the model's own weights. Take safetensors.",
+                param="formats",
+            )
+        if name == "safetensors" and not step.whole:
             raise FormatUnfit(
                 "safetensors holds the merged model, and this step does not merge. Set `merge` to true, or leave "
                 "safetensors out of `formats`.",
@@ -157,7 +162,7 @@ def _refuse_untrained(step: Finetune, number: int, formats: Sequence[Format]) ->
             )
         if name not in ("peft", "safetensors"):
             raise FormatUnfit(
-                f"{name} can't hold what {step.method} makes; peft holds the adapter, safetensors the merged model. "
+                f"{name} can't hold what {step.method} makes; peft holds an adapter, safetensors a whole model. "
                 "Change `formats`, or add a step that quantizes.",
                 param="formats",
             )

@@ -199,7 +199,7 @@ class Training(Part):
     method: str
     precision: Literal["fp32", "bf16"]
     trainable_parameters: int
-    trained_modules: int = Field(description="Linear layers with an adapter.")
+    trained_modules: int = Field(description="Linear layers that were trained or have an adapter.")
     data: TrainingData
     sequence_length: int
     packed: bool = Field(description="Several examples to a sequence, which don't see each other.")
@@ -213,7 +213,7 @@ class Training(Part):
     best_step: int = Field(description="After which the weights are that were kept.")
     loss_before: float = Field(description="Held-out, of the model as it came.")
     loss_after: float = Field(description="Held-out, of what was kept.")
-    loss_merged: float | None = Field(None, description="Held-out, of the merged model as it is stored.")
+    loss_written: float | None = Field(None, description="Held-out, of the whole model as it is stored, if one is.")
     loss_quantized: dict[str, float] = Field(
         default_factory=dict,
         description="Held-out, by format, where the next step quantized what was merged; as transformers sees it.",

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, f
 
 from squeeze.formats import holders
 from squeeze.steps import Format, Quantize, Step
-from squeeze.training import Finetune
+from squeeze.training import Finetune, Train
 from squeeze.wire import Wire
 
 HUB_ID = re.compile(r"^(?P<repo>[\w.-]{1,96}/[\w.-]{1,96}|[\w.-]{1,96})(@(?P<revision>[\w./-]{1,128}))?$", re.ASCII)
@@ -137,7 +137,7 @@ class Limits(Wire):
 def _default_formats(fields: dict[str, Any]) -> tuple[Format, ...]:
     """The most widely loaded format that holds what the steps make; of a last step that trains, all that it makes."""
     last = next(iter(reversed(fields.get("steps", ()))), None)
-    if isinstance(last, Finetune):
+    if isinstance(last, Train):
         return last.formats
     schemes = [step.scheme() for step in fields.get("steps", ()) if isinstance(step, Quantize)]
     return (holders(schemes[-1]) if schemes else ())[:1] or ("compressed-tensors",)
@@ -214,15 +214,15 @@ class JobSpec(Wire):
 
     @model_validator(mode="after")
     def _trains_once_on_examples(self) -> Self:
-        training = [step for step in self.steps if isinstance(step, Finetune)]
+        training = [step for step in self.steps if isinstance(step, Train)]
         if len(training) > 1:
             raise ValueError("more than one step trains: keep one, and name the job's id as the next one's model")
         for step in training:
-            if self.data.source is None or self.data.source == SELF:
+            if isinstance(step, Finetune) and (self.data.source is None or self.data.source == SELF):
                 raise ValueError(
                     f"{step.method} learns from examples: name a file (file-…) or a dataset (hub:…) as data.source"
                 )
-            if step is not self.steps[-1] and not step.merge:
+            if step is not self.steps[-1] and not step.whole:
                 raise ValueError(f"the step after {step.method} goes on with a whole model: set its `merge` to true")
             if self.limits.gpus > 1:
                 raise ValueError(f"{step.method} trains on one GPU: set limits.gpus to 1")

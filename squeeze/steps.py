@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from squeeze.schemes import Activations, Scheme
-from squeeze.training import FINETUNE_METHODS, Finetune
+from squeeze.training import TRAINING_METHODS, Train
 from squeeze.wire import Wire
 
 Kind = Literal["quantize", "finetune"]
@@ -342,7 +342,7 @@ METHODS: tuple[type[Quantize], ...] = (  # that quantize
     KQuant,
 )
 
-STEPS: tuple[type[Quantize] | type[Finetune], ...] = (*METHODS, *FINETUNE_METHODS)
+STEPS: tuple[type[Quantize] | type[Train], ...] = (*METHODS, *TRAINING_METHODS)
 
 
 def _tag(value: Any) -> str | None:
@@ -352,12 +352,12 @@ def _tag(value: Any) -> str | None:
     return f"{getattr(value, 'kind', None)}.{getattr(value, 'method', None)}"
 
 
-def tag_of(method: type[Quantize] | type[Finetune]) -> str:
+def tag_of(method: type[Quantize] | type[Train]) -> str:
     """`kind.method` of a step's class, for example `quantize.gptq`."""
     return ".".join(get_args(method.model_fields[name].annotation)[0] for name in ("kind", "method"))
 
 
 if TYPE_CHECKING:
-    Step = Quantize | Finetune
+    Step = Quantize | Train
 else:
     Step = Annotated[Union[tuple(Annotated[one, Tag(tag_of(one))] for one in STEPS)], Discriminator(_tag)]  # noqa: UP007 - of as many as there are

@@ -15,8 +15,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 USUAL_EPOCHS = 1.0
 
 
-class Finetune(Wire):
-    """What every training on the user's own examples shares.
+class Train(Wire):
+    """What every step that trains shares.
 
     How long it goes on is said by one of `steps`, `epochs` and `tokens`. A batch is what one step of the optimizer
     looks at; it goes through the model in micro-batches, whose gradients are added up, each token with the same weight.
@@ -78,11 +78,6 @@ class Finetune(Wire):
         ge=1,
         description="With `evaluate_every`: stop after so many looks in a row that found no lower held-out loss.",
     )
-    merge: bool = Field(
-        False,
-        description="Add what was learned to the weights: a plain model in 16 bits, written as `safetensors`, or what "
-        "the next step goes on with.",
-    )
     by_block: ClassVar[bool] = False
 
     @model_validator(mode="after")
@@ -108,12 +103,39 @@ class Finetune(Wire):
         return True
 
     @property
+    def whole(self) -> bool:
+        """Whether it makes a whole model, which other steps can go on with."""
+        return True
+
+    @property
     def formats(self) -> tuple[Literal["peft", "safetensors"], ...]:
         """What a job is written as that ends with this step."""
+        return ("safetensors",)
+
+
+class Finetune(Train):
+    """What every training on the user's own examples shares."""
+
+
+class Adapters(Finetune):
+    """Learns something beside the weights, which stay: small, and written apart from them."""
+
+    merge: bool = Field(
+        False,
+        description="Add what was learned to the weights: a plain model in 16 bits, written as `safetensors`, or what "
+        "the next step goes on with.",
+    )
+
+    @property
+    def whole(self) -> bool:
+        return self.merge
+
+    @property
+    def formats(self) -> tuple[Literal["peft", "safetensors"], ...]:
         return ("peft", "safetensors") if self.merge else ("peft",)
 
 
-class LoRA(Finetune):
+class LoRA(Adapters):
     """Learns a product of two narrow matrices beside each linear layer, whose own weights stay (arXiv 2106.09685)."""
 
     method: Literal["lora"]
@@ -148,4 +170,19 @@ class LoRA(Finetune):
         return self
 
 
-FINETUNE_METHODS: tuple[type[Finetune], ...] = (LoRA,)
+class Full(Finetune):
+    """Trains every weight of the model, in float32, with the state of an optimizer for each: 16 bytes a parameter."""
+
+    method: Literal["full"]
+    learning_rate: float = Field(2e-5, gt=0, le=10, description="At its highest.")
+
+
+class LastLayers(Finetune):
+    """Trains the last decoder blocks with what follows them, and leaves the others as they are."""
+
+    method: Literal["last_layers"]
+    learning_rate: float = Field(5e-5, gt=0, le=10, description="At its highest.")
+    layers: int = Field(2, ge=1, le=1000, description="Decoder blocks that are trained, counted from the end.")
+
+
+TRAINING_METHODS: tuple[type[Train], ...] = (LoRA, Full, LastLayers)

@@ -23,7 +23,7 @@ from models.train.examples import check_records
 from squeeze.errors import ProcessKilled
 from squeeze.specs import JobSpec
 from squeeze.steps import Quantize
-from squeeze.training import Finetune
+from squeeze.training import Train
 from storage import open_storage
 from workers.alone import take
 from workers.channel import Channel, Message, Teller
@@ -89,7 +89,7 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
     _settle(spec, request)
     storage = open_storage(request.storage_url)
     texts = Texts(request, spec, teller)
-    trains = any(isinstance(step, Finetune) for step in spec.steps)
+    trains = any(isinstance(step, Train) for step in spec.steps)
     fetched = texts.fetch(storage) if trains else None
     if fetched is not None:  # a line that is wrong is told before any weight is fetched
         _check_examples(spec, *fetched)

@@ -11,7 +11,7 @@ from models.text import HELD_OUT_SHARE
 from squeeze.errors import DataUnusable
 from squeeze.objects import Stage
 from squeeze.specs import OWN_ID, JobSpec, hub_text
-from squeeze.training import Finetune
+from squeeze.training import Train
 from storage import Storage
 from workers import shards
 from workers.channel import Teller
@@ -49,7 +49,7 @@ class Texts:
         """Calibration's and evaluation's; None for one that is in no file."""
         spec = self._spec
         data, evaluation = spec.data, spec.evaluation
-        training = next((step for step in spec.steps if isinstance(step, Finetune)), None)
+        training = next((step for step in spec.steps if isinstance(step, Train)), None)
         calibrating = data.samples if any(step.needs_calibration for step in spec.steps) else 0
         evaluating = evaluation.samples if evaluation.perplexity or evaluation.divergence or training else 0
         held_out = HELD_OUT_SHARE * evaluating if evaluation.source is None else 0
@@ -81,7 +81,7 @@ class Texts:
         return Located(path, dataset.origin)
 
 
-def _sequences(step: Finetune, length: int) -> int:
+def _sequences(step: Train, length: int) -> int:
     """That a training looks at, at most; of epochs the whole of a dataset."""
     if step.steps is not None:
         return step.steps * step.batch_size

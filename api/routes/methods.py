@@ -15,7 +15,7 @@ from squeeze.formats import CAPACITIES
 from squeeze.objects import Load, Method, Page
 from squeeze.schemes import Scheme
 from squeeze.steps import STEPS, Format, Quantize, tag_of
-from squeeze.training import Finetune
+from squeeze.training import Train
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"])
 
@@ -26,7 +26,7 @@ def list_methods(project: Project) -> Page[Method]:  # noqa: ARG001 (asked for s
     return Page.of([_method(step) for step in STEPS], False, lambda one: one.method)
 
 
-def _method(step: type[Quantize] | type[Finetune]) -> Method:
+def _method(step: type[Quantize] | type[Train]) -> Method:
     kind, method = tag_of(step).split(".")
     usual = step.model_construct(method=method)
     return Method(
@@ -35,21 +35,21 @@ def _method(step: type[Quantize] | type[Finetune]) -> Method:
         description=inspect.getdoc(step) or "",
         parameters=step.model_json_schema(),
         architectures=list(ARCHITECTURES),
-        formats=_formats(usual.scheme()) if isinstance(usual, Quantize) else _trained_formats(),
+        formats=_formats(usual.scheme()) if isinstance(usual, Quantize) else _trained_formats(usual),
         loads=[Load.model_validate(one) for one in _loads() if one.pop("method") == method],
         needs=_needs(usual),
     )
 
 
-def _needs(step: Quantize | Finetune) -> list[str]:
-    if isinstance(step, Finetune):
+def _needs(step: Quantize | Train) -> list[str]:
+    if isinstance(step, Train):
         return ["training data"]
     return ["calibration data"] if step.needs_calibration else []
 
 
-def _trained_formats() -> dict[str, dict[str, Any]]:
+def _trained_formats(step: Train) -> dict[str, dict[str, Any]]:
     """What a job is written as that ends with training: the adapter, and the merged model where it merges."""
-    names: tuple[Format, ...] = ("peft", "safetensors")
+    names: tuple[Format, ...] = ("peft", "safetensors") if "peft" in step.formats else step.formats
     return {
         name: {"consumers": list(CAPACITIES[name].consumers), "architectures": list(ARCHITECTURES)} for name in names
     }

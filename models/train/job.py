@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,22 +32,24 @@ from models.train.examples import Examples
 from models.train.loop import Task, accelerator_of, train
 from models.train.merging import write_merged
 from models.train.prepare import Prepared, begun, method_of, prepare
+from models.train.whole import write_trained
 from squeeze import __version__
 from squeeze.objects import Stage
 from squeeze.report import Certificate, Report, Spent, Training
 from squeeze.steps import Format
-from squeeze.training import Finetune
+from squeeze.training import Adapters, Train
 
 LIBRARIES = ("peft", "accelerate")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """adapter, merged: directories. samples: of each, held-out examples with the losses that it was seen to have."""
+    """whole: the directory of the whole model, where one is made. samples: of each directory, held-out examples with
+    the losses that it was seen to have.
+    """
 
     prepared: Prepared
-    adapter: Path
-    merged: Path | None
+    whole: Path | None
     training: Training
     warnings: list[str]
     samples: dict[Path, Sample]
@@ -57,12 +59,11 @@ class Trained:
         return self.prepared.source
 
 
-def trained(
-    inputs: Inputs, step: Finetune, adapter: Path, merged: Path | None, clock: Clock, notify: Notify
-) -> Trained:
+def trained(inputs: Inputs, step: Train, adapter: Path, whole: Path | None, clock: Clock, notify: Notify) -> Trained:
     """Trains, resuming where an earlier attempt stopped, writes what was learned, and measures what was written.
 
-    adapter, merged: the directories to write; a merged one that this training wrote before is left as it is.
+    adapter: the directory to write what adapters learned to. whole: that of the whole model, left as it is where this
+    training wrote it before.
     """
     with clock.stage("loading"):
         notify.stage(Stage.loading)
@@ -77,35 +78,30 @@ def trained(
         samples = {adapter: _sample(task.held_out, losses)}
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
-        _write_adapter(prepared, task, initial, inputs, adapter)
         training = _training(prepared, task, story, _mean(losses))
         packed = task.packed
+        _write(prepared, task.model, initial, inputs, adapter, whole, notify)
         del task, initial
         _give_back()
-        if merged is not None:
-            note = inputs.work / "merged-by"
-            if not merged.is_dir() or not note.is_file() or note.read_text(encoding="utf-8") != prepared.mark:
-                sums = method_of(step).Merged(adapter)
-                write_merged(prepared.source, prepared.sites, sums, merged, notify)
-                write_whole(note, prepared.mark)
-            plain = prepared.task(prepared.load(merged), packed=packed)
+        if whole is not None:
+            plain = prepared.task(prepared.load(whole), packed=packed)
             losses = plain.held_out_losses(accelerator)
-            samples[merged] = _sample(plain.held_out, losses)
-            training = training.model_copy(update={"loss_merged": _mean(losses)})
+            samples[whole] = _sample(plain.held_out, losses)
+            training = training.model_copy(update={"loss_written": _mean(losses)})
             del plain
             _give_back()
     warnings += _warnings(training)
     for warning in warnings:
         notify.event("warning", warning)
-    return Trained(prepared, adapter, merged, training, warnings, samples)
+    return Trained(prepared, whole, training, warnings, samples)
 
 
-def run_training(inputs: Inputs, step: Finetune, notify: Notify) -> Outcome:
+def run_training(inputs: Inputs, step: Train, notify: Notify) -> Outcome:
     """A job that ends with training."""
     clock, formats = Clock(), inputs.spec.formats
     places: dict[Format, Path] = {name: inputs.out / name for name in formats}
-    merged = places.get("safetensors")
-    done = trained(inputs, step, places.get("peft", inputs.work / "adapter"), merged, clock, notify)
+    adapter, whole = places.get("peft", inputs.work / "adapter"), places.get("safetensors")
+    done = trained(inputs, step, adapter, whole, clock, notify)
     with clock.stage("certifying"):
         notify.stage(Stage.certifying)
         certificates = []
@@ -133,10 +129,29 @@ def _certified(inputs: Inputs, done: Trained, name: Format, directory: Path, not
     )
 
 
-def _write_adapter(prepared: Prepared, task: Task, initial: dict[str, Tensor], inputs: Inputs, out: Path) -> None:
-    with written_whole(out) as partial:
-        write_companions(prepared.source, partial)
-        method_of(prepared.step).write(task.model, prepared.step, initial, partial, inputs.model_name, inputs.revision)
+def _write(
+    prepared: Prepared,
+    model: Any,
+    initial: dict[str, Tensor],
+    inputs: Inputs,
+    adapter: Path,
+    whole: Path | None,
+    notify: Notify,
+) -> None:
+    """What was learned, from the model that it stands in, which is worth nothing afterwards."""
+    step, source, method = prepared.step, prepared.source, method_of(prepared.step)
+    if isinstance(step, Adapters):
+        with written_whole(adapter) as partial:
+            write_companions(source, partial)
+            method.write(model, step, initial, partial, inputs.model_name, inputs.revision)
+    note = inputs.work / "whole-by"
+    if whole is None or (whole.is_dir() and note.is_file() and note.read_text(encoding="utf-8") == prepared.mark):
+        return
+    if isinstance(step, Adapters):
+        write_merged(source, prepared.sites, method.Merged(adapter), whole, notify)
+    else:
+        write_trained(model, source, whole)
+    write_whole(note, prepared.mark)
 
 
 def _training(prepared: Prepared, task: Task, story: Story, after: float) -> Training:
@@ -242,7 +257,7 @@ def for_what_follows(inputs: Inputs, done: Trained) -> Inputs:
     """What the next step is given: the merged model, and both sides of the split as the model reads them, so that what
     was held out from training is held out from calibration too.
     """
-    assert done.merged is not None, "a step that goes on needs a whole model"
+    assert done.whole is not None, "a step that goes on needs a whole model"
     tokenizer, split = read_tokenizer(inputs.model), done.prepared.split
     files = {}
     for name, side, column in (
@@ -254,7 +269,7 @@ def for_what_follows(inputs: Inputs, done: Trained) -> Inputs:
         write_whole(files[name], "".join(json.dumps({column or "text": text}) + "\n" for text in texts))
     return replace(
         inputs,
-        model=done.merged,
+        model=done.whole,
         calibration_text=files["learned"],
         evaluation_text=files["held-out"],
         calibration_origin=split.data.origin,

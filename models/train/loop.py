@@ -32,10 +32,10 @@ from models.train.checkpoints import (
 from models.train.examples import Examples
 from models.train.packing import Batch, Plan, Row, batch_of, micro_batches
 from models.train.schedule import learning_rate, warmup_steps
-from models.train.scoring import example_losses, learned_losses
+from models.train.scoring import Objective, example_losses, learned_losses
 from squeeze.errors import NotFinite
 from squeeze.report import HeldOutLoss, TrainingStep
-from squeeze.training import Finetune
+from squeeze.training import Train
 
 SNAPSHOT_SHARE = 0.1  # of the time that may go into checkpoints before `snapshot_seconds` are over
 TOLD_SECONDS = 1.0  # between two events
@@ -44,16 +44,19 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 @dataclass(frozen=True)
 class Task:
-    """model: on its device, with what is to learn in float32. packed: rows hold several examples each."""
+    """model: on its device, with what is to learn in float32. packed: rows hold several examples each. objective: what
+    falls; the held-out loss is the negative log-likelihood whatever it is.
+    """
 
     model: Any
-    step: Finetune
+    step: Train
     examples: Examples
     plan: Plan
     held_out: Examples
     held_out_rows: Sequence[Row]
     packed: bool
     device: torch.device
+    objective: Objective = learned_losses
 
     @property
     def learning(self) -> dict[str, nn.Parameter]:
@@ -188,7 +191,7 @@ class _Run:
         model, accelerator = self._task.model, self._accelerator
         with nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast():
-                losses = learned_losses(model, batch, packed=self._task.packed)
+                losses = self._task.objective(model, batch, packed=self._task.packed)
             loss = losses.sum() / learned
             accelerator.backward(loss)
         return float(loss.detach())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from models.checkpoint import SourceModel, open_or_convert
 from models.data import LEAST_TOKENS
@@ -20,9 +21,9 @@ from models.quantized import Site
 from models.train.examples import Examples, Split, read_examples
 from models.train.loop import Task
 from models.train.packing import Plan, rows_of, steps_for
-from models.train.scoring import packs
+from models.train.scoring import own, packs
 from squeeze.errors import DataUnusable, ModelMalformed
-from squeeze.training import Finetune, Precision
+from squeeze.training import Adapters, Precision, Train
 
 TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,7 +34,7 @@ class Prepared:
     loss is measured on. length: of a sequence, in tokens. mark: of all that decides the result.
     """
 
-    step: Finetune
+    step: Train
     seed: int
     source: SourceModel
     sites: list[Site]
@@ -51,6 +52,7 @@ class Prepared:
 
     def load(self, path: Path) -> Any:
         """A model directory's whole model on the device, nothing of it to learn."""
+        transformers_logging.disable_progress_bar()  # a worker's log is no terminal
         model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, trust_remote_code=False)
         model.config.use_cache = False
         return model.to(self.device).eval().requires_grad_(False)
@@ -73,22 +75,22 @@ class Prepared:
         )
 
 
-def method_of(step: Finetune) -> Any:
+def method_of(step: Train) -> Any:
     """The module of a step's method."""
     return import_module(f"models.{step.kind}.{step.method}")
 
 
-def refuse_untrainable(step: Finetune, frame: Frame) -> int:
+def refuse_untrainable(step: Train, frame: Frame) -> int:
     """The number of linears that get something to learn; raises where there are none, from the config alone."""
     sites = method_of(step).sites_of(frame, step)
     if not sites:
-        raise ModelMalformed("no linear layer of the decoder blocks can get an adapter", param="target_modules")
+        raise ModelMalformed("no linear layer of the decoder blocks can be trained", param="target_modules")
     if (frame.max_positions or LEAST_TOKENS) < LEAST_TOKENS:
         raise DataUnusable(f"the model has {frame.max_positions} positions; at least {LEAST_TOKENS} are needed")
     return len(sites)
 
 
-def prepare(inputs: Inputs, step: Finetune) -> Prepared:
+def prepare(inputs: Inputs, step: Train) -> Prepared:
     """Reads the examples, and looks at the model's headers. Raises what is wrong with either."""
     spec, text = inputs.spec, inputs.calibration_text
     assert text is not None and spec.data.source is not None, "a step that trains has examples"
@@ -125,7 +127,7 @@ def prepare(inputs: Inputs, step: Finetune) -> Prepared:
 
 
 def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
-    """(the training before its first step, what is to learn as it begins, warnings)."""
+    """(the training before its first step, adapters as they begin, warnings)."""
     step, warnings = prepared.step, list(prepared.split.warnings)
     model = prepared.load(prepared.source.path)
     torch.manual_seed(prepared.seed)
@@ -137,8 +139,9 @@ def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
             "of its own"
         )
     if step.activation_checkpointing:
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
-    return prepared.task(model, packed=packed), method_of(step).adapter_of(model), warnings
+        own(model).activation_checkpointing_enable({"use_reentrant": False})
+    initial = method_of(step).adapter_of(model) if isinstance(step, Adapters) else {}
+    return prepared.task(model, packed=packed), initial, warnings
 
 
 def _resolved(precision: Precision, device: torch.device) -> str:

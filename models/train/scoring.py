@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,17 @@ from squeeze.errors import NotFinite
 # come in another order.
 LEAK_TOLERANCE = {torch.float32: 1e-4}
 POSITION_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+def own(model: Any) -> Any:
+    """transformers' model, where peft has wrapped it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class Objective(Protocol):
+    """What a training makes less: of each learned token of a batch, (n,) float32, in the order of the batch."""
+
+    def __call__(self, model: Any, batch: Batch, *, packed: bool) -> Tensor: ...
 
 
 def logits_of(model: Any, batch: Batch, *, packed: bool) -> Tensor:
@@ -40,7 +51,7 @@ def learned_losses(model: Any, batch: Batch, *, packed: bool) -> Tensor:
     def chosen(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (given[0][learned], *given[1:])  # (B, T, C) -> (n, C)
 
-    hook = _own(model).get_output_embeddings().register_forward_pre_hook(chosen)
+    hook = own(model).get_output_embeddings().register_forward_pre_hook(chosen)
     try:
         logits = logits_of(model, batch, packed=packed)  # (n, V)
     finally:
@@ -78,7 +89,7 @@ def packs(model: Any, device: torch.device, vocabulary: int) -> bool:
     Two sequences whose first halves differ: the second half must give the same logits, and the same as alone, both but
     for rounding.
     """
-    if "position_ids" not in inspect.signature(_own(model).forward).parameters:
+    if "position_ids" not in inspect.signature(own(model).forward).parameters:
         return False
     dice = torch.Generator().manual_seed(0)
     first, second = 7, 9
@@ -98,8 +109,3 @@ def packs(model: Any, device: torch.device, vocabulary: int) -> bool:
     spread = alone.float().std()
     leaked, apart = ((inside - one).square().mean().sqrt() / spread for one in (other, alone.float()))
     return bool(leaked <= LEAK_TOLERANCE.get(alone.dtype, 0.0) and apart <= POSITION_TOLERANCE.get(alone.dtype, 0.1))
-
-
-def _own(model: Any) -> Any:
-    """transformers' model, where peft has wrapped it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -16,10 +16,10 @@ from squeeze.client import Client, Purpose
 from squeeze.errors import SpecInvalid
 from squeeze.specs import Data, Evaluation, JobSpec, Limits
 from squeeze.steps import STEPS, Format, Quantize
-from squeeze.training import Finetune
+from squeeze.training import Train
 
 NO_FILE = re.compile(r"^(file-[0-9a-z]{8,64}|hub:.*|self)$")
-Method = type[Quantize] | type[Finetune]
+Method = type[Quantize] | type[Train]
 TO_UPLOAD = "file-toupload"  # in the place of an id that is not there yet
 NAMES_A_MODEL = (
     "MODEL is a Hub id (org/name or org/name@revision), an earlier job (job-…) or a directory of the service."
@@ -143,7 +143,7 @@ def spec_of(client: Client, values: dict[str, Any], some: Sequence[Method]) -> J
         if values[f"evaluation_{name}"] is not None:
             evaluation[name] = values[f"evaluation_{name}"]
     texts: dict[str, tuple[dict[str, Any], Purpose]] = {
-        "data": (data, "training" if issubclass(method, Finetune) else "calibration"),
+        "data": (data, "training" if issubclass(method, Train) else "calibration"),
         "evaluation": (evaluation, "evaluation"),
     }
     for name, (part, _) in texts.items():

@@ -10,14 +10,15 @@ from models.train.checkpoints import Checkpoints, Story
 from models.train.loop import Task, accelerator_of, train
 from models.train.prepare import Prepared, begun, prepare
 from squeeze.specs import JobSpec
-from squeeze.training import LoRA
+from squeeze.training import Train
 from tests.models.job_parts import Heard, inputs_of
 
-QUICK: dict[str, Any] = {"steps": 12, "learning_rate": 0.01, "batch_size": 4, "rank": 4}
+QUICK: dict[str, Any] = {"steps": 12, "learning_rate": 0.01, "batch_size": 4}
 
 
 def spec_of(step: dict[str, Any] | None = None, **changes: Any) -> JobSpec:
-    steps = [{"kind": "finetune", "method": "lora"} | QUICK | (step or {})]
+    asked = {"kind": "finetune", "method": "lora"} | QUICK | (step or {})
+    steps = [asked | ({"rank": 4} if asked["method"] == "lora" and "rank" not in asked else {})]
     data = {"source": "file-abcdefgh", "sequence_length": 48}
     return JobSpec.model_validate({"model": "org/model", "steps": steps, "data": data} | changes)
 
@@ -40,7 +41,7 @@ def inputs_for(spec: JobSpec, model: Path, room: Path, rows: list[Any] | None = 
 
 def begin(inputs: Inputs) -> tuple[Prepared, Task]:
     step = inputs.spec.steps[0]
-    assert isinstance(step, LoRA)
+    assert isinstance(step, Train)
     prepared = prepare(inputs, step)
     return prepared, begun(prepared)[0]
 

@@ -37,7 +37,7 @@ def test_a_training_ends_with_an_adapter_and_a_merged_model_that_lose_what_the_r
     assert heard.stages == [Stage.planning, Stage.loading, Stage.training, Stage.exporting, Stage.certifying]
     assert training is not None and training.steps == training.best_step == len(training.curve) == 12
     assert training.loss_after < 0.9 * training.loss_before
-    assert training.loss_merged == pytest.approx(training.loss_after, rel=1e-2)  # rounded to bfloat16
+    assert training.loss_written == pytest.approx(training.loss_after, rel=1e-2)  # rounded to bfloat16
     assert training.trainable_parameters == 4 * sum(site.rows + site.columns for site in sites(model))
     assert training.data.records + training.data.held_out_records == 60 and training.packed
     passed = {one.consumer: one for one in report.certificates if one.outcome == "passed"}
@@ -71,9 +71,9 @@ def test_what_was_learned_is_quantized_in_the_same_job(tmp_path: Path, model: Pa
     assert (report.source.dtype, report.source.bytes) == ("float32", open_model(model).weight_bytes)
     assert [step["method"] for step in report.recipe] == ["lora", "gptq"]
     assert report.certificates[0].outcome == "passed"
-    assert training.loss_merged is not None
-    assert training.loss_quantized["compressed-tensors"] == pytest.approx(training.loss_merged, rel=0.1)
-    assert training.loss_quantized["compressed-tensors"] != training.loss_merged < training.loss_before
+    assert training.loss_written is not None
+    assert training.loss_quantized["compressed-tensors"] == pytest.approx(training.loss_written, rel=0.1)
+    assert training.loss_quantized["compressed-tensors"] != training.loss_written < training.loss_before
 
 
 @pytest.mark.parametrize(
