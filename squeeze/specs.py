@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, f
 
 from squeeze.formats import holders
 from squeeze.steps import Format, Quantize, Step
-from squeeze.training import Finetune, Train
+from squeeze.training import Adapters, Finetune, Train
 from squeeze.wire import Wire
 
 HUB_ID = re.compile(r"^(?P<repo>[\w.-]{1,96}/[\w.-]{1,96}|[\w.-]{1,96})(@(?P<revision>[\w./-]{1,128}))?$", re.ASCII)
@@ -221,6 +221,11 @@ class JobSpec(Wire):
             if isinstance(step, Finetune) and (self.data.source is None or self.data.source == SELF):
                 raise ValueError(
                     f"{step.method} learns from examples: name a file (file-…) or a dataset (hub:…) as data.source"
+                )
+            if step is not self.steps[-1] and isinstance(step, Adapters) and not step.mergeable:
+                raise ValueError(
+                    f"what {step.method} learns can't be merged into weights that a step goes on with: let it be the "
+                    "last step"
                 )
             if step is not self.steps[-1] and not step.whole:
                 raise ValueError(f"the step after {step.method} goes on with a whole model: set its `merge` to true")

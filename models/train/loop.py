@@ -32,7 +32,7 @@ from models.train.checkpoints import (
 from models.train.examples import Examples
 from models.train.packing import Batch, Plan, Row, batch_of, micro_batches
 from models.train.schedule import learning_rate, warmup_steps
-from models.train.scoring import Objective, example_losses, learned_losses
+from models.train.scoring import Objective, example_losses, learned_losses, without_virtual_tokens
 from squeeze.errors import NotFinite
 from squeeze.report import HeldOutLoss, TrainingStep
 from squeeze.training import Train
@@ -226,7 +226,8 @@ class _Run:
 
     def look(self) -> None:
         """Measures the held-out loss."""
-        sums, counts = self._task.held_out_losses(self._accelerator)
+        with nullcontext() if self.story.done else without_virtual_tokens(self._task.model):  # at first as it came
+            sums, counts = self._task.held_out_losses(self._accelerator)
         found = HeldOutLoss(step=self.story.done, loss=float(sums.sum() / counts.sum()))
         best = self.story.best
         self.story.held_out.append(found)

@@ -23,7 +23,7 @@ from models.train.loop import Task
 from models.train.packing import Plan, rows_of, steps_for
 from models.train.scoring import own, packs
 from squeeze.errors import DataUnusable, ModelMalformed
-from squeeze.training import Adapters, Precision, Train
+from squeeze.training import Adapters, Precision, Train, VirtualTokens
 
 TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -82,11 +82,12 @@ def method_of(step: Train) -> Any:
 
 def refuse_untrainable(step: Train, frame: Frame) -> int:
     """The number of linears that get something to learn; raises where there are none, from the config alone."""
-    sites = method_of(step).sites_of(frame, step)
-    if not sites:
+    sites, ahead = method_of(step).sites_of(frame, step), _virtual_tokens(step)
+    if not sites and not ahead:
         raise ModelMalformed("no linear layer of the decoder blocks can be trained", param="target_modules")
-    if (frame.max_positions or LEAST_TOKENS) < LEAST_TOKENS:
-        raise DataUnusable(f"the model has {frame.max_positions} positions; at least {LEAST_TOKENS} are needed")
+    if frame.max_positions is not None and frame.max_positions - ahead < LEAST_TOKENS:
+        beside = f" beside {ahead} virtual tokens" if ahead else ""
+        raise DataUnusable(f"the model has {frame.max_positions} positions; at least {LEAST_TOKENS} are needed{beside}")
     return len(sites)
 
 
@@ -98,7 +99,8 @@ def prepare(inputs: Inputs, step: Train) -> Prepared:
     refuse_broken_companions(source)
     frame = Frame(source, torch.float32, torch.device("cpu"))
     frame.refuse_misfits()
-    length = min(spec.data.sequence_length, frame.max_positions or spec.data.sequence_length)
+    ahead = _virtual_tokens(step)
+    length = min(spec.data.sequence_length, (frame.max_positions or spec.data.sequence_length + ahead) - ahead)
     origin = inputs.calibration_origin or spec.data.source
     split = read_examples(
         read_tokenizer(inputs.model),
@@ -109,7 +111,10 @@ def prepare(inputs: Inputs, step: Train) -> Prepared:
         columns=(spec.data.column, spec.evaluation.column),
     )
     if length < spec.data.sequence_length:
-        split.warnings.append(f"sequence_length {spec.data.sequence_length} was cut to the model's {length} positions")
+        beside = f" beside {ahead} virtual tokens" if ahead else ""
+        split.warnings.append(
+            f"sequence_length {spec.data.sequence_length} was cut to the model's {length} positions{beside}"
+        )
     _refuse_foreign_ids(split, int(frame.model.config.vocab_size))
     device = torch.device(inputs.device)
     return Prepared(
@@ -142,6 +147,11 @@ def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
         own(model).activation_checkpointing_enable({"use_reentrant": False})
     initial = method_of(step).adapter_of(model) if isinstance(step, Adapters) else {}
     return prepared.task(model, packed=packed), initial, warnings
+
+
+def _virtual_tokens(step: Train) -> int:
+    """That stand before every sequence, and take positions too."""
+    return step.virtual_tokens if isinstance(step, VirtualTokens) else 0
 
 
 def _resolved(precision: Precision, device: torch.device) -> str:

@@ -1,7 +1,8 @@
 """Losses of batches: of the learned tokens alone, each example by itself."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -36,8 +37,7 @@ def logits_of(model: Any, batch: Batch, *, packed: bool) -> Tensor:
     Without a mask transformers (5.23) makes one out of positions that begin anew: a token then sees only those of its
     own example. Where each sequence holds one example, causality alone keeps what fills it up out.
     """
-    told = {"position_ids": batch.positions} if packed else {}
-    return model(input_ids=batch.ids, use_cache=False, **told).logits  # type: ignore[no-any-return]
+    return _logits(model, batch, packed=packed)[:, -batch.ids.shape[1] :]  # without those of virtual tokens
 
 
 def learned_losses(model: Any, batch: Batch, *, packed: bool) -> Tensor:
@@ -49,14 +49,23 @@ def learned_losses(model: Any, batch: Batch, *, packed: bool) -> Tensor:
     learned = batch.targets != UNSCORED
 
     def chosen(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (given[0][learned], *given[1:])  # (B, T, C) -> (n, C)
+        hidden = given[0][:, -learned.shape[1] :]  # without virtual tokens
+        return (hidden[learned], *given[1:])  # (B, T, C) -> (n, C)
 
     hook = own(model).get_output_embeddings().register_forward_pre_hook(chosen)
     try:
-        logits = logits_of(model, batch, packed=packed)  # (n, V)
+        logits = _logits(model, batch, packed=packed)  # (n, V)
     finally:
         hook.remove()
     return F.cross_entropy(logits.float(), batch.targets[learned], reduction="none")
+
+
+@contextmanager
+def without_virtual_tokens(model: Any) -> Iterator[None]:
+    """Has the model compute as if nothing stood before its inputs, where an adapter put something there."""
+    ahead = getattr(model, "active_peft_config", None)
+    with model.disable_adapter() if ahead is not None and ahead.is_prompt_learning else nullcontext():
+        yield
 
 
 @torch.no_grad()
@@ -109,3 +118,8 @@ def packs(model: Any, device: torch.device, vocabulary: int) -> bool:
     spread = alone.float().std()
     leaked, apart = ((inside - one).square().mean().sqrt() / spread for one in (other, alone.float()))
     return bool(leaked <= LEAK_TOLERANCE.get(alone.dtype, 0.0) and apart <= POSITION_TOLERANCE.get(alone.dtype, 0.1))
+
+
+def _logits(model: Any, batch: Batch, *, packed: bool) -> Tensor:
+    told = {"position_ids": batch.positions} if packed else {}
+    return model(input_ids=batch.ids, use_cache=False, **told).logits  # type: ignore[no-any-return]

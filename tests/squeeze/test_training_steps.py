@@ -33,6 +33,9 @@ def job(*steps: dict[str, Any], **fields: Any) -> JobSpec:
         (lora(rank=0), "greater than or equal to 1"),
         (lora(precision="fp16"), "'auto', 'fp32' or 'bf16'"),
         (lora(bits=4), "Extra inputs"),
+        (lora(method="prompt", merge=True), "can't be merged into the weights: leave `merge` out"),
+        (lora(method="prefix", packing=True), "a sequence of its own: leave `packing` out"),
+        (lora(method="prefix", activation_checkpointing=True), "lost where activations are computed again"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(list(value)[2:]),
 )
@@ -47,11 +50,12 @@ def test_fields_that_don_t_go_together_are_refused(step: dict[str, Any], words: 
         ([lora(), lora()], {}, "more than one step trains"),
         ([GPTQ, lora()], {}, "let the step that quantizes be the last"),
         ([lora(), GPTQ], {}, "set its `merge` to true"),
+        ([lora(method="prompt"), GPTQ], {}, "what prompt learns can't be merged.*let it be the last step"),
         ([lora()], {"data": {}}, "learns from examples: name a file"),
         ([lora()], {"data": {"source": "self"}}, "learns from examples: name a file"),
         ([lora()], {"limits": {"gpus": 2}}, "trains on one GPU"),
     ],
-    ids=["twice", "after quantizing", "unmerged", "no data", "own text", "GPUs"],
+    ids=["twice", "after quantizing", "unmerged", "unmergeable", "no data", "own text", "GPUs"],
 )
 def test_steps_that_can_t_follow_each_other_are_refused(
     steps: list[dict[str, Any]], fields: dict[str, Any], words: str
@@ -70,6 +74,7 @@ def test_formats_are_what_the_last_step_makes_where_none_are_named() -> None:
     ("steps", "formats", "param"),
     [
         ([lora()], ["safetensors"], "steps.0.merge"),
+        ([lora(method="prefix")], ["safetensors"], "formats"),
         ([lora(merge=True)], ["gptq"], "formats"),
         ([lora(merge=True), GPTQ], ["peft"], "formats"),
         ([GPTQ], ["peft"], "formats"),
