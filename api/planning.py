@@ -53,7 +53,7 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
     linears = _compressed(spec, linears_of(tensors, transposed=config.get("model_type") == "gpt2"))
     obstacles += [_obstacle(error) for error in _in_the_model(spec, config, files, tensors, linears)]
     shape = _shape(spec, config, tensors)
-    if any(isinstance(step, Finetune) for step in spec.steps):
+    if any(isinstance(step, Train) for step in spec.steps):
         try:
             refuse_misfit(files, shape.positions, chat)
         except SqueezeError as error:

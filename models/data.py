@@ -20,6 +20,7 @@ from squeeze.report import Text
 
 LEAST_TOKENS = 16  # a sequence shorter than this tells nothing
 CHARACTERS_PER_TOKEN = 6  # first guess of how much text is wanted; raised where a tokenizer packs more
+GENERIC_ORIGIN = f"standard library of Python {platform.python_version()}"
 EVALUATION_SEED = 0  # the evaluation text does not move with the calibration draw
 
 Documents = Callable[[], Iterator[str]]
@@ -113,6 +114,13 @@ def evaluation_windows(
     return Windows(ids, first_scored, stride, text_of(ids, origin or _name(source), generic=source is None))
 
 
+def generic_passages(split: Split, characters: int, length: int, seed: int) -> list[str]:
+    """Passages of the generic text, some `characters` together if it has so many, each about a sequence of `length`
+    tokens, in an order drawn by `seed`.
+    """
+    return _draw(_documents(None, split, "data.source", None), characters, max(1024, length * 4), seed)[0]
+
+
 def digest(ids: Tensor) -> str:
     """SHA-256 of token ids, int64 little-endian."""
     return hashlib.sha256(ids.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
@@ -131,7 +139,7 @@ def text_of(ids: Tensor, origin: str, *, generic: bool) -> Text:
 
 
 def _name(source: Path | None) -> str:
-    return f"standard library of Python {platform.python_version()}" if source is None else source.name
+    return GENERIC_ORIGIN if source is None else source.name
 
 
 def _token_stream(tokenizer: Any, documents: Documents, wanted: int, length: int, seed: int) -> Tensor:
