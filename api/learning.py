@@ -62,6 +62,12 @@ def refuse_misfit(files: Files, positions: int, chat: str | None) -> None:
         )
 
 
+def text_bytes_of(service: Service, project: str, spec: JobSpec) -> int | None:
+    """Of the examples that are trained on; None where they are no uploaded file."""
+    record = _found(service, project, spec.data.source)
+    return None if record is None else record.bytes
+
+
 class _Enough(Exception):
     """What was to be looked at now was."""
 
