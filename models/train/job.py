@@ -29,6 +29,7 @@ from models.resources import (
     return_free_memory,
 )
 from models.train.checkpoints import Checkpoints, Story
+from models.train.counting import ahead, summed, work_of
 from models.train.examples import Examples
 from models.train.loop import Task, accelerator_of, train
 from models.train.merging import write_merged
@@ -47,7 +48,7 @@ LIBRARIES = ("peft", "accelerate")
 @dataclass(frozen=True)
 class Trained:
     """whole: the directory of the whole model, where one is made. samples: of each directory, held-out examples with
-    the losses that it was seen to have.
+    the losses that it was seen to have. work: operations by stage, where they are counted.
     """
 
     prepared: Prepared
@@ -55,6 +56,7 @@ class Trained:
     training: Training
     warnings: list[str]
     samples: dict[Path, Sample]
+    work: dict[str, float]
 
     @property
     def source(self) -> SourceModel:
@@ -78,6 +80,8 @@ def trained(inputs: Inputs, step: Train, adapter: Path, whole: Path | None, cloc
             lesson = Lesson(prepared, inputs, notify)
     with clock.stage("loading"):
         task, initial, warnings = begun(prepared)
+        if work := work_of(prepared, task, inputs.spec):
+            notify.expect(ahead(work, prepared, inputs.spec))
         if lesson is not None:
             task, before = lesson.given(task), lesson.apart(task, accelerator)
     with clock.stage("training"):
@@ -107,7 +111,7 @@ def trained(inputs: Inputs, step: Train, adapter: Path, whole: Path | None, cloc
     warnings += _warnings(training)
     for warning in warnings:
         notify.event("warning", warning)
-    return Trained(prepared, whole, training, warnings, samples)
+    return Trained(prepared, whole, training, warnings, samples, work)
 
 
 def run_training(inputs: Inputs, step: Train, notify: Notify) -> Outcome:
@@ -264,6 +268,7 @@ def _report(
         warnings=done.warnings,
         spent=Spent(
             seconds=clock.seconds,
+            work=done.work,
             cpu_seconds=round(cpu_seconds(), 3),
             gpu_seconds=round(clock.seconds["training"], 3) if device.type == "cuda" else 0.0,
             peak_host_bytes=peak_host_bytes(),
@@ -315,5 +320,6 @@ def added(report: Report, inputs: Inputs, done: Trained) -> Report:
             "source": source_part(inputs, done.source),
             "warnings": [*done.warnings, *report.warnings],
             "libraries": report.libraries | libraries(*LIBRARIES),
+            "spent": report.spent.model_copy(update={"work": summed(done.work, report.spent.work)}),
         }
     )

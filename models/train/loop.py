@@ -74,7 +74,7 @@ class Task:
                 self.held_out,
                 self.held_out_rows,
                 packed=self.packed,
-                size=self.step.micro_batch_size,
+                size=self.step.micro_batch_size or self.step.batch_size,
                 device=self.device,
             )
 
