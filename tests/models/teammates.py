@@ -4,8 +4,9 @@
 
 Reads a case a line and answers each with a line: for every process of the team, by rank, what it `says` (an error, or
 that it is done; nothing where it was killed), its exit `status`, and the leader's `divergence`. A case is a JSON
-object: `model`, `work`, `step`, `size` of the team; if wanted `modules` to import before it, `samples`, `memory_bytes` as
-the engine has it, and `signals`: [rank, blocks, name], what the leader sends to a process once so many blocks are done.
+object: `model`, `work`, `step`, `size` of the team; if wanted `modules` to import before it, `answer_seconds`,
+`samples`, `memory_bytes` as the engine has it, and `signals`: [rank, blocks, name], what the leader sends to a process
+once so many blocks are done.
 """
 
 import importlib
@@ -29,7 +30,7 @@ from squeeze.steps import Quantize, Step
 from tests.models.engine_parts import CPU, thrown
 
 MODELING = ("transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral")
-ANSWER_SECONDS = 3.0
+ANSWER_SECONDS = 120.0
 
 Work = Callable[[dict[str, Any], Team, list[int]], dict[str, Any]]
 
@@ -76,7 +77,7 @@ def be(work: Work, rank: int, case: dict[str, Any], store: Path, pids: list[int]
     status = 1
     try:
         torch.set_num_threads(1)
-        team = Team.meeting_at(store, rank, case["size"], "cpu", ANSWER_SECONDS)
+        team = Team.meeting_at(store, rank, case["size"], "cpu", case.get("answer_seconds", ANSWER_SECONDS))
         told = {"says": "done"} | work(case, team, pids)
         status = 0
     except Exception as error:  # noqa: BLE001 - whatever it was, the test judges it
@@ -109,15 +110,16 @@ def run(work: Work, case: dict[str, Any], store: Path) -> list[dict[str, Any]]:
 
 def serve(work: Work) -> None:
     """Until no case comes any more. work: of each process of a team."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
-    for number, line in enumerate(sys.stdin):
-        case = json.loads(line)
-        for name in (*MODELING, *case.get("modules", ())):  # once, for all teams
-            importlib.import_module(name)
-        Path(case["work"]).parent.mkdir(parents=True, exist_ok=True)
-        answers.write(json.dumps(run(work, case, Path(case["work"]).parent / f"store-{os.getpid()}-{number}")) + "\n")
-        answers.flush()
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what a library prints is no answer
+        for number, line in enumerate(sys.stdin):
+            case = json.loads(line)
+            for name in (*MODELING, *case.get("modules", ())):  # once, for all teams
+                importlib.import_module(name)
+            room = Path(case["work"]).parent
+            room.mkdir(parents=True, exist_ok=True)
+            answers.write(json.dumps(run(work, case, room / f"store-{os.getpid()}-{number}")) + "\n")
+            answers.flush()
 
 
 if __name__ == "__main__":
