@@ -41,8 +41,8 @@ TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Prepared:
     """source: the model that learns, as it came. sites: the linears that get something to learn. held_out: the examples
     that the loss is measured on. length: of a sequence, in tokens. vocabulary: of the model. mark: of all that decides
-    the result. teacher: of a distillation, the job's own model. student: of one, who learns, in words. processes: that share the
-    training.
+    the result. teacher: of a distillation, the job's own model. student: of one, who learns, in words. processes: that
+    share the training.
     """
 
     step: Train
