@@ -41,13 +41,23 @@ def fingerprint(
 
 
 def training_fingerprint(
-    step: Train, seed: int, revision: str | None, device: str, source: SourceModel, data: TrainingData, length: int
+    step: Train,
+    seed: int,
+    revision: str | None,
+    device: str,
+    source: SourceModel,
+    data: TrainingData,
+    length: int,
+    student: tuple[SourceModel, str | None] | None = None,
 ) -> str:
-    """As `fingerprint`, of what a step that trains leaves. length: of a sequence, in tokens."""
+    """As `fingerprint`, of what a step that trains leaves. length: of a sequence, in tokens. student: with its
+    revision, where another model learns.
+    """
     parts = {
         "step": step.model_dump(mode="json"),
         "seed": seed,
         **_of_model(source, revision),
+        "student": None if student is None else _of_model(*student),
         "data": data.model_dump(),
         "length": length,
         "device": device,
