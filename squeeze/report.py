@@ -211,7 +211,7 @@ class Training(Part):
     planned_steps: int
     stopped: str | None = Field(None, description="Why it ended before the planned steps.")
     best_step: int = Field(description="After which the weights are that were kept.")
-    loss_before: float = Field(description="Held-out, of the model as it came.")
+    loss_before: float = Field(description="Held-out, of the model as it came; with qlora, as it was rounded.")
     loss_after: float = Field(description="Held-out, of what was kept.")
     loss_written: float | None = Field(None, description="Held-out, of the whole model as it is stored, if one is.")
     loss_quantized: dict[str, float] = Field(

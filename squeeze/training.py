@@ -4,7 +4,7 @@ As with the other steps, `kind` and `method` are the folder and the file in `mod
 (`finetune`, `lora` -> `models/finetune/lora.py`). A new method adds its class here and that file, nothing else.
 """
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -142,10 +142,9 @@ class Adapters(Finetune):
 Patterns = tuple[Annotated[str, Field(min_length=1, max_length=200)], ...]
 
 
-class LoRA(Adapters):
-    """Learns a product of two narrow matrices beside each linear layer, whose own weights stay (arXiv 2106.09685)."""
+class LowRank(Adapters):
+    """Learns a product of two narrow matrices beside each linear layer, whose own weights stay."""
 
-    method: Literal["lora"]
     rank: int = Field(16, ge=1, le=4096, description="Columns of the narrow matrices.")
     alpha: float = Field(
         32.0,
@@ -163,6 +162,12 @@ class LoRA(Adapters):
     dora: bool = Field(
         False, description="Learn the length of each row of the weights apart from its direction (arXiv 2402.09353)."
     )
+
+
+class LoRA(LowRank):
+    """Learns a product of two narrow matrices beside each linear layer, whose own weights stay (arXiv 2106.09685)."""
+
+    method: Literal["lora"]
     init: Literal["default", "pissa"] = Field(
         "default",
         description="Where the narrow matrices start. `default`: their product is nothing. `pissa`: at the largest "
@@ -175,6 +180,52 @@ class LoRA(Adapters):
         if self.init == "pissa" and self.dora:
             raise ValueError("init `pissa` changes the weights whose rows `dora` measures: take one of them")
         return self
+
+
+class QLoRA(LowRank):
+    """LoRA beside weights that are rounded while they are loaded, and stay so: a quarter or half of the memory
+    (arXiv 2305.14314). Merged, what was learned is added to the weights as they came.
+    """
+
+    method: Literal["qlora"]
+    base: Literal["nf4", "int8"] = Field(
+        "nf4",
+        description="What the weights are rounded to: 4 bits with a scale for 64 weights, or 8 bits with one for each "
+        "output row, where inputs are rounded too (LLM.int8(), arXiv 2208.07339). Embeddings, norms and the output "
+        "head keep 16 bits or more.",
+    )
+    double_quantization: bool = Field(True, description="Of nf4: keep the scales themselves in 8 bits.")
+    init: Literal["default", "loftq"] = Field(
+        "default",
+        description="Where the narrow matrices start. `default`: their product is nothing. `loftq`: at the largest "
+        "singular vectors of what nf4 loses (arXiv 2310.08659, one round); can't be merged.",
+    )
+
+    @model_validator(mode="after")
+    def _makes_up_for_its_base(self) -> Self:
+        if self.init == "loftq" and self.base != "nf4":
+            raise ValueError("init `loftq` makes up for what nf4 loses: set base to nf4, or init to default")
+        if self.init == "loftq" and self.dora:
+            raise ValueError("init `loftq` changes the rows that `dora` measures: take one of them")
+        if self.init == "loftq" and self.merge:
+            raise ValueError(
+                "init `loftq` makes up for what nf4 loses, and the weights that it would be merged into lost nothing: "
+                "take init default, or leave `merge` out"
+            )
+        return self
+
+    def base_settings(self, dtype: str) -> dict[str, Any]:
+        """What transformers' BitsAndBytesConfig is told, so that the same base comes of it. dtype: of the computation,
+        as torch calls it.
+        """
+        if self.base == "int8":
+            return {"load_in_8bit": True}
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": self.double_quantization,
+            "bnb_4bit_compute_dtype": dtype,
+        }
 
 
 class IA3(Adapters):
@@ -257,4 +308,4 @@ class LastLayers(Finetune):
     layers: int = Field(2, ge=1, le=1000, description="Decoder blocks that are trained, counted from the end.")
 
 
-TRAINING_METHODS: tuple[type[Train], ...] = (LoRA, IA3, Prompt, Prefix, Full, LastLayers)
+TRAINING_METHODS: tuple[type[Train], ...] = (LoRA, QLoRA, IA3, Prompt, Prefix, Full, LastLayers)

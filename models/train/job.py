@@ -37,7 +37,7 @@ from squeeze import __version__
 from squeeze.objects import Stage
 from squeeze.report import Certificate, Report, Spent, Training
 from squeeze.steps import Format
-from squeeze.training import Adapters, Train
+from squeeze.training import Adapters, QLoRA, Train
 
 LIBRARIES = ("peft", "accelerate")
 
@@ -116,11 +116,13 @@ def run_training(inputs: Inputs, step: Train, notify: Notify) -> Outcome:
 
 
 def _certified(inputs: Inputs, done: Trained, name: Format, directory: Path, notify: Notify) -> list[Certificate]:
+    step, dtype = done.prepared.step, str(done.prepared.dtype).removeprefix("torch.")
     return certify(
         directory,
         name,
         sample=done.samples[directory],
         base=inputs.model if name == "peft" else None,
+        base_settings=step.base_settings(dtype) if isinstance(step, QLoRA) else None,
         source_bytes=done.source.weight_bytes,
         dtype=done.prepared.dtype,
         device=done.prepared.device.type,

@@ -23,7 +23,7 @@ from models.train.loop import Task
 from models.train.packing import Plan, rows_of, steps_for
 from models.train.scoring import own, packs
 from squeeze.errors import DataUnusable, ModelMalformed
-from squeeze.training import Adapters, Precision, Train, VirtualTokens
+from squeeze.training import Adapters, Precision, QLoRA, Train, VirtualTokens
 
 TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -134,9 +134,17 @@ def prepare(inputs: Inputs, step: Train) -> Prepared:
 def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
     """(the training before its first step, adapters as they begin, warnings)."""
     step, warnings = prepared.step, list(prepared.split.warnings)
-    model = prepared.load(prepared.source.path)
+    method = method_of(step)
+    if isinstance(step, QLoRA):
+        transformers_logging.disable_progress_bar()
+        model = method.load(prepared.source.path, step, prepared.dtype, prepared.device)
+        model.config.use_cache = False
+    else:
+        model = prepared.load(prepared.source.path)
     torch.manual_seed(prepared.seed)
-    model = method_of(step).finetune(model, step, [site.name for site in prepared.sites])
+    model = method.finetune(model, step, [site.name for site in prepared.sites])
+    if isinstance(step, QLoRA) and step.init == "loftq":
+        method.start_at_what_is_lost(model, step, prepared.source, prepared.sites)
     packed = step.packing and packs(model, prepared.device, int(model.config.vocab_size))
     if step.packing and not packed:
         warnings.append(
@@ -145,7 +153,7 @@ def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
         )
     if step.activation_checkpointing:
         own(model).activation_checkpointing_enable({"use_reentrant": False})
-    initial = method_of(step).adapter_of(model) if isinstance(step, Adapters) else {}
+    initial = method.adapter_of(model) if isinstance(step, Adapters) else {}
     return prepared.task(model, packed=packed), initial, warnings
 
 
