@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+from api.learning import refuse_misfit, refuse_unusable
 from api.service import Service
 from api.sources import Files, files_of, refuse_absent_dataset
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
@@ -38,7 +39,11 @@ LEAST = {"bits": 2, "target_bytes": None}
 
 def plan(service: Service, project: str, spec: JobSpec) -> Plan:
     """Everything that can be found at once: one obstacle does not hide the others."""
-    obstacles = [_obstacle(error) for error in _before_the_model(service, project, spec)]
+    obstacles, chat = [_obstacle(error) for error in _before_the_model(service, project, spec)], None
+    try:
+        chat = refuse_unusable(service, project, spec)
+    except SqueezeError as error:
+        obstacles.append(_obstacle(error))
     try:
         files = files_of(service, project, spec.model)
         config = config_of(files)
@@ -47,6 +52,12 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
         return _answer([*obstacles, _obstacle(error)])
     linears = _compressed(spec, linears_of(tensors, transposed=config.get("model_type") == "gpt2"))
     obstacles += [_obstacle(error) for error in _in_the_model(spec, config, files, tensors, linears)]
+    shape = _shape(spec, config, tensors)
+    if any(isinstance(step, Train) for step in spec.steps):
+        try:
+            refuse_misfit(files, shape.positions, chat)
+        except SqueezeError as error:
+            obstacles.append(_obstacle(error))
     source_bytes = sum(tensor.size_bytes for tensor in tensors.values()) or _weight_bytes(files)
     result_bytes = _result_bytes(spec, tensors, linears) if tensors else {}
     return _answer(
@@ -55,7 +66,7 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
         parameters=sum(tensor.elements for tensor in tensors.values()) or None,
         source_bytes=source_bytes,
         result_bytes=result_bytes,
-        **_cost(service, spec, _shape(spec, config, tensors), result_bytes),
+        **_cost(service, spec, shape, result_bytes),
         disk_bytes=(source_bytes if files.pulled else 0)
         + sum(result_bytes.values())
         + max([0, *result_bytes.values()]),

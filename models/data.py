@@ -14,15 +14,13 @@ from torch import Tensor
 
 from models.documents import documents_of
 from models.text import HELD_OUT_SHARE, Split, standard_library
+from squeeze.documents import grain_for, passages
 from squeeze.errors import DataUnusable
 from squeeze.report import Text
 
 LEAST_TOKENS = 16  # a sequence shorter than this tells nothing
 CHARACTERS_PER_TOKEN = 6  # first guess of how much text is wanted; raised where a tokenizer packs more
-# The grain in which a file is split into a training and a held-out part. In small files it is finer: with 128 pieces
-# the odds that chance holds nothing out are one in a million; pieces of 4096 left a file of 180 kB without.
-SPLIT_CHARACTERS_LEAST, SPLIT_CHARACTERS_MOST = 256, 4096
-SPLIT_PIECES = 128
+GENERIC_ORIGIN = f"standard library of Python {platform.python_version()}"
 EVALUATION_SEED = 0  # the evaluation text does not move with the calibration draw
 
 Documents = Callable[[], Iterator[str]]
@@ -116,6 +114,13 @@ def evaluation_windows(
     return Windows(ids, first_scored, stride, text_of(ids, origin or _name(source), generic=source is None))
 
 
+def generic_passages(split: Split, characters: int, length: int, seed: int) -> list[str]:
+    """Passages of the generic text, some `characters` together if it has so many, each about a sequence of `length`
+    tokens, in an order drawn by `seed`.
+    """
+    return _draw(_documents(None, split, "data.source", None), characters, max(1024, length * 4), seed)[0]
+
+
 def digest(ids: Tensor) -> str:
     """SHA-256 of token ids, int64 little-endian."""
     return hashlib.sha256(ids.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
@@ -134,7 +139,7 @@ def text_of(ids: Tensor, origin: str, *, generic: bool) -> Text:
 
 
 def _name(source: Path | None) -> str:
-    return f"standard library of Python {platform.python_version()}" if source is None else source.name
+    return GENERIC_ORIGIN if source is None else source.name
 
 
 def _token_stream(tokenizer: Any, documents: Documents, wanted: int, length: int, seed: int) -> Tensor:
@@ -176,19 +181,6 @@ def _draw(documents: Documents, budget: int, limit: int, seed: int) -> tuple[lis
     return [passage for _, _, passage in sorted(heap, reverse=True)], dropped
 
 
-def passages(documents: Iterator[str], limit: int) -> Iterator[str]:
-    """Long documents in pieces of up to `limit` characters, cut at line ends where there are any, or else at spaces."""
-    for document in documents:
-        start = 0
-        while len(document) - start > limit:
-            cuts = (document.rfind(mark, start + limit // 2, start + limit) for mark in ("\n", " "))
-            end = next((cut + 1 for cut in cuts if cut >= 0), start + limit)
-            yield document[start:end]
-            start = end
-        if document[start:].strip():
-            yield document[start:]
-
-
 def _documents(source: Path | None, split: Split | None, param: str, column: str | None) -> Documents:
     """param: the field of the request that names the source."""
     if source is None:
@@ -203,8 +195,7 @@ def _documents(source: Path | None, split: Split | None, param: str, column: str
 
 def grain_of(source: Path) -> int:
     """Characters of the pieces that a file's running text is split by."""
-    size_bytes = sum(file.stat().st_size for file in (source.iterdir() if source.is_dir() else (source,)))
-    return max(SPLIT_CHARACTERS_LEAST, min(size_bytes // SPLIT_PIECES, SPLIT_CHARACTERS_MOST))
+    return grain_for(sum(file.stat().st_size for file in (source.iterdir() if source.is_dir() else (source,))))
 
 
 def _split_of(passage: str) -> Split:

@@ -98,13 +98,14 @@ def size_part(name: Format, directory: Path, source_bytes: int) -> Size:
 def result_of(report: Report, directories: Mapping[Format, Path]) -> Result:
     """The headline."""
     quality, training, quantized = report.quality, report.training, report.bits_per_weight is not None
+    smaller = quantized or (training is not None and training.distillation is not None)
     certified: dict[str, dict[str, str]] = {name: {} for name in directories}
     for one in report.certificates:
         certified[one.format][one.consumer] = one.outcome if one.outcome != "failed" else f"failed: {one.detail}"
     return Result(
         source_bytes=report.source.bytes,
         result_bytes={size.format: size.bytes for size in report.sizes},
-        compression_ratio=max((size.ratio for size in report.sizes if size.ratio), default=None) if quantized else None,
+        compression_ratio=max((size.ratio for size in report.sizes if size.ratio), default=None) if smaller else None,
         bits_per_weight=report.bits_per_weight,
         perplexity_before=quality.perplexity_before if quality else None,
         perplexity_after=quality.perplexity_after if quality else None,

@@ -225,7 +225,7 @@ def _quantize_step(spec: JobSpec) -> Quantize:
 def _param(spec: JobSpec, name: str, step: Step | None = None) -> str:
     """A field of a step, by default of the one that quantizes, as the request names it; other fields as they are."""
     number = spec.steps.index(step or _quantize_step(spec))
-    return f"steps.{number}.{name}" if name in type(spec.steps[number]).model_fields else name
+    return f"steps.{number}.{name}" if name.partition(".")[0] in type(spec.steps[number]).model_fields else name
 
 
 @contextmanager

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.document_report import type_name  # noqa: E402
+from squeeze.distillation import DISTILLING_METHODS, Distill, Student  # noqa: E402
 from squeeze.formats import CAPACITIES, Capacity, holders  # noqa: E402
 from squeeze.steps import METHODS, Grouped, Quantize, tag_of  # noqa: E402
 from squeeze.training import TRAINING_METHODS, Train  # noqa: E402
@@ -21,6 +23,10 @@ from squeeze.training import TRAINING_METHODS, Train  # noqa: E402
 PAGE = ROOT / "docs" / "methods.md"
 MARKS = {
     "training": ("<!-- Training: written by scripts/document_methods.py. -->", "<!-- End of the training methods. -->"),
+    "distilling": (
+        "<!-- Distillation: written by scripts/document_methods.py. -->",
+        "<!-- End of the distilling methods. -->",
+    ),
     "methods": ("<!-- Methods: written by scripts/document_methods.py. -->", "<!-- End of the methods. -->"),
     "formats": ("<!-- Formats: written by scripts/document_methods.py. -->", "<!-- End of the formats. -->"),
 }
@@ -29,7 +35,13 @@ MARKS = {
 def page() -> str:
     """The page as it should be."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, made in (("methods", _methods()), ("training", _training()), ("formats", _formats())):
+    made_of = {
+        "methods": _methods(),
+        "training": _training(),
+        "distilling": _distilling(),
+        "formats": _formats(),
+    }
+    for name, made in made_of.items():
         begin, end = MARKS[name]
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n\n{made}\n\n{end}{rest.partition(end)[2]}"
@@ -63,6 +75,17 @@ def _training() -> str:
     return "\n\n".join(parts)
 
 
+def _distilling() -> str:
+    parts = [
+        "Every method takes what those of finetuning share, and:\n\n" + _table(Distill, Train.model_fields),
+        "A student is named as:\n\n" + _table(Student, ()),
+    ]
+    for method in DISTILLING_METHODS:
+        about = f"### {_name(method)}\n\n{inspect.getdoc(method)}"
+        parts.append("\n\n".join(filter(None, (about, _table(method, Distill.model_fields)))))
+    return "\n\n".join(parts)
+
+
 def _formats() -> str:
     rows = [
         f"| `{name}` | {_held(capacity) or 'what was learned, without the model'} | {', '.join(capacity.consumers)} |"
@@ -83,7 +106,7 @@ def _held(capacity: Capacity) -> str:
     return "; ".join(told)
 
 
-def _table(method: type[Quantize] | type[Train], shared: Iterable[str]) -> str:
+def _table(method: type[BaseModel], shared: Iterable[str]) -> str:
     fields = {name: field for name, field in method.model_fields.items() if name not in {"kind", "method", *shared}}
     if not fields:
         return ""

@@ -177,7 +177,7 @@ class TrainingStep(Part):
     """One step of the optimizer."""
 
     step: int = Field(description="The first is 1.")
-    loss: float = Field(description="Mean over the learned tokens of the batch, before the step.")
+    loss: float = Field(description="What falls, mean over the learned tokens of the batch, before the step.")
     learning_rate: float
     gradient_norm: float = Field(description="Before it was clipped.")
     tokens: int = Field(description="That went through the model, those that are not learned counted in.")
@@ -191,6 +191,29 @@ class HeldOutLoss(Part):
 
     step: int = Field(description="After so many steps.")
     loss: float = Field(description="Mean over the learned tokens of the held-out examples.")
+
+
+class Distillation(Part):
+    """Of a step that distills: who learned from the job's model, and how far from it the student is.
+
+    Losses and divergences are means over the held-out learned tokens; the divergence is KL(teacher ‖ student) of whole
+    distributions at temperature 1.
+    """
+
+    student: str = Field(description="A model, or the teacher's blocks that it began with.")
+    student_parameters: int
+    student_bytes: int = Field(description="Of its weights, as it began.")
+    teacher_parameters: int
+    vocabulary: int = Field(description="Tokens that both know; what fills a table up is left out.")
+    stored_bytes_per_token: int | None = Field(
+        description="Kept of what the teacher says of a learned token; null where it was asked anew each time."
+    )
+    stored_bytes: int | None
+    loss_teacher: float
+    divergence_before: float
+    divergence_after: float
+    agreement_before: float = Field(description="Share of the tokens where both find the same one likeliest.")
+    agreement_after: float
 
 
 class Training(Part):
@@ -211,7 +234,9 @@ class Training(Part):
     planned_steps: int
     stopped: str | None = Field(None, description="Why it ended before the planned steps.")
     best_step: int = Field(description="After which the weights are that were kept.")
-    loss_before: float = Field(description="Held-out, of the model as it came; with qlora, as it was rounded.")
+    loss_before: float = Field(
+        description="Held-out, of the model as it came; with qlora, as it was rounded; of a distillation, of the student."
+    )
     loss_after: float = Field(description="Held-out, of what was kept.")
     loss_written: float | None = Field(None, description="Held-out, of the whole model as it is stored, if one is.")
     loss_quantized: dict[str, float] = Field(
@@ -222,6 +247,7 @@ class Training(Part):
     held_out: list[HeldOutLoss]
     tokens_per_second: float = Field(description="Through the model and back, while it trained.")
     resumed: list[int] = Field(default_factory=list, description="Steps after which another attempt went on.")
+    distillation: Distillation | None = Field(None, description="Of a step that distills alone.")
 
 
 class Spent(Part):

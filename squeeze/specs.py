@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, field_validator, model_validator
 
+from squeeze.distillation import Distill
 from squeeze.formats import holders
 from squeeze.steps import Format, Quantize, Step
 from squeeze.training import Adapters, Finetune, Train
@@ -87,7 +88,7 @@ class Data(Wire):
         "`hub:org/name:subset/split`, with `@revision` after the name where it isn't `main`); or `self`: the model "
         "samples its own calibration text, for which it must fit in memory whole. Left out: a generic text that comes "
         "with the installation; figures on it say little about your own text, and the report says so. A step that "
-        "trains needs a file or a dataset: text, `prompt` and `completion`, or `messages` of a chat.",
+        "finetunes needs a file or a dataset: text, `prompt` and `completion`, or `messages` of a chat.",
     )
     column: str | None = Field(None, min_length=1, max_length=128, description=_COLUMN)
     samples: int = Field(128, ge=1, le=65536, description="Calibration sequences.")
@@ -227,6 +228,8 @@ class JobSpec(Wire):
                     f"what {step.method} learns can't be merged into weights that a step goes on with: let it be the "
                     "last step"
                 )
+            if isinstance(step, Distill) and self.data.source == SELF:
+                raise ValueError("a student learns from text that is there: name a file or a dataset as data.source")
             if step is not self.steps[-1] and not step.whole:
                 raise ValueError(f"the step after {step.method} goes on with a whole model: set its `merge` to true")
             if self.limits.gpus > 1:

@@ -1,19 +1,20 @@
 """The steps of a job, one class per method: what it takes, with units, ranges and defaults.
 
-Those that quantize are here, those that train in `squeeze.training`. A method is found by its name: `kind` and `method`
-are the folder and the file in `models/` (`quantize`, `gptq` -> `models/quantize/gptq.py`). A new method adds its class
-and that file, nothing else.
+Those that quantize are here, those that train in `squeeze.training`, those that distill in `squeeze.distillation`. A
+method is found by its name: `kind` and `method` are the folder and the file in `models/` (`quantize`, `gptq` ->
+`models/quantize/gptq.py`). A new method adds its class and that file, nothing else.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from squeeze.distillation import DISTILLING_METHODS
 from squeeze.schemes import Activations, Scheme
 from squeeze.training import TRAINING_METHODS, Train
 from squeeze.wire import Wire
 
-Kind = Literal["quantize", "finetune"]
+Kind = Literal["quantize", "finetune", "distill"]
 Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx", "gguf", "peft"]
 GroupSize = Literal[32, 64, 128, "channel"]
 Statistic = Literal["moments", "hessian", "drift"]
@@ -342,7 +343,7 @@ METHODS: tuple[type[Quantize], ...] = (  # that quantize
     KQuant,
 )
 
-STEPS: tuple[type[Quantize] | type[Train], ...] = (*METHODS, *TRAINING_METHODS)
+STEPS: tuple[type[Quantize] | type[Train], ...] = (*METHODS, *TRAINING_METHODS, *DISTILLING_METHODS)
 
 
 def _tag(value: Any) -> str | None:

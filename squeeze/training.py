@@ -22,7 +22,7 @@ class Train(Wire):
     looks at; it goes through the model in micro-batches, whose gradients are added up, each token with the same weight.
     """
 
-    kind: Literal["finetune"] = "finetune"
+    kind: Literal["finetune", "distill"] = "finetune"
     method: str
     steps: int | None = Field(None, ge=1, le=10_000_000, description="Steps of the optimizer.")
     epochs: float | None = Field(
@@ -115,6 +115,8 @@ class Train(Wire):
 
 class Finetune(Train):
     """What every training on the user's own examples shares."""
+
+    kind: Literal["finetune"] = "finetune"
 
 
 class Adapters(Finetune):

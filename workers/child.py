@@ -91,8 +91,8 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
     texts = Texts(request, spec, teller)
     trains = any(isinstance(step, Train) for step in spec.steps)
     fetched = texts.fetch(storage) if trains else None
-    if fetched is not None:  # a line that is wrong is told before any weight is fetched
-        _check_examples(spec, *fetched)
+    if fetched is not None and fetched[0] is not None:  # a line that is wrong is told before any weight is fetched
+        _check_examples(spec, fetched[0], fetched[1])
     pulled = pull(request, spec, storage, lambda directory: pipeline.check(spec, directory), teller)
     calibration, evaluation = fetched or texts.fetch(storage)
     _go_offline()
@@ -126,8 +126,7 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
     }
 
 
-def _check_examples(spec: JobSpec, data: Located | None, held_out: Located | None) -> None:
-    assert data is not None, "a step that trains names its data"
+def _check_examples(spec: JobSpec, data: Located, held_out: Located | None) -> None:
     check_records(data.path, held_out.path if held_out else None, (spec.data.column, spec.evaluation.column))
 
 

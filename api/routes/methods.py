@@ -15,7 +15,7 @@ from squeeze.formats import CAPACITIES
 from squeeze.objects import Load, Method, Page
 from squeeze.schemes import Scheme
 from squeeze.steps import STEPS, Format, Quantize, tag_of
-from squeeze.training import Adapters, Train
+from squeeze.training import Adapters, Finetune, Train
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"])
 
@@ -43,7 +43,7 @@ def _method(step: type[Quantize] | type[Train]) -> Method:
 
 def _needs(step: Quantize | Train) -> list[str]:
     if isinstance(step, Train):
-        return ["training data"]
+        return ["training data"] if isinstance(step, Finetune) else []
     return ["calibration data"] if step.needs_calibration else []
 
 

@@ -13,8 +13,9 @@ from models.checkpoint import SourceModel
 from models.finetune import lora
 from models.finetune.lora import Merged
 from models.finetune.peft_adapter import adapter_of, write
-from models.formats import bitsandbytes
+from models.formats.bitsandbytes import KERNEL_ROWS
 from models.frame import Frame
+from models.normal_float import BLOCK
 from models.quantized import Site
 from models.resources import map_large_memory
 from models.train.scoring import own
@@ -29,10 +30,10 @@ def sites_of(frame: Frame, step: QLoRA) -> list[Site]:
     the model's in nf4.
     """
     for site in [site for n in range(frame.count) for site in frame.sites(n)]:
-        if step.base == "nf4" and (site.columns % bitsandbytes.BLOCK or site.rows % bitsandbytes.KERNEL_ROWS):
+        if step.base == "nf4" and (site.columns % BLOCK or site.rows % KERNEL_ROWS):
             raise FormatUnfit(
-                f"bitsandbytes computes nf4 layers on CPUs only with inputs in {bitsandbytes.BLOCK}s and outputs in "
-                f"{bitsandbytes.KERNEL_ROWS}s; {site.name} has {site.columns} and {site.rows}: take base int8",
+                f"bitsandbytes computes nf4 layers on CPUs only with inputs in {BLOCK}s and outputs in "
+                f"{KERNEL_ROWS}s; {site.name} has {site.columns} and {site.rows}: take base int8",
                 param="base",
             )
     return lora.sites_of(frame, step)

@@ -15,6 +15,7 @@ from models.certify import certify, loss_in_transformers
 from models.certify_run import MAX_TOKENS, MAX_WINDOWS, Sample
 from models.checkpoint import SourceModel
 from models.disk import write_whole
+from models.distill.lesson import Lesson
 from models.formats.directory import write_companions, written_whole
 from models.job import Inputs, Outcome, libraries, result_of, size_part, source_part
 from models.material import read_tokenizer
@@ -34,6 +35,7 @@ from models.train.merging import write_merged
 from models.train.prepare import Prepared, begun, method_of, prepare
 from models.train.whole import write_trained
 from squeeze import __version__
+from squeeze.distillation import Distill
 from squeeze.objects import Stage
 from squeeze.report import Certificate, Report, Spent, Training
 from squeeze.steps import Format
@@ -56,7 +58,8 @@ class Trained:
 
     @property
     def source(self) -> SourceModel:
-        return self.prepared.source
+        """The job's own model: what learned, or its teacher."""
+        return self.prepared.teacher or self.prepared.source
 
 
 def trained(inputs: Inputs, step: Train, adapter: Path, whole: Path | None, clock: Clock, notify: Notify) -> Trained:
@@ -69,7 +72,14 @@ def trained(inputs: Inputs, step: Train, adapter: Path, whole: Path | None, cloc
         notify.stage(Stage.loading)
         prepared = prepare(inputs, step)
         accelerator = accelerator_of(prepared.precision, prepared.device)
+    lesson, before = None, None
+    if isinstance(step, Distill):
+        with clock.stage("teaching"):
+            lesson = Lesson(prepared, inputs, notify)
+    with clock.stage("loading"):
         task, initial, warnings = begun(prepared)
+        if lesson is not None:
+            task, before = lesson.given(task), lesson.apart(task, accelerator)
     with clock.stage("training"):
         notify.stage(Stage.training)
         checkpoints = Checkpoints(inputs.work / "train", prepared.mark)
@@ -79,6 +89,10 @@ def trained(inputs: Inputs, step: Train, adapter: Path, whole: Path | None, cloc
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
         training = _training(prepared, task, story, _mean(losses))
+        if lesson is not None and before is not None:
+            told = lesson.told(before, lesson.apart(task, accelerator))
+            training = training.model_copy(update={"distillation": told})
+        del lesson
         packed = task.packed
         _write(prepared, task.model, initial, inputs, adapter, whole, notify)
         del task, initial
@@ -193,6 +207,12 @@ def _warnings(training: Training) -> list[str]:
             f"the held-out loss rose from {training.loss_before:.4f} to {training.loss_after:.4f}: nothing was learned "
             "that holds for other examples. Take a lower learning_rate, fewer epochs, or more examples."
         )
+    told = training.distillation
+    if told is not None and told.loss_teacher >= training.loss_before:
+        found.append(
+            f"the teacher's held-out loss is {told.loss_teacher:.4f}, no better than the student's "
+            f"{training.loss_before:.4f} before it learned: on this text there is nothing to learn from it"
+        )
     if training.measured_tokens < 1000:
         found.append(
             f"the held-out loss was measured on {training.measured_tokens} tokens, which tell little; give more "
@@ -289,8 +309,10 @@ def added(report: Report, inputs: Inputs, done: Trained) -> Report:
         name = cast(Format, size.format)
         losses[name] = loss_in_transformers(inputs.out / name, name, everything, done.prepared.dtype, device)
     known = {name: loss for name, loss in losses.items() if loss is not None}
+    whole = done.source.weight_bytes
     return report.model_copy(
         update={
+            "sizes": [size.model_copy(update={"ratio": whole / size.weight_bytes}) for size in report.sizes],
             "training": done.training.model_copy(update={"loss_quantized": known}),
             "source": source_part(inputs, done.source),
             "warnings": [*done.warnings, *report.warnings],

@@ -45,7 +45,8 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 @dataclass(frozen=True)
 class Task:
     """model: on its device, with what is to learn in float32. packed: rows hold several examples each. objective: what
-    falls; the held-out loss is the negative log-likelihood whatever it is.
+    falls; the held-out loss is the negative log-likelihood whatever it is. beside: learns too, and is worth nothing
+    once the training is over.
     """
 
     model: Any
@@ -57,10 +58,13 @@ class Task:
     packed: bool
     device: torch.device
     objective: Objective = learned_losses
+    beside: nn.Module | None = None
 
     @property
     def learning(self) -> dict[str, nn.Parameter]:
-        return {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+        own = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+        more = {} if self.beside is None else {f"beside.{name}": one for name, one in self.beside.named_parameters()}
+        return own | more
 
     def held_out_losses(self, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
         """As `example_losses`."""

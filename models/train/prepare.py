@@ -1,5 +1,6 @@
 """What a step that trains needs before its first batch: examples, what is to learn, batches; checked as it is found."""
 
+import json
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -11,27 +12,34 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from models.checkpoint import SourceModel, open_or_convert
-from models.data import LEAST_TOKENS
+from models.data import CHARACTERS_PER_TOKEN, EVALUATION_SEED, GENERIC_ORIGIN, LEAST_TOKENS, generic_passages
+from models.disk import write_whole
+from models.distill.student import refuse_unteachable, student_of
+from models.finetune import full
 from models.fingerprint import training_fingerprint
 from models.formats.directory import refuse_broken_companions
 from models.frame import Frame
 from models.job import Inputs
 from models.material import read_tokenizer
 from models.quantized import Site
+from models.text import Split as Side
 from models.train.examples import Examples, Split, read_examples
 from models.train.loop import Task
 from models.train.packing import Plan, rows_of, steps_for
 from models.train.scoring import own, packs
+from squeeze.distillation import Distill
 from squeeze.errors import DataUnusable, ModelMalformed
 from squeeze.training import Adapters, Precision, QLoRA, Train, VirtualTokens
 
+EVERYTHING = 1 << 62  # characters
 TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """source: the model as it came. sites: the linears that get something to learn. held_out: the examples that the
-    loss is measured on. length: of a sequence, in tokens. mark: of all that decides the result.
+    """source: the model that learns, as it came. sites: the linears that get something to learn. held_out: the examples
+    that the loss is measured on. length: of a sequence, in tokens. vocabulary: of the model. mark: of all that decides
+    the result. teacher: of a distillation, the job's own model. student: of one, who learns, in words.
     """
 
     step: Train
@@ -43,7 +51,10 @@ class Prepared:
     length: int
     precision: str
     device: torch.device
+    vocabulary: int
     mark: str
+    teacher: SourceModel | None = None
+    student: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,12 +87,14 @@ class Prepared:
 
 
 def method_of(step: Train) -> Any:
-    """The module of a step's method."""
-    return import_module(f"models.{step.kind}.{step.method}")
+    """The module that says what of a model learns in a step; of a distillation's student all does."""
+    return full if isinstance(step, Distill) else import_module(f"models.{step.kind}.{step.method}")
 
 
 def refuse_untrainable(step: Train, frame: Frame) -> int:
     """The number of linears that get something to learn; raises where there are none, from the config alone."""
+    if isinstance(step, Distill):
+        refuse_unteachable(step, frame)
     sites, ahead = method_of(step).sites_of(frame, step), _virtual_tokens(step)
     if not sites and not ahead:
         raise ModelMalformed("no linear layer of the decoder blocks can be trained", param="target_modules")
@@ -93,29 +106,23 @@ def refuse_untrainable(step: Train, frame: Frame) -> int:
 
 def prepare(inputs: Inputs, step: Train) -> Prepared:
     """Reads the examples, and looks at the model's headers. Raises what is wrong with either."""
-    spec, text = inputs.spec, inputs.calibration_text
-    assert text is not None and spec.data.source is not None, "a step that trains has examples"
+    spec, teacher, student = inputs.spec, None, ""
     source = open_or_convert(inputs.model, inputs.work / "source")
     refuse_broken_companions(source)
+    if isinstance(step, Distill):
+        teacher, (source, student) = source, student_of(step, source, inputs.work)
     frame = Frame(source, torch.float32, torch.device("cpu"))
     frame.refuse_misfits()
     ahead = _virtual_tokens(step)
     length = min(spec.data.sequence_length, (frame.max_positions or spec.data.sequence_length + ahead) - ahead)
-    origin = inputs.calibration_origin or spec.data.source
-    split = read_examples(
-        read_tokenizer(inputs.model),
-        text,
-        inputs.evaluation_text,
-        length,
-        origins=(origin, inputs.evaluation_origin or spec.evaluation.source or origin),
-        columns=(spec.data.column, spec.evaluation.column),
-    )
+    split = _examples(inputs, step, source.path, length)
     if length < spec.data.sequence_length:
         beside = f" beside {ahead} virtual tokens" if ahead else ""
         split.warnings.append(
             f"sequence_length {spec.data.sequence_length} was cut to the model's {length} positions{beside}"
         )
-    _refuse_foreign_ids(split, int(frame.model.config.vocab_size))
+    vocabulary = int(frame.model.config.vocab_size)
+    _refuse_foreign_ids(split, vocabulary)
     device = torch.device(inputs.device)
     return Prepared(
         step=step,
@@ -127,7 +134,12 @@ def prepare(inputs: Inputs, step: Train) -> Prepared:
         length=length,
         precision=_resolved(step.precision, device),
         device=device,
-        mark=training_fingerprint(step, spec.seed, inputs.revision, inputs.device, source, split.data, length),
+        vocabulary=vocabulary,
+        mark=training_fingerprint(
+            step, spec.seed, inputs.revision, inputs.device, teacher or source, split.data, length
+        ),
+        teacher=teacher,
+        student=student,
     )
 
 
@@ -160,6 +172,46 @@ def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
 def _virtual_tokens(step: Train) -> int:
     """That stand before every sequence, and take positions too."""
     return step.virtual_tokens if isinstance(step, VirtualTokens) else 0
+
+
+def _examples(inputs: Inputs, step: Train, model: Path, length: int) -> Split:
+    """What is trained on and measured on; of no text of the user's the generic one, as much of it as is looked at."""
+    spec, text, held_out = inputs.spec, inputs.calibration_text, inputs.evaluation_text
+    origin = inputs.calibration_origin or spec.data.source or GENERIC_ORIGIN
+    generic = text is None
+    if text is None:
+        text = _generic(inputs.work / "generic.jsonl", "train", tokens_of(step, length), length, spec.seed)
+    if held_out is None and generic:
+        wanted = spec.evaluation.samples * length
+        held_out = _generic(inputs.work / "generic-held-out.jsonl", "held_out", wanted, length, EVALUATION_SEED)
+    split = read_examples(
+        read_tokenizer(model),
+        text,
+        held_out,
+        length,
+        origins=(origin, inputs.evaluation_origin or spec.evaluation.source or origin),
+        columns=(spec.data.column, spec.evaluation.column),
+    )
+    if generic:
+        split.warnings.append(
+            f"learned from generic text ({GENERIC_ORIGIN}): name text like your own as data.source for a student that "
+            "is to do your work"
+        )
+    return split
+
+
+def tokens_of(step: Train, length: int) -> int | None:
+    """That a training looks at, at most; None where epochs say it."""
+    return step.tokens if step.steps is None else step.steps * step.batch_size * length
+
+
+def _generic(file: Path, side: Side, tokens: int | None, length: int, seed: int) -> Path:
+    """A part of the generic text as records."""
+    characters = EVERYTHING if tokens is None else tokens * CHARACTERS_PER_TOKEN
+    passages = generic_passages(side, characters, length, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, "".join(json.dumps({"text": passage}) + "\n" for passage in passages))
+    return file
 
 
 def _resolved(precision: Precision, device: torch.device) -> str:

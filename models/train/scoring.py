@@ -41,7 +41,17 @@ def logits_of(model: Any, batch: Batch, *, packed: bool) -> Tensor:
 
 
 def learned_losses(model: Any, batch: Batch, *, packed: bool) -> Tensor:
-    """Negative log-likelihood of each learned token, nats: (n,) float32, in the order of the batch.
+    """Negative log-likelihood of each learned token, nats: (n,) float32, in the order of the batch."""
+    return against_text(learned_logits(model, batch, packed=packed), batch)
+
+
+def against_text(logits: Tensor, batch: Batch) -> Tensor:
+    """As `learned_losses`, of their logits (n, V)."""
+    return F.cross_entropy(logits.float(), batch.targets[batch.targets != UNSCORED], reduction="none")
+
+
+def learned_logits(model: Any, batch: Batch, *, packed: bool) -> Tensor:
+    """What the model says of each learned token: (n, V) in the type of the computation, in the order of the batch.
 
     The output head sees the positions alone whose next token is learned: logits are the largest thing that a small
     model holds, and of a prompt or of what fills a sequence up nobody asks for them.
@@ -54,10 +64,9 @@ def learned_losses(model: Any, batch: Batch, *, packed: bool) -> Tensor:
 
     hook = own(model).get_output_embeddings().register_forward_pre_hook(chosen)
     try:
-        logits = _logits(model, batch, packed=packed)  # (n, V)
+        return _logits(model, batch, packed=packed)  # (n, V)
     finally:
         hook.remove()
-    return F.cross_entropy(logits.float(), batch.targets[learned], reduction="none")
 
 
 @contextmanager

@@ -17,6 +17,10 @@ def lora(**fields: Any) -> dict[str, Any]:
     return {"kind": "finetune", "method": "lora"} | fields
 
 
+def logits(**fields: Any) -> dict[str, Any]:
+    return {"kind": "distill", "method": "logits", "student": {"layers": 2}} | fields
+
+
 def job(*steps: dict[str, Any], **fields: Any) -> JobSpec:
     return JobSpec.model_validate({"model": "org/model", "steps": steps, "data": DATA} | fields)
 
@@ -40,6 +44,11 @@ def job(*steps: dict[str, Any], **fields: Any) -> JobSpec:
         (lora(method="prompt", merge=True), "can't be merged into the weights: leave `merge` out"),
         (lora(method="prefix", packing=True), "a sequence of its own: leave `packing` out"),
         (lora(method="prefix", activation_checkpointing=True), "lost where activations are computed again"),
+        (logits(student={}), "say who learns"),
+        (logits(student={"layers": 0}), "greater than or equal to 1"),
+        (logits(top_k=0), "a number from 1 to 4096, or `all`"),
+        (logits(objective="tv"), "'forward_kl', 'reverse_kl' or 'jsd'"),
+        (logits(alpha=1.5), "less than or equal to 1"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(list(value)[2:]),
 )
@@ -58,8 +67,22 @@ def test_fields_that_don_t_go_together_are_refused(step: dict[str, Any], words: 
         ([lora()], {"data": {}}, "learns from examples: name a file"),
         ([lora()], {"data": {"source": "self"}}, "learns from examples: name a file"),
         ([lora()], {"limits": {"gpus": 2}}, "trains on one GPU"),
+        ([GPTQ, logits()], {}, "let the step that quantizes be the last"),
+        ([logits()], {"data": {"source": "self"}}, "learns from text that is there"),
+        ([lora(merge=True), logits()], {}, "more than one step trains"),
     ],
-    ids=["twice", "after quantizing", "unmerged", "unmergeable", "no data", "own text", "GPUs"],
+    ids=[
+        "twice",
+        "after quantizing",
+        "unmerged",
+        "unmergeable",
+        "no data",
+        "own text",
+        "GPUs",
+        "distilling what is quantized",
+        "distilling own text",
+        "distilling what was trained",
+    ],
 )
 def test_steps_that_can_t_follow_each_other_are_refused(
     steps: list[dict[str, Any]], fields: dict[str, Any], words: str
@@ -72,6 +95,8 @@ def test_formats_are_what_the_last_step_makes_where_none_are_named() -> None:
     assert job(lora()).formats == ("peft",)
     assert job(lora(merge=True)).formats == ("peft", "safetensors")
     assert job(lora(merge=True), GPTQ).formats == ("compressed-tensors",)
+    assert job(logits(), data={}).formats == ("safetensors",)
+    assert job(logits(), GPTQ).formats == ("compressed-tensors",)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +105,7 @@ def test_formats_are_what_the_last_step_makes_where_none_are_named() -> None:
         ([lora()], ["safetensors"], "steps.0.merge"),
         ([lora(method="prefix")], ["safetensors"], "formats"),
         ([lora(merge=True)], ["gptq"], "formats"),
+        ([logits()], ["peft"], "formats"),
         ([lora(merge=True), GPTQ], ["peft"], "formats"),
         ([GPTQ], ["peft"], "formats"),
     ],

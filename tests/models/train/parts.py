@@ -5,10 +5,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+from models.distill.lesson import Lesson
 from models.job import Inputs
 from models.train.checkpoints import Checkpoints, Story
 from models.train.loop import Task, accelerator_of, train
 from models.train.prepare import Prepared, begun, prepare
+from squeeze.distillation import Distill
 from squeeze.specs import JobSpec
 from squeeze.training import Train
 from tests.models.job_parts import Heard, inputs_of
@@ -43,7 +45,8 @@ def begin(inputs: Inputs) -> tuple[Prepared, Task]:
     step = inputs.spec.steps[0]
     assert isinstance(step, Train)
     prepared = prepare(inputs, step)
-    return prepared, begun(prepared)[0]
+    task = begun(prepared)[0]
+    return prepared, Lesson(prepared, inputs, Heard()).given(task) if isinstance(step, Distill) else task
 
 
 def go_on(inputs: Inputs, heard: Heard | None = None) -> tuple[Task, Story]:

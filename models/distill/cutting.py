@@ -1,0 +1,162 @@
+"""A student that is cut from its teacher: some of the decoder blocks, everything else as it is, on disk."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from models.architectures import Architecture
+from models.checkpoint import SourceModel, open_model
+from models.disk import write_whole
+from models.formats.directory import COMPUTED, without_private, write_companions, write_json, written_whole
+from models.formats.shards import Piece, write_shards
+from models.frame import Frame
+from models.progress import Notify, Silent
+from squeeze.errors import ArchitectureUnsupported, ModelMalformed
+
+PARAM = "student.layers"
+COUNT = "num_hidden_layers"  # what transformers calls it, whatever the family's files do
+# Settings that hold one entry for each block.
+BY_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+
+def evenly(count: int, wanted: int) -> tuple[int, ...]:
+    """Numbers of `wanted` of `count` blocks, as evenly apart as may be, the first and the last among them; of one block
+    the first.
+    """
+    if wanted == 1:
+        return (0,)
+    return tuple((2 * n * (count - 1) + wanted - 1) // (2 * (wanted - 1)) for n in range(wanted))  # rounded half up
+
+
+def refuse_uncuttable(frame: Frame, layers: int) -> None:
+    """Raises where a teacher has not so many blocks to leave some out; needs its config alone."""
+    if layers >= frame.count:
+        raise ModelMalformed(
+            f"the teacher has {frame.count} decoder blocks; a student that is cut from it has fewer, not {layers}",
+            param=PARAM,
+        )
+
+
+def cut(source: SourceModel, kept: Sequence[int], out: Path, notify: Notify | None = None) -> SourceModel:
+    """The student that has these blocks, written as a directory of its own unless an earlier attempt did that.
+
+    One tensor is in memory at a time. Raises ArchitectureUnsupported where blocks of this family are not the same once
+    they stand in another place.
+    """
+    note, mark = out.with_name(f"{out.name}-by"), json.dumps([list(kept), _origin(source)])
+    if not (out.is_dir() and note.is_file() and note.read_text(encoding="utf-8") == mark):
+        with written_whole(out) as partial:
+            write_companions(source, partial)
+            write_json(partial / "config.json", cut_config(source, kept))
+            write_shards(partial, _pieces(source, kept), notify or Silent())
+            _refuse_changed(source, open_model(partial), kept)
+        write_whole(note, mark)
+    return open_model(out)
+
+
+def cut_config(source: SourceModel, kept: Sequence[int]) -> dict[str, Any]:
+    """`config.json` of a model with these blocks alone; what says something of each block says it of those."""
+    whole = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    count = int(getattr(whole, COUNT))
+    settings = without_private(source.config)
+    for name in {COUNT, whole.attribute_map.get(COUNT, COUNT)}:
+        if name in settings or name == whole.attribute_map.get(COUNT, COUNT):
+            settings[name] = len(kept)
+    for name in BY_BLOCK:
+        told = getattr(whole, name, None)  # where the file leaves it out, transformers derives it from the count
+        if isinstance(told, list | tuple) and len(told) == count:
+            settings[name] = [told[n] for n in kept]
+    if isinstance(whole_dense := getattr(whole, "first_k_dense_replace", None), int):
+        settings["first_k_dense_replace"] = sum(n < whole_dense for n in kept)
+    if hasattr(whole, "mlp_only_layers"):
+        step, dense = whole.decoder_sparse_step, set(whole.mlp_only_layers or ())
+        settings["mlp_only_layers"] = [
+            place for place, n in enumerate(kept) if n in dense or not whole.num_experts or (n + 1) % step
+        ]
+        settings["decoder_sparse_step"] = 1
+    return settings
+
+
+def _blocks_of(source: SourceModel) -> list[nn.Module]:
+    frame = Frame(source, torch.float32, torch.device("cpu"))
+    return [frame.skeleton(n) for n in range(frame.count)]
+
+
+def _pieces(source: SourceModel, kept: Sequence[int]) -> list[Piece]:
+    """Every tensor of the student under the name that its new place gives it; buffers that models compute are left
+    out, and so are blocks beyond the config's, which only predict further tokens.
+    """
+    places, block = {number: place for place, number in enumerate(kept)}, _block_names(source.row)
+    pieces = []
+    for name in source.names():
+        found = block.match(name)
+        if COMPUTED.search(name) or (found is not None and int(found[2]) not in places):
+            continue
+        new = name if found is None else f"{found[1]}{places[int(found[2])]}.{name[found.end() :]}"
+        pieces.append(_copy(source, name, new))
+    return pieces
+
+
+def _block_names(row: Architecture) -> re.Pattern[str]:
+    """Of a block's tensors in files: with the base model's prefix, without it, or with two. Groups: what stands before
+    the block's number, and that.
+    """
+    prefix = f"{row.prefix}."
+    return re.compile(rf"^((?:{re.escape(prefix)})*{re.escape(row.blocks.removeprefix(prefix))}\.)(\d+)\.")
+
+
+def _copy(source: SourceModel, name: str, new: str) -> Piece:
+    entry = source.entries[name]
+
+    def make() -> dict[str, Tensor]:
+        return {new: source.tensor(name)}
+
+    return Piece({new: (entry.dtype, entry.shape)}, make)
+
+
+def _refuse_changed(source: SourceModel, student: SourceModel, kept: Sequence[int]) -> None:
+    """Compares each block with the one that it was: its modules, their settings, and the tensors in the files."""
+    if source.config.get("scale_attn_by_inverse_layer_idx"):
+        raise ArchitectureUnsupported(
+            "this model's attention depends on the number of its block, so that it can't be cut; name a `model` as "
+            "student",
+            param=PARAM,
+        )
+    before = _blocks_of(source)
+    frame = Frame(student, torch.float32, torch.device("cpu"))
+    frame.refuse_misfits()
+    for place, number in enumerate(kept):
+        was, now = _settings(before[number]), _settings(frame.skeleton(place))
+        if was != now:
+            names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+            raise ArchitectureUnsupported(
+                f"block {number} of a {source.config['model_type']} would not be the same as block {place} of a "
+                f"smaller one ({', '.join(names[:3])} would change): such a model can't be cut; name a `model` "
+                "as student",
+                param=PARAM,
+            )
+
+
+def _settings(block: nn.Module) -> dict[str, object]:
+    """What the modules of a block are and are set to, but for where the block stands."""
+    found: dict[str, object] = {}
+    for path, module in block.named_modules():
+        found[path] = type(module).__name__
+        for name, value in vars(module).items():
+            if isinstance(value, str | int | float | bool | None) and name not in ("layer_idx", "layer_id"):
+                found[f"{path}.{name}".removeprefix(".")] = value
+        for name, parameter in module.named_parameters(recurse=False):
+            found[f"{path}.{name}".removeprefix(".")] = tuple(parameter.shape)
+    return found
+
+
+def _origin(source: SourceModel) -> list[object]:
+    """Of what the student is cut from, so that another model's is not taken for it."""
+    files = sorted({entry.path for entry in source.entries.values()})
+    return [source.config, [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]

@@ -1,0 +1,90 @@
+"""The steps that distill: a smaller model, the student, learns to say what the job's model, the teacher, says.
+
+`kind` and `method` are the folder and the file in `models/` (`distill`, `logits` -> `models/distill/logits.py`).
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from squeeze.training import Train
+from squeeze.wire import Wire
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+
+
+class Student(Wire):
+    """What learns: a shape that the teacher is cut to."""
+
+    layers: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="Decoder blocks of the teacher that the student begins with, taken evenly, the first and the last "
+        "among them; embeddings, norms and the output head are the teacher's.",
+    )
+
+    @model_validator(mode="after")
+    def _says_who(self) -> Self:
+        if self.layers is None:
+            raise ValueError("say who learns: `layers`, so many blocks of the teacher")
+        return self
+
+
+class Distill(Train):
+    """What every distillation shares. The job's model is the teacher; all weights of the student learn, in float32.
+
+    It learns from the job's `data`, or from the generic text where that names none. Losses are measured on the text
+    itself, not on what the teacher says of it.
+    """
+
+    kind: Literal["distill"] = "distill"
+    student: Student
+    learning_rate: float = Field(1e-4, gt=0, le=10, description="At its highest.")
+
+
+class Diverging(Distill):
+    """Makes the divergence between the teacher's and the student's next-token distributions smaller.
+
+    With P the teacher's, Q the student's, both with logits over `temperature`, what falls is
+    `alpha` · `temperature`² · D(P, Q) + (1 − `alpha`) · cross-entropy with the text (arXiv 1503.02531).
+    """
+
+    objective: Divergence = Field(
+        "forward_kl",
+        description="`forward_kl`: KL(P ‖ Q), the student covers all that the teacher may say. `reverse_kl`: "
+        "KL(Q ‖ P), it keeps to what the teacher likes best (arXiv 2306.08543). `jsd`: between them, "
+        "`beta` · KL(P ‖ M) + (1 − `beta`) · KL(Q ‖ M) with M = `beta` · P + (1 − `beta`) · Q (arXiv 2306.13649).",
+    )
+    beta: float = Field(0.5, gt=0, lt=1, description="Of `jsd` alone: near 0 like `forward_kl`, near 1 like the other.")
+    temperature: float = Field(
+        1.0, gt=0, le=100, description="By which both models' logits are divided; the loss is multiplied by its square."
+    )
+    alpha: float = Field(
+        0.9, ge=0, le=1, description="Share of the divergence in the loss; the rest is the cross-entropy with the text."
+    )
+
+
+class Logits(Diverging):
+    """Learns the teacher's next-token distributions on the text.
+
+    The teacher reads the text once, before the training, one block in memory at a time, so that it need not fit beside
+    the student. What it says is kept on disk: of each token the `top_k` likeliest and the mass of all others together,
+    which is one more outcome of both distributions. That divergence is at most the whole one.
+    """
+
+    method: Literal["logits"]
+    top_k: int | Literal["all"] = Field(
+        64,
+        description="Tokens whose probabilities are kept, in 6 bytes each (4 where the vocabulary has at most 65,536). "
+        "`all`: nothing is kept; the whole teacher stands in memory beside the student and reads every batch.",
+    )
+
+    @model_validator(mode="after")
+    def _keeps_some(self) -> Self:
+        if self.top_k != "all" and not 1 <= self.top_k <= 4096:
+            raise ValueError("top_k is a number from 1 to 4096, or `all`")
+        return self
+
+
+DISTILLING_METHODS: tuple[type[Distill], ...] = (Logits,)
