@@ -168,7 +168,8 @@ def _peft_lines(report: Report) -> list[str]:
     step, name = report.recipe[-1], _public_name(report)
     rounded, how = [], 'dtype="auto"'
     if step["method"] == "qlora":
-        dtype = "float32" if report.training is not None and report.training.precision == "fp32" else "bfloat16"
+        assert report.training is not None, "it was trained"
+        dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[report.training.precision]
         settings = QLoRA.model_validate(step).base_settings(dtype)
         told = ", ".join(
             f"{key}={json.dumps(value) if isinstance(value, str) else value}" for key, value in settings.items()

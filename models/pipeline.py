@@ -37,6 +37,7 @@ from models.rotation import told
 from models.team import SOLO, Team
 from models.teamwork import frames_of, lead
 from models.train.job import added, for_what_follows, run_training, trained
+from models.train.optimizers import refuse_without_gpu
 from models.train.prepare import refuse_untrainable
 from squeeze import __version__
 from squeeze.architectures import HELD_BY, refuse_unrotatable
@@ -115,6 +116,8 @@ def _run(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
     training, clock = training_step(inputs.spec), Clock()
     if training is None:
         return _quantized(inputs, clock, notify, team)
+    with _params_named(inputs.spec, training):
+        refuse_without_gpu(training, torch.device(inputs.device))
     if training is inputs.spec.steps[-1]:
         return run_training(inputs, training, notify)
     done = trained(inputs, training, inputs.work / "adapter", inputs.work / "whole", clock, notify)

@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from squeeze.wire import Wire
 
 Schedule = Literal["cosine", "linear", "constant"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "galore", "badam"]
 USUAL_EPOCHS = 1.0
 
 
@@ -62,7 +63,27 @@ class Train(Wire):
     precision: Precision = Field(
         "auto",
         description="Of the computation. What is trained, and the optimizer's state, is float32 in any case. `auto`: "
-        "bf16 on a GPU that can, else fp32.",
+        "bf16 on a GPU that can, else fp32. `fp16`: with a scaled loss, on a GPU.",
+    )
+    optimizer: Optimizer = Field(
+        "adamw",
+        description="`adamw`: 8 bytes for every number that learns. `adamw8bit`: 2 (arXiv 2110.02861); "
+        "`paged_adamw8bit`: in host memory where the GPU's is full. `galore`: AdamW on a projection of the gradients "
+        "of the decoder blocks' matrices (arXiv 2403.03507). `badam`: one decoder block at a time, with gradients and "
+        "state for this alone (arXiv 2404.02827).",
+    )
+    projection_rank: int = Field(128, ge=1, le=8192, description="Of `galore`: of the projection.")
+    projection_refresh: int = Field(200, ge=1, le=100_000, description="Of `galore`: steps between two projections.")
+    projection_scale: float = Field(
+        0.25, gt=0, le=100, description="Of `galore`: what the learning rate of projected gradients is multiplied by."
+    )
+    block_steps: int = Field(50, ge=1, le=100_000, description="Of `badam`: steps until the next block's turn.")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Keep a moving average of what learns, in which the average so far counts this much after each "
+        "step (less in the first ones); it is what is evaluated and kept. For example 0.999.",
     )
     activation_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: less memory, a third more time."

@@ -5,9 +5,8 @@ import json
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor
 
 from models.card import write_card
@@ -177,7 +176,7 @@ def _training(prepared: Prepared, task: Task, story: Story, after: float) -> Tra
     held_out = task.held_out
     return Training(
         method=step.method,
-        precision="bf16" if prepared.dtype == torch.bfloat16 else "fp32",
+        precision=cast(Literal["fp32", "bf16", "fp16"], prepared.precision),
         trainable_parameters=sum(one.numel() for one in task.learning.values()),
         trained_modules=len(prepared.sites),
         data=prepared.split.data,

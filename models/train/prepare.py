@@ -32,7 +32,7 @@ from squeeze.errors import DataUnusable, ModelMalformed
 from squeeze.training import Adapters, Precision, QLoRA, Train, VirtualTokens
 
 EVERYTHING = 1 << 62  # characters
-TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
