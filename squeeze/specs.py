@@ -14,7 +14,7 @@ from squeeze.distillation import Distill
 from squeeze.formats import holders
 from squeeze.names import names_a_model
 from squeeze.steps import Format, Quantize, Step
-from squeeze.training import Adapters, Finetune, Train
+from squeeze.training import Adapters, Finetune, QLoRA, Train
 from squeeze.wire import Wire
 
 SELF = "self"  # the model samples its own text
@@ -138,6 +138,9 @@ def _refuse_unshared(step: Train, gpus: int) -> None:
         raise ValueError(f"sharding {step.sharding!r} says what several GPUs hold: set limits.gpus to 2 or more")
     if gpus > step.batch_size:
         raise ValueError(f"a batch of {step.batch_size} sequences can't be dealt out to {gpus} GPUs: make it larger")
+    if gpus > 1 and (step.optimizer != "adamw" or isinstance(step, QLoRA)):
+        what = step.method if isinstance(step, QLoRA) else f"optimizer {step.optimizer!r}"
+        raise ValueError(f"{what} trains on one GPU: set limits.gpus to 1")
     if step.sharding == "hybrid" and gpus % 2:
         raise ValueError(f"sharding `hybrid` makes two groups of equal size: {gpus} GPUs can't be halved")
 

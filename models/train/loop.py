@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -24,12 +24,17 @@ from models.resources import peak_gpu_bytes, peak_host_bytes
 from models.train.checkpoints import (
     Checkpoints,
     Story,
-    optimizer_tensors,
     random_tensors,
-    restore_optimizer,
     restore_random,
 )
 from models.train.examples import Examples
+from models.train.optimizers import (
+    BAdam,
+    averaging_share,
+    optimizer_of,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from models.train.packing import Batch, Plan, Row
 from models.train.processes import ALONE, Processes, whole
 from models.train.schedule import learning_rate, warmup_steps
@@ -40,7 +45,7 @@ from squeeze.training import Train
 
 SNAPSHOT_SHARE = 0.1  # of the time that may go into checkpoints before `snapshot_seconds` are over
 TOLD_SECONDS = 1.0  # between two events
-BETAS, EPSILON = (0.9, 0.999), 1e-8
+SMALLEST_SCALE = 1.0  # of a loss in fp16; a gradient that is too large even so is no matter of precision
 
 
 @dataclass(frozen=True)
@@ -137,13 +142,8 @@ class _Run:
         self._task, self._accelerator, self._checkpoints, self._notify = task, accelerator, checkpoints, notify
         self._learning, self._called = task.learning, task.processes.called(task.model)
         step = task.step
-        self._optimizer = torch.optim.AdamW(
-            self._learning.values(),
-            lr=step.learning_rate,
-            betas=BETAS,
-            eps=EPSILON,
-            weight_decay=step.weight_decay,
-        )
+        self._optimizer = optimizer_of(step, self._learning)
+        self._averaged = self._copied() if step.ema is not None else {}
         self._warmup = warmup_steps(step.warmup, task.plan.steps)
         self._best: dict[str, Tensor] = {}
         self._random = random_tensors(task.device)
@@ -159,6 +159,12 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self._learning.items():
                 parameter.copy_(tensors[f"learned.{name}"])
+        self._averaged = {name: tensors[f"averaged.{name}"].to(one.device) for name, one in self._averaged.items()}
+        if (scaler := self._accelerator.scaler) is not None:
+            scaler.load_state_dict(
+                scaler.state_dict()
+                | {"scale": float(tensors["scale"]), "_growth_tracker": int(tensors["scale.tracker"])}
+            )
         self._best = {name: tensors[f"best.{name}"] for name in self._learning if f"best.{name}" in tensors}
         restore_optimizer(self._optimizer, tensors)
         restore_random(tensors, self._task.device)
@@ -178,20 +184,45 @@ class _Run:
         processes.draw(task.plan.seed, number)
         parts = processes.batches(task.examples, task.plan.batch(number), task.step.micro_batch_size)
         learned, tokens = processes.total(sum(one.learned for one in parts), sum(one.tokens for one in parts))
+        if isinstance(self._optimizer, BAdam):
+            self._optimizer.turn_to(number)
         task.model.train()
-        self._optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for n, part in enumerate(parts, start=1):
-            if processes.agree(asked):
+        while True:
+            total = self._gradient_of(parts, learned, asked)
+            if total is None:
                 return False
-            total += self._part(part.to(task.device), learned, last=n == len(parts))
-        (total,) = processes.total(total)
-        self._refuse_no_number(total, "loss")
-        limit = math.inf if task.step.clip_norm is None else task.step.clip_norm
-        norm = float(whole(self._accelerator.clip_grad_norm_([*self._learning.values()], limit)))
+            self._refuse_no_number(total, "loss")
+            self._accelerator.unscale_gradients(self._optimizer)
+            limit = math.inf if task.step.clip_norm is None else task.step.clip_norm
+            norm = float(whole(self._accelerator.clip_grad_norm_([*self._learning.values()], limit)))
+            if math.isfinite(norm) or not self._scale_down():
+                break
         self._refuse_no_number(norm, "gradient's norm")
         self._now = {"loss": total, "norm": norm, "tokens": tokens, "began": began}
         return not processes.agree(asked)
+
+    def _gradient_of(self, parts: Sequence[Batch], learned: float, asked: threading.Event) -> float | None:
+        """The loss of a batch that has so many learned tokens in all, whose gradient is there then; None where we are
+        asked to end half way.
+        """
+        self._optimizer.zero_grad(set_to_none=True)
+        total, processes = 0.0, self._task.processes
+        for n, part in enumerate(parts, start=1):
+            if processes.agree(asked):
+                return None
+            total += self._part(part.to(self._task.device), learned, last=n == len(parts))
+        return processes.total(total)[0]
+
+    def _scale_down(self) -> bool:
+        """After a gradient that fp16 can't hold: a smaller scale of the loss, and the same batch once more, with the
+        same random numbers. False where there is no smaller one.
+        """
+        scaler = self._accelerator.scaler
+        if scaler is None or scaler.get_scale() < SMALLEST_SCALE:
+            return False
+        scaler.update()
+        restore_random(self._random, self._task.device)
+        return True
 
     def _part(self, batch: Batch, learned: float, *, last: bool) -> float:
         """Adds the gradient of a part of a batch that has so many learned tokens in all; its share of the loss."""
@@ -210,7 +241,7 @@ class _Run:
         rate = learning_rate(step.learning_rate, step.schedule, number, task.plan.steps, self._warmup)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
+        self._take_step()
         self._optimizer.zero_grad(set_to_none=True)
         self.story.curve.append(
             TrainingStep(
@@ -231,15 +262,31 @@ class _Run:
             self.look()
             self._stop_where_it_falls_no_more()
 
+    def _take_step(self) -> None:
+        scaler, decay = self._accelerator.scaler, self._task.step.ema
+        if scaler is None:
+            self._optimizer.step()
+        else:
+            scaler.step(self._optimizer)
+            scaler.update()
+        if decay is not None:
+            share = averaging_share(decay, self.story.done + 1)
+            for name, average in self._averaged.items():
+                average.lerp_(self._learning[name].detach(), share)
+
     def look(self) -> None:
-        """Measures the held-out loss."""
+        """Measures the held-out loss, with averaged weights where they are averaged."""
+        with self._with_averages():
+            self._look()
+
+    def _look(self) -> None:
         with nullcontext() if self.story.done else without_virtual_tokens(self._task.model):  # at first as it came
             sums, counts = self._task.held_out_losses(self._accelerator)
         found = HeldOutLoss(step=self.story.done, loss=float(sums.sum() / counts.sum()))
         best = self.story.best
         self.story.held_out.append(found)
         if self._task.step.evaluate_every is not None and found.step and (best is None or found.loss < best.loss):
-            self._best = {name: one.detach().clone() for name, one in self._learning.items()}
+            self._best = self._copied()
         self._notify.event(
             "info", f"held-out loss after {found.step} steps: {found.loss:.4f}", step=found.step, loss=found.loss
         )
@@ -259,14 +306,43 @@ class _Run:
             self.story,
             {f"learned.{name}": one for name, one in self._learning.items()}
             | {f"best.{name}": one for name, one in self._best.items()}
+            | {f"averaged.{name}": one for name, one in self._averaged.items()}
             | optimizer_tensors(self._optimizer)
+            | self._scale_tensors()
             | self._random,
         )
 
+    def _scale_tensors(self) -> dict[str, Tensor]:
+        """Of the loss, with fp16."""
+        if self._accelerator.scaler is None:
+            return {}
+        state = self._accelerator.scaler.state_dict()
+        return {"scale": torch.tensor(state["scale"]), "scale.tracker": torch.tensor(state["_growth_tracker"])}
+
     def keep_the_best(self) -> None:
-        with torch.no_grad():
-            for name, best in self._best.items():
-                self._learning[name].copy_(best)
+        if isinstance(self._optimizer, BAdam):
+            self._optimizer.release()
+        self._set(self._best or self._averaged)
+
+    @contextmanager
+    def _with_averages(self) -> Iterator[None]:
+        if not self._averaged:
+            yield
+            return
+        learned = self._copied()
+        self._set(self._averaged)
+        try:
+            yield
+        finally:
+            self._set(learned)
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: one.detach().clone() for name, one in self._learning.items()}
+
+    @torch.no_grad()
+    def _set(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            self._learning[name].copy_(weight)
 
     def tell(self, *, whole: bool = False) -> None:
         """Events of the steps since the last one, not more often than once a second."""

@@ -32,10 +32,10 @@ from models.train.processes import ALONE, Processes
 from models.train.scoring import own, packs
 from squeeze.distillation import Distill
 from squeeze.errors import DataUnusable, ModelMalformed
-from squeeze.training import Adapters, Precision, Train, VirtualTokens
+from squeeze.training import Adapters, Precision, QLoRA, Train, VirtualTokens
 
 EVERYTHING = 1 << 62  # characters
-TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,19 @@ def prepare(inputs: Inputs, step: Train) -> Prepared:
 def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
     """(the training before its first step, adapters as they begin, warnings)."""
     step, warnings, processes = prepared.step, list(prepared.split.warnings), prepared.processes
+    method = method_of(step)
     with processes.loading():
-        model = prepared.load(prepared.source.path, prepared.first_device)
+        if isinstance(step, QLoRA):
+            transformers_logging.disable_progress_bar()
+            model = method.load(prepared.source.path, step, prepared.dtype, prepared.device)
+            model.config.use_cache = False
+        else:
+            model = prepared.load(prepared.source.path, prepared.first_device)
         torch.manual_seed(prepared.seed)
-        model = method_of(step).finetune(model, step, [site.name for site in prepared.sites])
-        initial = method_of(step).adapter_of(model) if isinstance(step, Adapters) else {}
+        model = method.finetune(model, step, [site.name for site in prepared.sites])
+        if isinstance(step, QLoRA) and step.init == "loftq":
+            method.start_at_what_is_lost(model, step, prepared.source, prepared.sites)
+        initial = method.adapter_of(model) if isinstance(step, Adapters) else {}
         if step.activation_checkpointing:
             own(model).activation_checkpointing_enable({"use_reentrant": False})
         prepared.share(model)
