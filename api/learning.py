@@ -22,7 +22,7 @@ from squeeze.records import (
     refuse_too_few,
 )
 from squeeze.specs import OWN_ID, JobSpec
-from squeeze.training import Finetune
+from squeeze.training import Train
 
 CHECKED_BYTES = 16 << 20  # of a file; the worker looks at the rest before it fetches a model
 CHECKED_SECONDS = 2.0  # for the same
@@ -36,7 +36,7 @@ def refuse_unusable(service: Service, project: str, spec: JobSpec) -> str | None
     Raises DataUnusable, with the lines, where records are none, or too few. Of a large file only the beginning is read;
     parquet and datasets are the worker's. A file that is not there is the submit's to refuse.
     """
-    if not any(isinstance(step, Finetune) for step in spec.steps):
+    if not any(isinstance(step, Train) for step in spec.steps):
         return None
     apart = spec.evaluation.source is not None
     data = _Look(service, project, DATA, spec.data.source, spec.data.column)
@@ -60,6 +60,12 @@ def refuse_misfit(files: Files, positions: int, chat: str | None) -> None:
             "`completion` instead, or a model with a template.",
             param=DATA,
         )
+
+
+def text_bytes_of(service: Service, project: str, spec: JobSpec) -> int | None:
+    """Of the examples that are trained on; None where they are no uploaded file."""
+    record = _found(service, project, spec.data.source)
+    return None if record is None else record.bytes
 
 
 class _Enough(Exception):

@@ -43,9 +43,12 @@ def fingerprint(
 def training_fingerprint(
     step: Train, seed: int, revision: str | None, device: str, source: SourceModel, data: TrainingData, length: int
 ) -> str:
-    """As `fingerprint`, of what a step that trains leaves. length: of a sequence, in tokens."""
+    """As `fingerprint`, of what a step that trains leaves. length: of a sequence, in tokens.
+
+    Any number of processes goes on from it, whatever each of them holds.
+    """
     parts = {
-        "step": step.model_dump(mode="json"),
+        "step": step.model_dump(mode="json", exclude={"sharding"}),
         "seed": seed,
         **_of_model(source, revision),
         "data": data.model_dump(),

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, f
 from squeeze.distillation import Distill
 from squeeze.formats import holders
 from squeeze.steps import Format, Quantize, Step
-from squeeze.training import Adapters, Finetune, Train
+from squeeze.training import Adapters, Finetune, QLoRA, Train
 from squeeze.wire import Wire
 
 HUB_ID = re.compile(r"^(?P<repo>[\w.-]{1,96}/[\w.-]{1,96}|[\w.-]{1,96})(@(?P<revision>[\w./-]{1,128}))?$", re.ASCII)
@@ -130,9 +130,21 @@ class Limits(Wire):
         ge=0,
         le=16,
         description="0: whatever the worker has (a GPU, or the CPU). 1: a GPU only. More: as many GPUs of one machine "
-        "share the calibration and the evaluation text; the result is the same. The operator has to have set up a "
-        "worker with so many.",
+        "share the batches of a training (see its `sharding`), the calibration and the evaluation text; the result is "
+        "the same. The operator has to have set up a worker with so many.",
     )
+
+
+def _refuse_unshared(step: Train, gpus: int) -> None:
+    if gpus <= 1 and step.sharding != "auto":
+        raise ValueError(f"sharding {step.sharding!r} says what several GPUs hold: set limits.gpus to 2 or more")
+    if gpus > 1 and (step.optimizer != "adamw" or step.precision == "fp16" or isinstance(step, QLoRA)):
+        what = "qlora" if isinstance(step, QLoRA) else step.optimizer if step.optimizer != "adamw" else "fp16"
+        raise ValueError(f"{what} is computed on one GPU alone: set limits.gpus to 1")
+    if gpus > step.batch_size:
+        raise ValueError(f"a batch of {step.batch_size} sequences can't be dealt out to {gpus} GPUs: make it larger")
+    if step.sharding == "hybrid" and gpus % 2:
+        raise ValueError(f"sharding `hybrid` makes two groups of equal size: {gpus} GPUs can't be halved")
 
 
 def _default_formats(fields: dict[str, Any]) -> tuple[Format, ...]:
@@ -232,8 +244,7 @@ class JobSpec(Wire):
                 raise ValueError("a student learns from text that is there: name a file or a dataset as data.source")
             if step is not self.steps[-1] and not step.whole:
                 raise ValueError(f"the step after {step.method} goes on with a whole model: set its `merge` to true")
-            if self.limits.gpus > 1:
-                raise ValueError(f"{step.method} trains on one GPU: set limits.gpus to 1")
+            _refuse_unshared(step, self.limits.gpus)
         return self
 
     @model_validator(mode="after")

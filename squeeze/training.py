@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from squeeze.sharding import Sharding
 from squeeze.wire import Wire
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -98,6 +99,14 @@ class Train(Wire):
         None,
         ge=1,
         description="With `evaluate_every`: stop after so many looks in a row that found no lower held-out loss.",
+    )
+    sharding: Sharding = Field(
+        "auto",
+        description="With `limits.gpus` above 1, what each GPU holds. `ddp`: all weights. `full`: a part of the "
+        "weights, gradients and optimizer state, put together block by block. `hybrid`: the same in two groups, each "
+        "of which holds everything. `offload`: as `full`, and what is not at work lies in host memory. `auto`: `ddp` "
+        "where weights and state take no more than half of a GPU's free memory, else `full`, or `offload` where the "
+        "parts don't fit either. The losses are the same.",
     )
     by_block: ClassVar[bool] = False
 

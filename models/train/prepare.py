@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from models.architectures import architecture_of
 from models.checkpoint import SourceModel, open_or_convert
 from models.data import CHARACTERS_PER_TOKEN, EVALUATION_SEED, GENERIC_ORIGIN, LEAST_TOKENS, generic_passages
 from models.disk import write_whole
@@ -26,6 +27,7 @@ from models.text import Split as Side
 from models.train.examples import Examples, Split, read_examples
 from models.train.loop import Task
 from models.train.packing import Plan, rows_of, steps_for
+from models.train.processes import ALONE, Processes
 from models.train.scoring import own, packs
 from squeeze.distillation import Distill
 from squeeze.errors import DataUnusable, ModelMalformed
@@ -39,7 +41,8 @@ TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, 
 class Prepared:
     """source: the model that learns, as it came. sites: the linears that get something to learn. held_out: the examples
     that the loss is measured on. length: of a sequence, in tokens. vocabulary: of the model. mark: of all that decides
-    the result. teacher: of a distillation, the job's own model. student: of one, who learns, in words.
+    the result. teacher: of a distillation, the job's own model. student: of one, who learns, in words. processes: that
+    share the training.
     """
 
     step: Train
@@ -55,18 +58,29 @@ class Prepared:
     mark: str
     teacher: SourceModel | None = None
     student: str = ""
+    processes: Processes = ALONE
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights that don't learn, and of the computation."""
         return TYPES[self.precision]
 
-    def load(self, path: Path) -> Any:
-        """A model directory's whole model on the device, nothing of it to learn."""
+    @property
+    def first_device(self) -> torch.device:
+        """Where the model is before each of several processes takes its part: it need not fit on the device."""
+        return torch.device("cpu") if self.processes.sharded else self.device
+
+    def load(self, path: Path, device: torch.device | None = None) -> Any:
+        """A model directory's whole model, nothing of it to learn. device: left out, that of the training."""
         transformers_logging.disable_progress_bar()  # a worker's log is no terminal
         model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, trust_remote_code=False)
         model.config.use_cache = False
-        return model.to(self.device).eval().requires_grad_(False)
+        return model.to(device or self.device).eval().requires_grad_(False)
+
+    def share(self, model: Any) -> None:
+        """Leaves this process its part of the weights, where several are to hold a part each."""
+        blocks = own(model).get_submodule(architecture_of(self.source.config).blocks)
+        self.processes.shard(model, list(blocks))
 
     def task(self, model: Any, *, packed: bool) -> Task:
         step, examples = self.step, self.split.train
@@ -83,6 +97,7 @@ class Prepared:
             held_out_rows=rows_of(self.held_out.lengths, self.length, packed=packed),
             packed=packed,
             device=self.device,
+            processes=self.processes,
         )
 
 
@@ -145,27 +160,29 @@ def prepare(inputs: Inputs, step: Train) -> Prepared:
 
 def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
     """(the training before its first step, adapters as they begin, warnings)."""
-    step, warnings = prepared.step, list(prepared.split.warnings)
+    step, warnings, processes = prepared.step, list(prepared.split.warnings), prepared.processes
     method = method_of(step)
-    if isinstance(step, QLoRA):
-        transformers_logging.disable_progress_bar()
-        model = method.load(prepared.source.path, step, prepared.dtype, prepared.device)
-        model.config.use_cache = False
-    else:
-        model = prepared.load(prepared.source.path)
-    torch.manual_seed(prepared.seed)
-    model = method.finetune(model, step, [site.name for site in prepared.sites])
-    if isinstance(step, QLoRA) and step.init == "loftq":
-        method.start_at_what_is_lost(model, step, prepared.source, prepared.sites)
-    packed = step.packing and packs(model, prepared.device, int(model.config.vocab_size))
+    with processes.loading():
+        if isinstance(step, QLoRA):
+            transformers_logging.disable_progress_bar()
+            model = method.load(prepared.source.path, step, prepared.dtype, prepared.device)
+        else:
+            model = prepared.load(prepared.source.path, prepared.first_device)
+        torch.manual_seed(prepared.seed)
+        model = method.finetune(model, step, [site.name for site in prepared.sites])
+        if isinstance(step, QLoRA) and step.init == "loftq":
+            method.start_at_what_is_lost(model, step, prepared.source, prepared.sites)
+        initial = method.adapter_of(model) if isinstance(step, Adapters) else {}
+        if step.activation_checkpointing:
+            own(model).activation_checkpointing_enable({"use_reentrant": False})
+        prepared.share(model)
+    packs_here = step.packing and packs(model, prepared.device, int(model.config.vocab_size))
+    packed = processes.leader_says(packs_here)
     if step.packing and not packed:
         warnings.append(
             f"examples of a {prepared.source.config['model_type']} would see each other in one sequence: each has one "
             "of its own"
         )
-    if step.activation_checkpointing:
-        own(model).activation_checkpointing_enable({"use_reentrant": False})
-    initial = method.adapter_of(model) if isinstance(step, Adapters) else {}
     return prepared.task(model, packed=packed), initial, warnings
 
 
