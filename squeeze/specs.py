@@ -136,11 +136,11 @@ class Limits(Wire):
 def _refuse_unshared(step: Train, gpus: int) -> None:
     if gpus <= 1 and step.sharding != "auto":
         raise ValueError(f"sharding {step.sharding!r} says what several GPUs hold: set limits.gpus to 2 or more")
+    if gpus > 1 and (step.optimizer != "adamw" or step.precision == "fp16" or isinstance(step, QLoRA)):
+        what = "qlora" if isinstance(step, QLoRA) else step.optimizer if step.optimizer != "adamw" else "fp16"
+        raise ValueError(f"{what} is computed on one GPU alone: set limits.gpus to 1")
     if gpus > step.batch_size:
         raise ValueError(f"a batch of {step.batch_size} sequences can't be dealt out to {gpus} GPUs: make it larger")
-    if gpus > 1 and (step.optimizer != "adamw" or isinstance(step, QLoRA)):
-        what = step.method if isinstance(step, QLoRA) else f"optimizer {step.optimizer!r}"
-        raise ValueError(f"{what} trains on one GPU: set limits.gpus to 1")
     if step.sharding == "hybrid" and gpus % 2:
         raise ValueError(f"sharding `hybrid` makes two groups of equal size: {gpus} GPUs can't be halved")
 

@@ -49,6 +49,7 @@ def load(path: Path, step: QLoRA, dtype: torch.dtype, device: torch.device) -> A
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, quantization_config=settings, device_map={"": str(device)}, trust_remote_code=False
     )
+    model.config.use_cache = False
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with AVX512-BF16 bitsandbytes 0.50 packs the codes anew at the first look at the held-out loss,

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from models.progress import Notify
 from models.resources import peak_gpu_bytes, peak_host_bytes
+from models.train.averages import Averages, copied, put
 from models.train.checkpoints import (
     Checkpoints,
     Story,
@@ -28,13 +29,7 @@ from models.train.checkpoints import (
     restore_random,
 )
 from models.train.examples import Examples
-from models.train.optimizers import (
-    BAdam,
-    averaging_share,
-    optimizer_of,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from models.train.optimizers import BAdam, optimizer_of, optimizer_tensors, restore_optimizer
 from models.train.packing import Batch, Plan, Row
 from models.train.processes import ALONE, Processes, whole
 from models.train.schedule import learning_rate, warmup_steps
@@ -143,7 +138,7 @@ class _Run:
         self._learning, self._called = task.learning, task.processes.called(task.model)
         step = task.step
         self._optimizer = optimizer_of(step, self._learning)
-        self._averaged = self._copied() if step.ema is not None else {}
+        self._averages = Averages(self._learning, step.ema)
         self._warmup = warmup_steps(step.warmup, task.plan.steps)
         self._best: dict[str, Tensor] = {}
         self._random = random_tensors(task.device)
@@ -159,7 +154,8 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self._learning.items():
                 parameter.copy_(tensors[f"learned.{name}"])
-        self._averaged = {name: tensors[f"averaged.{name}"].to(one.device) for name, one in self._averaged.items()}
+        for name, average in self._averages.tensors.items():
+            average.copy_(tensors[f"averaged.{name}"])
         if (scaler := self._accelerator.scaler) is not None:
             scaler.load_state_dict(
                 scaler.state_dict()
@@ -188,9 +184,10 @@ class _Run:
             self._optimizer.turn_to(number)
         task.model.train()
         while True:
-            total = self._gradient_of(parts, learned, asked)
-            if total is None:
+            share = self._gradient_of(parts, learned, asked)
+            if share is None:
                 return False
+            (total,) = processes.total(share)
             self._refuse_no_number(total, "loss")
             self._accelerator.unscale_gradients(self._optimizer)
             limit = math.inf if task.step.clip_norm is None else task.step.clip_norm
@@ -202,16 +199,14 @@ class _Run:
         return not processes.agree(asked)
 
     def _gradient_of(self, parts: Sequence[Batch], learned: float, asked: threading.Event) -> float | None:
-        """The loss of a batch that has so many learned tokens in all, whose gradient is there then; None where we are
-        asked to end half way.
-        """
+        """This process's share of the loss of a batch, whose gradient is there then; None where we are asked to end."""
         self._optimizer.zero_grad(set_to_none=True)
-        total, processes = 0.0, self._task.processes
+        total = 0.0
         for n, part in enumerate(parts, start=1):
-            if processes.agree(asked):
+            if self._task.processes.agree(asked):
                 return None
             total += self._part(part.to(self._task.device), learned, last=n == len(parts))
-        return processes.total(total)[0]
+        return total
 
     def _scale_down(self) -> bool:
         """After a gradient that fp16 can't hold: a smaller scale of the loss, and the same batch once more, with the
@@ -263,30 +258,24 @@ class _Run:
             self._stop_where_it_falls_no_more()
 
     def _take_step(self) -> None:
-        scaler, decay = self._accelerator.scaler, self._task.step.ema
+        scaler = self._accelerator.scaler
         if scaler is None:
             self._optimizer.step()
         else:
             scaler.step(self._optimizer)
             scaler.update()
-        if decay is not None:
-            share = averaging_share(decay, self.story.done + 1)
-            for name, average in self._averaged.items():
-                average.lerp_(self._learning[name].detach(), share)
+        self._averages.add(self.story.done + 1)
 
     def look(self) -> None:
         """Measures the held-out loss, with averaged weights where they are averaged."""
-        with self._with_averages():
-            self._look()
-
-    def _look(self) -> None:
-        with nullcontext() if self.story.done else without_virtual_tokens(self._task.model):  # at first as it came
+        came = nullcontext() if self.story.done else without_virtual_tokens(self._task.model)
+        with self._averages.in_place(), came:
             sums, counts = self._task.held_out_losses(self._accelerator)
         found = HeldOutLoss(step=self.story.done, loss=float(sums.sum() / counts.sum()))
         best = self.story.best
         self.story.held_out.append(found)
         if self._task.step.evaluate_every is not None and found.step and (best is None or found.loss < best.loss):
-            self._best = self._copied()
+            self._best = copied(self._learning if not self._averages.tensors else self._averages.tensors)
         self._notify.event(
             "info", f"held-out loss after {found.step} steps: {found.loss:.4f}", step=found.step, loss=found.loss
         )
@@ -306,7 +295,7 @@ class _Run:
             self.story,
             {f"learned.{name}": one for name, one in self._learning.items()}
             | {f"best.{name}": one for name, one in self._best.items()}
-            | {f"averaged.{name}": one for name, one in self._averaged.items()}
+            | {f"averaged.{name}": one for name, one in self._averages.tensors.items()}
             | optimizer_tensors(self._optimizer)
             | self._scale_tensors()
             | self._random,
@@ -322,27 +311,7 @@ class _Run:
     def keep_the_best(self) -> None:
         if isinstance(self._optimizer, BAdam):
             self._optimizer.release()
-        self._set(self._best or self._averaged)
-
-    @contextmanager
-    def _with_averages(self) -> Iterator[None]:
-        if not self._averaged:
-            yield
-            return
-        learned = self._copied()
-        self._set(self._averaged)
-        try:
-            yield
-        finally:
-            self._set(learned)
-
-    def _copied(self) -> dict[str, Tensor]:
-        return {name: one.detach().clone() for name, one in self._learning.items()}
-
-    @torch.no_grad()
-    def _set(self, weights: Mapping[str, Tensor]) -> None:
-        for name, weight in weights.items():
-            self._learning[name].copy_(weight)
+        put(self._learning, self._best or self._averages.tensors)
 
     def tell(self, *, whole: bool = False) -> None:
         """Events of the steps since the last one, not more often than once a second."""

@@ -159,14 +159,6 @@ def blocks_of(learning: Mapping[str, nn.Parameter]) -> list[list[nn.Parameter]]:
     return [*found.values(), *([outside] if outside else [])]
 
 
-def averaging_share(decay: float, number: int) -> float:
-    """What the weights after a step count in their moving average, the first step being 1: less and less until it is
-    1 − decay, so that a short training is not averaged with where it began (as TensorFlow's ExponentialMovingAverage
-    with `num_updates`).
-    """
-    return 1 - min(decay, (1 + number) / (10 + number))
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimizer, by its parameters' numbers."""
     return {

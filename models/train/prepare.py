@@ -177,7 +177,6 @@ def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
         if isinstance(step, QLoRA):
             transformers_logging.disable_progress_bar()
             model = method.load(prepared.source.path, step, prepared.dtype, prepared.device)
-            model.config.use_cache = False
         else:
             model = prepared.load(prepared.source.path, prepared.first_device)
         torch.manual_seed(prepared.seed)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from models.pipeline import run
+from models.train.averages import share
 from models.train.checkpoints import Checkpoints
 from models.train.loop import accelerator_of, train
-from models.train.optimizers import BAdam, GaLore, averaging_share, blocks_of, optimizer_of, optimizer_tensors
+from models.train.optimizers import BAdam, GaLore, blocks_of, optimizer_of, optimizer_tensors
 from squeeze.errors import SpecInvalid
 from squeeze.training import Full
 from tests.models.job_parts import Heard
@@ -162,14 +163,14 @@ def test_what_is_kept_is_the_average(tmp_path: Path, model: Path) -> None:
         def advance(self, done: int, total: int, unit: str) -> None:
             for name, one in task.learning.items():
                 if done:
-                    average[name].lerp_(one.detach(), averaging_share(0.5, done))
+                    average[name].lerp_(one.detach(), share(0.5, done))
 
     checkpoints = Checkpoints(prepared.source.path.parent / "averages", "x")
     story = train(task, accelerator_of("fp32", task.device), checkpoints, Averaging(), 1e9)
     assert all(torch.equal(one, average[name]) for name, one in task.learning.items())
     sums, counts = task.held_out_losses(accelerator_of("fp32", task.device))
     assert float(sums.sum() / counts.sum()) == story.held_out[-1].loss
-    assert averaging_share(0.5, 1) == 1 - 2 / 11 and averaging_share(0.999, 100_000) == pytest.approx(0.001)
+    assert share(0.5, 1) == 1 - 2 / 11 and share(0.999, 100_000) == pytest.approx(0.001)
 
 
 def scaling(device: torch.device, scale: float) -> Any:
@@ -206,6 +207,7 @@ def test_what_only_a_gpu_has_is_refused_before_a_weight_is_read(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize(
     "fields", [{"optimizer": "paged_adamw8bit"}, {"precision": "fp16"}, {"optimizer": "adamw8bit", "precision": "bf16"}]
 )
