@@ -58,7 +58,7 @@ def main() -> None:
             runs = [one(options, arm, rate, seed) for seed in options.seeds]
             losses, told, seconds = zip(*runs, strict=True)
             each = ", ".join(f"{loss:.4f}" for loss in losses)
-            far = statistics.median(one.divergence_after for one in told)
+            far = statistics.median(one.divergence_after or 0.0 for one in told)
             print(
                 f"| {arm} | {rate:g} | {each} | {statistics.median(losses):.4f} | {far:.4f} "
                 f"| {statistics.mean(seconds):.0f} |",
