@@ -35,11 +35,14 @@ quickstart: $(INSTALLED) ## compress the bundled model over HTTP, with no networ
 serve: $(INSTALLED) ## run the whole service on this machine until Ctrl-C
 	$(BIN)/python scripts/serve.py
 
+# Two processes with a core each; the tests of a file stay together, since they share what takes long to set up.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 test: $(INSTALLED) ## the test suite; Redis and PostgreSQL take part where they are installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-long: $(INSTALLED) ## the test suite with what takes long
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-chaos: $(INSTALLED) ## kill -9 everything at random while 50 jobs run, then check that each ended right, once
 	$(BIN)/python scripts/chaos.py

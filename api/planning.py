@@ -1,15 +1,15 @@
 """What a spec would need and what stands in its way, from the model's config and headers alone: estimates."""
 
-from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+from api.costs import cost_of, kept_bytes, learned_of, shape_of_model
+from api.learning import refuse_misfit, refuse_unusable
 from api.service import Service
 from api.sources import Files, files_of, refuse_absent_dataset
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
 from jobs import files as uploads
-from jobs import history
 from squeeze.architectures import ARCHITECTURES, HELD_BY, refuse_unrotatable
 from squeeze.errors import (
     ArchitectureUnsupported,
@@ -24,21 +24,21 @@ from squeeze.errors import (
     SqueezeError,
 )
 from squeeze.formats import refuse_unfit
-from squeeze.memory import needed
 from squeeze.objects import Obstacle, Plan
-from squeeze.pace import duration
-from squeeze.shapes import Shape, shape_of
 from squeeze.specs import SELF, JobSpec, hub_text
 from squeeze.steps import Format, Grouped, Quantize
-from squeeze.training import LoRA, Train
-from squeeze.work import counted
+from squeeze.training import Adapters, LoRA, Train
 
 LEAST = {"bits": 2, "target_bytes": None}
 
 
 def plan(service: Service, project: str, spec: JobSpec) -> Plan:
     """Everything that can be found at once: one obstacle does not hide the others."""
-    obstacles = [_obstacle(error) for error in _before_the_model(service, project, spec)]
+    obstacles, chat = [_obstacle(error) for error in _before_the_model(service, project, spec)], None
+    try:
+        chat = refuse_unusable(service, project, spec)
+    except SqueezeError as error:
+        obstacles.append(_obstacle(error))
     try:
         files = files_of(service, project, spec.model)
         config = config_of(files)
@@ -47,39 +47,25 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
         return _answer([*obstacles, _obstacle(error)])
     linears = _compressed(spec, linears_of(tensors, transposed=config.get("model_type") == "gpt2"))
     obstacles += [_obstacle(error) for error in _in_the_model(spec, config, files, tensors, linears)]
+    if any(isinstance(step, Train) for step in spec.steps):
+        try:
+            refuse_misfit(files, shape_of_model(config, tensors).positions, chat)
+        except SqueezeError as error:
+            obstacles.append(_obstacle(error))
     source_bytes = sum(tensor.size_bytes for tensor in tensors.values()) or _weight_bytes(files)
-    result_bytes = _result_bytes(spec, tensors, linears) if tensors else {}
+    result_bytes = _result_bytes(spec, config, tensors, linears) if tensors else {}
     return _answer(
         obstacles,
         model_revision=files.revision,
         parameters=sum(tensor.elements for tensor in tensors.values()) or None,
         source_bytes=source_bytes,
         result_bytes=result_bytes,
-        **_cost(service, spec, _shape(spec, config, tensors), result_bytes),
+        **cost_of(service, project, spec, config, tensors, result_bytes),
         disk_bytes=(source_bytes if files.pulled else 0)
         + sum(result_bytes.values())
-        + max([0, *result_bytes.values()]),
+        + max([0, *result_bytes.values()])
+        + kept_bytes(spec, config, tensors),
     )
-
-
-def _shape(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> Shape:
-    ignored = _ignored(spec)
-    dtypes = Counter(tensor.dtype for tensor in tensors.values())
-    dtype = max(dtypes, key=dtypes.__getitem__, default="BF16")
-    return shape_of(config, {name: tensor.shape for name, tensor in tensors.items()}, dtype, ignored)
-
-
-def _cost(service: Service, spec: JobSpec, shape: Shape, result_bytes: dict[Format, int]) -> dict[str, Any]:
-    """Memory and time; nothing where the headers show no blocks."""
-    if not shape.blocks or any(isinstance(step, Train) for step in spec.steps):  # what training takes is not counted
-        return {}
-    memory = needed(shape, spec, result_bytes)
-    method = next(step.method for step in spec.steps if isinstance(step, Quantize))
-    gpu = spec.limits.gpus > 0 or None  # without the wish, whatever worker is free takes it
-    with service.database.read() as session:
-        past = history.finished(session, method, gpu=gpu)
-    seconds = duration(counted(shape, spec), len(shape.blocks), method, past, gpu=bool(gpu))
-    return {"host_bytes": memory.whole, "least_host_bytes": memory.least, "seconds": seconds}
 
 
 def _answer(obstacles: list[Obstacle], **estimates: Any) -> Plan:
@@ -176,24 +162,24 @@ def _weight_bytes(files: Files) -> int:
     return sum(size for name, size in files.sizes.items() if name.endswith((".safetensors", ".bin")))
 
 
-def _result_bytes(spec: JobSpec, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[Format, int]:
+def _result_bytes(
+    spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor], linears: list[Linear]
+) -> dict[Format, int]:
     """Of the weight files, by format."""
     step = next((step for step in spec.steps if isinstance(step, Quantize)), None)
     if step is None:
-        return _trained_bytes(spec, tensors, linears)
+        return _trained_bytes(spec, config, tensors)
     if isinstance(step, Grouped) and step.target_bytes is not None:
         return dict.fromkeys(spec.formats, step.target_bytes)
     return _estimates(spec, step, tensors, linears)
 
 
-def _trained_bytes(spec: JobSpec, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[Format, int]:
-    """An adapter in 32 bits, and the model with it merged in 16."""
-    (step,) = spec.steps
-    wanted = step.target_modules if isinstance(step, LoRA) and step.target_modules else ("*",)
-    chosen = [one for one in linears if any(fnmatchcase(one.name, pattern) for pattern in wanted)]
-    rank = step.rank * (2 if step.init == "pissa" else 1) if isinstance(step, LoRA) else 0
+def _trained_bytes(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[Format, int]:
+    """What was learned beside the weights in 32 bits, and a whole model in 16."""
+    step = spec.steps[-1]
+    beside = 4 * learned_of(step, config, tensors).parameters if isinstance(step, Adapters) else 0
     sizes: dict[Format, int] = {
-        "peft": 4 * rank * sum(one.rows + one.columns for one in chosen),
+        "peft": beside * (2 if isinstance(step, LoRA) and step.init == "pissa" else 1),
         "safetensors": 2 * sum(tensor.elements for tensor in tensors.values()),
     }
     return {name: sizes[name] for name in spec.formats if name in sizes}

@@ -13,7 +13,10 @@ CONFIG_BYTES = 1 << 20
 INDEX_BYTES = 64 << 20
 HEADER_BYTES = 32 << 20
 SHARDS = 512
+TOKENIZER_BYTES = 16 << 20
 CONFIG = "config.json"
+TOKENIZER = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
 INDEX = "model.safetensors.index.json"
 
 _DTYPE_BITS = {
@@ -53,6 +56,13 @@ def config_of(files: Files) -> dict[str, Any]:
     if CONFIG not in files.sizes:
         raise ModelMalformed("The model has no config.json.", param="model")
     return _object(files, CONFIG, CONFIG_BYTES)
+
+
+def has_chat_template(files: Files) -> bool:
+    """Whether the model says how a chat is written."""
+    if TEMPLATE in files.sizes:
+        return True
+    return TOKENIZER in files.sizes and bool(_object(files, TOKENIZER, TOKENIZER_BYTES).get("chat_template"))
 
 
 def tensors_of(files: Files) -> dict[str, Tensor]:

@@ -34,20 +34,20 @@ STEPS = (
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 
 
-def make(directory: Path, blocks: int, width: int) -> None:
+def make(directory: Path, blocks: int, width: int, vocabulary: int = 4096, positions: int = 512) -> None:
     """A random bfloat16 Llama with the bundled model's tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096,
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=blocks,
         num_attention_heads=width // 64,
         num_key_value_heads=width // 128,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
@@ -109,13 +109,14 @@ def foretold(model: Path, step: dict[str, Any]) -> Memory:
 
 
 def watch(model: Path, step: dict[str, Any]) -> tuple[int, int, float]:
+    """As `watch_command`, of the pipeline."""
+    return watch_command([sys.executable, __file__, "--work", str(model), "--steps", json.dumps(step)])
+
+
+def watch_command(command: list[str]) -> tuple[int, int, float]:
     """(largest process, largest sum of all processes, seconds); sizes in bytes."""
     began = time.monotonic()
-    job = subprocess.Popen(
-        [sys.executable, __file__, "--work", str(model), "--steps", json.dumps(step)],
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-    )
+    job = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     largest = together = 0
     while job.poll() is None:
         sizes = []

@@ -37,5 +37,4 @@ def _past(device: Any, spent: Any, recipe: Any) -> Past | None:
     """None where the report is of a version that counted no work."""
     if not isinstance(device, str) or not isinstance(spent, dict) or not spent.get("work"):
         return None
-    method = next((str(step["method"]) for step in recipe if step["kind"] == "quantize"), None)
-    return None if method is None else Past(method, device, spent["seconds"], spent["work"])
+    return Past(str(recipe[-1]["method"]), device, spent["seconds"], spent["work"])

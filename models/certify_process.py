@@ -141,12 +141,15 @@ def score(model: Any, ids: Any, first: int, learned: list[bool] | None = None) -
     rows = max(16, LOGIT_BYTES // (4 * vocabulary))
     cache, total = None, 0.0
     scored = ids if learned is None else torch.where(torch.tensor(learned, device=ids.device), ids, -100)
+    # What an adapter puts before the first piece is in the cache that the next ones go on from.
+    going_on = model.get_base_model() if hasattr(model, "get_base_model") else model
     for start in range(0, length - 1, rows):
         stop = min(start + rows, length - 1)
-        out = model(input_ids=ids[None, start:stop], past_key_values=cache, use_cache=rows < length - 1)
+        piece, program = ids[None, start:stop], going_on if start else model
+        out = program(input_ids=piece, past_key_values=cache, use_cache=rows < length - 1)
         cache = out.past_key_values
         skipped = max(first - 1 - start, 0)  # the logits at position t predict token t + 1
-        logits = out.logits[0, skipped:].float()
+        logits = out.logits[0, -piece.shape[1] :][skipped:].float()
         targets = scored[start + 1 + skipped : stop + 1].to(logits.device)
         total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")) if len(targets) else 0.0
     mean = total / (length - first if learned is None else sum(learned))

@@ -14,15 +14,12 @@ from torch import Tensor
 
 from models.documents import documents_of
 from models.text import HELD_OUT_SHARE, Split, standard_library
+from squeeze.documents import grain_for, passages
 from squeeze.errors import DataUnusable
 from squeeze.report import Text
 
 LEAST_TOKENS = 16  # a sequence shorter than this tells nothing
 CHARACTERS_PER_TOKEN = 6  # first guess of how much text is wanted; raised where a tokenizer packs more
-# The grain in which a file is split into a training and a held-out part. In small files it is finer: with 128 pieces
-# the odds that chance holds nothing out are one in a million; pieces of 4096 left a file of 180 kB without.
-SPLIT_CHARACTERS_LEAST, SPLIT_CHARACTERS_MOST = 256, 4096
-SPLIT_PIECES = 128
 GENERIC_ORIGIN = f"standard library of Python {platform.python_version()}"
 EVALUATION_SEED = 0  # the evaluation text does not move with the calibration draw
 
@@ -184,19 +181,6 @@ def _draw(documents: Documents, budget: int, limit: int, seed: int) -> tuple[lis
     return [passage for _, _, passage in sorted(heap, reverse=True)], dropped
 
 
-def passages(documents: Iterator[str], limit: int) -> Iterator[str]:
-    """Long documents in pieces of up to `limit` characters, cut at line ends where there are any, or else at spaces."""
-    for document in documents:
-        start = 0
-        while len(document) - start > limit:
-            cuts = (document.rfind(mark, start + limit // 2, start + limit) for mark in ("\n", " "))
-            end = next((cut + 1 for cut in cuts if cut >= 0), start + limit)
-            yield document[start:end]
-            start = end
-        if document[start:].strip():
-            yield document[start:]
-
-
 def _documents(source: Path | None, split: Split | None, param: str, column: str | None) -> Documents:
     """param: the field of the request that names the source."""
     if source is None:
@@ -211,8 +195,7 @@ def _documents(source: Path | None, split: Split | None, param: str, column: str
 
 def grain_of(source: Path) -> int:
     """Characters of the pieces that a file's running text is split by."""
-    size_bytes = sum(file.stat().st_size for file in (source.iterdir() if source.is_dir() else (source,)))
-    return max(SPLIT_CHARACTERS_LEAST, min(size_bytes // SPLIT_PIECES, SPLIT_CHARACTERS_MOST))
+    return grain_for(sum(file.stat().st_size for file in (source.iterdir() if source.is_dir() else (source,))))
 
 
 def _split_of(passage: str) -> Split:

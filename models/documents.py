@@ -1,32 +1,11 @@
-"""Text files as documents: plain text, JSONL or parquet, told apart by what is in them.
+"""Text files on disk as documents: plain text, JSONL or parquet, alone or a directory of them."""
 
-A file is read in pieces of bounded size. What is no text is refused, with what would do, rather than calibrated on.
-"""
-
-import codecs
-import json
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from squeeze.documents import PARQUET, PIECE_BYTES, Row, Wrong, refuse, rows_in, said, wanted_of
 from squeeze.errors import DataUnusable
-
-HEAD_BYTES = 1 << 16  # decide what kind of file it is
-BLOCK_CHARACTERS = 1 << 20  # of plain text at a time
-LONGEST_RECORD = 1 << 26  # characters of a line of JSONL
-MOST_UNREADABLE = 0.1  # share of characters that are no UTF-8: stray accents of another encoding pass, others don't
-# UTF-32's little-endian mark begins with UTF-16's.
-MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-Row = tuple[str, object]  # where in the file a record stands, and what it holds; a piece of plain text is a str
-COLUMNS = ("text", "prompt", "completion", "messages", "conversations")
-WANTED = "`text`, `prompt` and `completion`, or `messages`"
+from squeeze.records import blamed
 
 
 def documents_of(source: Path, param: str, column: str | None = None) -> Iterator[str]:
@@ -35,86 +14,31 @@ def documents_of(source: Path, param: str, column: str | None = None) -> Iterato
     param: the field of the request that names it, for the error. column: the field that holds the text of a record;
     None: the usual ones. Raises DataUnusable where a file is no text or a record has none.
     """
-    columns, wanted = _wanted(column)
-    for where, record in records_of(source, param, column):
-        with blamed(param):
+    columns, wanted = wanted_of(column)
+    with blamed(param):
+        for where, record in rows_of(source, column):
             yield record if isinstance(record, str) else _text_of(record, columns, wanted, where)
 
 
-def records_of(source: Path, param: str, column: str | None = None) -> Iterator[Row]:
-    """As `documents_of`, the records as they are, each with where it stands; plain text comes in pieces."""
+def rows_of(source: Path, column: str | None = None, wrong: Wrong = refuse) -> Iterator[Row]:
+    """The records of a file, or of a directory's files by their names, as `squeeze.documents.rows_in`."""
     if source.is_dir():
         for one in sorted(source.iterdir()):
-            yield from records_of(one, param, column)
+            yield from rows_of(one, column, wrong)
         return
-    columns, wanted = _wanted(column)
-    with blamed(param):
-        with source.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-        if head.startswith(b"PAR1"):
-            yield from _parquet(source, columns, wanted)
-            return
-        encoding = next((encoding for mark, encoding in MARKS if head.startswith(mark)), "utf-8-sig")
-        opening = head.decode(encoding, errors="replace")
-        _refuse_binary(opening)
-        if re.match(r"\s*\[\s*\{\s*\"", opening):
-            raise DataUnusable("the file is one JSON array; write one object a line instead (JSONL)")
-        if re.match(r"\s*\{\s*[\"}]", opening):
-            yield from _jsonl(source, encoding, wanted)
+    with source.open("rb") as file:
+        parquet = file.read(len(PARQUET)) == PARQUET
+        file.seek(0)
+        if parquet:
+            yield from _parquet(source, column)
         else:
-            yield from _plain(source, encoding)
+            yield from rows_in(iter(lambda: file.read(PIECE_BYTES), b""), column, wrong)
 
 
-@contextmanager
-def blamed(param: str) -> Iterator[None]:
-    """Has an error of a text name the field of the request that names the text."""
-    try:
-        yield
-    except DataUnusable as error:
-        error.param = param
-        raise
-
-
-def _wanted(column: str | None) -> tuple[Sequence[str], str]:
-    """(fields of a record that are looked at, the same in words)."""
-    return (COLUMNS, WANTED) if column is None else ((column,), f"`{column}`")
-
-
-def _refuse_binary(opening: str) -> None:
-    if "\0" in opening or opening.count("\ufffd") > MOST_UNREADABLE * len(opening):
-        raise DataUnusable(
-            "the file is not text in UTF-8 (nor UTF-16 with a byte-order mark), JSONL or parquet; unpack it, or save "
-            "it as UTF-8"
-        )
-
-
-def _plain(source: Path, encoding: str) -> Iterator[Row]:
-    with source.open(encoding=encoding, errors="replace") as file:
-        while text := file.read(BLOCK_CHARACTERS):
-            yield "", text + file.readline(BLOCK_CHARACTERS)
-
-
-def _jsonl(source: Path, encoding: str, wanted: str) -> Iterator[Row]:
-    with source.open(encoding=encoding, errors="replace") as file:
-        number = 0
-        while line := file.readline(LONGEST_RECORD):
-            number += 1
-            if len(line) == LONGEST_RECORD:
-                raise DataUnusable(f"line {number} of the file is longer than {LONGEST_RECORD:,} characters; cut it up")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataUnusable(f"line {number} of the file is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataUnusable(f"line {number} of the file has none of {wanted}")
-            yield f"line {number}", row
-
-
-def _parquet(source: Path, columns: Sequence[str], wanted: str) -> Iterator[Row]:
+def _parquet(source: Path, column: str | None) -> Iterator[Row]:
     from pyarrow import ArrowException, parquet  # only where such a file is given: it costs 60 MB
 
+    columns, wanted = wanted_of(column)
     number = 0
     try:
         file = parquet.ParquetFile(source)
@@ -140,16 +64,3 @@ def _text_of(row: object, columns: Sequence[str], wanted: str, where: str) -> st
         raise DataUnusable(f"{where} of the file has none of {wanted}")
     text = ("" if all(isinstance(part, str) for part in parts) else "\n").join(map(said, parts))
     return text.encode(errors="replace").decode()  # JSON can hold halves of characters, no encoding can
-
-
-def said(value: Any) -> str:
-    """What a string, a message, a list of them or of their parts says; a part that is no text says nothing."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    if isinstance(value, list):
-        return "\n".join(filter(None, map(said, value)))
-    if isinstance(value, dict):
-        return said(next((value[name] for name in ("content", "text", "value") if name in value), None))
-    return ""

@@ -52,9 +52,11 @@ def training_fingerprint(
 ) -> str:
     """As `fingerprint`, of what a step that trains leaves. length: of a sequence, in tokens. student: with its
     revision, where another model learns.
+
+    Any number of processes goes on from it, whatever each of them holds.
     """
     parts = {
-        "step": step.model_dump(mode="json"),
+        "step": step.model_dump(mode="json", exclude={"sharding"}),
         "seed": seed,
         **_of_model(source, revision),
         "student": None if student is None else _of_model(*student),

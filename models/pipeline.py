@@ -35,8 +35,10 @@ from models.quantized import QuantizedModel
 from models.resources import Clock, cpu_seconds, device_name, peak_gpu_bytes, peak_host_bytes
 from models.rotation import told
 from models.team import SOLO, Team
+from models.teamwork import follow as follow_quantizing
 from models.teamwork import frames_of, lead
 from models.train.job import added, for_what_follows, run_training, trained
+from models.train.job import follow as follow_training
 from models.train.prepare import refuse_untrainable
 from squeeze import __version__
 from squeeze.architectures import HELD_BY, refuse_unrotatable
@@ -111,10 +113,19 @@ def _check_quantizable(spec: JobSpec, config: dict[str, Any], frame: Frame) -> F
 def run(inputs: Inputs, notify: Notify, team: Team = SOLO) -> Outcome:
     """Runs all steps of a job. Raises a SqueezeError that says what to do; anything else is a bug.
 
-    team: the leader's; the others are in `teamwork.follow`.
+    team: the leader's; the others are in `follow`.
     """
     with disk_faults():
         return _run(inputs, notify, team)
+
+
+def follow(spec: JobSpec, team: Team) -> None:
+    """What another process of the team than its leader does: its share of each step, as the leader comes to it."""
+    for step in spec.steps:
+        if isinstance(step, Train):
+            follow_training(team, spec, step)
+        elif isinstance(step, Quantize):
+            follow_quantizing(team, step)
 
 
 def _run(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
@@ -128,8 +139,8 @@ def _run(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
         return _quantized(inputs, clock, notify, team)
     with _params_named(inputs.spec, training):
         if training is inputs.spec.steps[-1]:
-            return run_training(inputs, training, notify)
-        done = trained(inputs, training, inputs.work / "adapter", inputs.work / "whole", clock, notify)
+            return run_training(inputs, training, notify, team)
+        done = trained(inputs, training, inputs.work / "adapter", inputs.work / "whole", clock, notify, team)
     following = for_what_follows(inputs, done)
     return _quantized(following, clock, notify, team, lambda report: added(report, inputs, done))
 

@@ -10,7 +10,9 @@ class Notify(Protocol):
     """Takes what the work tells. Every method returns at once."""
 
     def expect(self, work: Mapping[str, float]) -> None:
-        """What there is to do: operations by stage, as `squeeze.work` counts them. Told once, before the first."""
+        """What there is to do: operations by stage, as `squeeze.work` counts them. Told as soon as that is known, and
+        anew by a step that knows it better.
+        """
 
     def stage(self, stage: Stage) -> None:
         """The work enters a stage."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from squeeze.errors import FormatUnfit
 from squeeze.schemes import Activations, Element, Group, Scheme
 from squeeze.steps import CODE_BITS, Format, Grouped, Quantize
-from squeeze.training import Train
+from squeeze.training import Adapters, Train
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,11 @@ def _refuse_untrained(step: Train, number: int, formats: Sequence[Format]) -> No
         if name == "peft" and name not in step.formats:
             raise FormatUnfit(
                 f"peft holds adapters, and {step.method} trains the model's own weights. Take safetensors.",
+                param="formats",
+            )
+        if isinstance(step, Adapters) and not step.mergeable and name != "peft":
+            raise FormatUnfit(
+                f"{name} can't hold what {step.method} learns, which can't be merged into weights. Take peft.",
                 param="formats",
             )
         if name == "safetensors" and not step.whole:

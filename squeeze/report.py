@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from squeeze.sharding import Way
+
 
 class Part(BaseModel):
     model_config = ConfigDict(frozen=True, protected_namespaces=())
@@ -249,6 +251,8 @@ class Training(Part):
     tokens_per_second: float = Field(description="Through the model and back, while it trained.")
     resumed: list[int] = Field(default_factory=list, description="Steps after which another attempt went on.")
     distillation: Distillation | None = Field(None, description="Of a step that distills alone.")
+    processes: int = Field(1, description="That shared the batches.")
+    sharding: Way | None = Field(None, description="Where they were several: what each of them held of the model.")
 
 
 class Spent(Part):

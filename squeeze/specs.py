@@ -10,11 +10,11 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, field_validator, model_validator
 
-from squeeze.distillation import Distill
+from squeeze.distillation import Distill, Hidden, OnPolicy
 from squeeze.formats import holders
 from squeeze.names import names_a_model
 from squeeze.steps import Format, Quantize, Step
-from squeeze.training import Finetune, Train
+from squeeze.training import Adapters, Finetune, Train
 from squeeze.wire import Wire
 
 SELF = "self"  # the model samples its own text
@@ -128,9 +128,20 @@ class Limits(Wire):
         ge=0,
         le=16,
         description="0: whatever the worker has (a GPU, or the CPU). 1: a GPU only. More: as many GPUs of one machine "
-        "share the calibration and the evaluation text; the result is the same. The operator has to have set up a "
-        "worker with so many.",
+        "share the batches of a training (see its `sharding`), the calibration and the evaluation text; the result is "
+        "the same. The operator has to have set up a worker with so many.",
     )
+
+
+def _refuse_unshared(step: Train, gpus: int) -> None:
+    if gpus <= 1 and step.sharding != "auto":
+        raise ValueError(f"sharding {step.sharding!r} says what several GPUs hold: set limits.gpus to 2 or more")
+    if gpus > 1 and isinstance(step, Hidden | OnPolicy):
+        raise ValueError(f"{step.method} runs on one GPU: set limits.gpus to 1, or take the method logits")
+    if gpus > step.batch_size:
+        raise ValueError(f"a batch of {step.batch_size} sequences can't be dealt out to {gpus} GPUs: make it larger")
+    if step.sharding == "hybrid" and gpus % 2:
+        raise ValueError(f"sharding `hybrid` makes two groups of equal size: {gpus} GPUs can't be halved")
 
 
 def _default_formats(fields: dict[str, Any]) -> tuple[Format, ...]:
@@ -218,12 +229,16 @@ class JobSpec(Wire):
                 raise ValueError(
                     f"{step.method} learns from examples: name a file (file-…) or a dataset (hub:…) as data.source"
                 )
+            if step is not self.steps[-1] and isinstance(step, Adapters) and not step.mergeable:
+                raise ValueError(
+                    f"what {step.method} learns can't be merged into weights that a step goes on with: let it be the "
+                    "last step"
+                )
             if isinstance(step, Distill) and self.data.source == SELF:
                 raise ValueError("a student learns from text that is there: name a file or a dataset as data.source")
             if step is not self.steps[-1] and not step.whole:
                 raise ValueError(f"the step after {step.method} goes on with a whole model: set its `merge` to true")
-            if self.limits.gpus > 1:
-                raise ValueError(f"{step.method} trains on one GPU: set limits.gpus to 1")
+            _refuse_unshared(step, self.limits.gpus)
         return self
 
     @model_validator(mode="after")

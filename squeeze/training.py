@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from squeeze.sharding import Sharding
 from squeeze.wire import Wire
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -78,6 +79,14 @@ class Train(Wire):
         ge=1,
         description="With `evaluate_every`: stop after so many looks in a row that found no lower held-out loss.",
     )
+    sharding: Sharding = Field(
+        "auto",
+        description="With `limits.gpus` above 1, what each GPU holds. `ddp`: all weights. `full`: a part of the "
+        "weights, gradients and optimizer state, put together block by block. `hybrid`: the same in two groups, each "
+        "of which holds everything. `offload`: as `full`, and what is not at work lies in host memory. `auto`: `ddp` "
+        "where weights and state take no more than half of a GPU's free memory, else `full`, or `offload` where the "
+        "parts don't fit either. The losses are the same.",
+    )
     by_block: ClassVar[bool] = False
 
     @model_validator(mode="after")
@@ -120,8 +129,12 @@ class Finetune(Train):
 
 
 class Adapters(Finetune):
-    """Learns something beside the weights, which stay: small, and written apart from them."""
+    """Learns something beside the weights, which stay: small, and written apart from them.
 
+    mergeable: whether what it learns can be added to the weights.
+    """
+
+    mergeable: ClassVar[bool] = True
     merge: bool = Field(
         False,
         description="Add what was learned to the weights: a plain model in 16 bits, written as `safetensors`, or what "
@@ -137,6 +150,9 @@ class Adapters(Finetune):
         return ("peft", "safetensors") if self.merge else ("peft",)
 
 
+Patterns = tuple[Annotated[str, Field(min_length=1, max_length=200)], ...]
+
+
 class LoRA(Adapters):
     """Learns a product of two narrow matrices beside each linear layer, whose own weights stay (arXiv 2106.09685)."""
 
@@ -148,7 +164,7 @@ class LoRA(Adapters):
         description="What was learned is multiplied by `alpha` / `rank`; with `rslora` by `alpha` / √`rank`.",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of the inputs of each adapter that is dropped.")
-    target_modules: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(
+    target_modules: Patterns = Field(
         (),
         max_length=64,
         description="Linear layers that get an adapter: shell patterns over their full names, for example `*.q_proj`. "
@@ -172,6 +188,71 @@ class LoRA(Adapters):
         return self
 
 
+class IA3(Adapters):
+    """Learns a factor for every key, value and input of a feed-forward part's last layer (arXiv 2205.05638)."""
+
+    method: Literal["ia3"]
+    learning_rate: float = Field(3e-3, gt=0, le=10, description="At its highest.")
+    target_modules: Patterns = Field(
+        (),
+        max_length=64,
+        description="Linear layers whose outputs get a factor each; shell patterns as of `lora`. The last layer of a "
+        "feed-forward part gets them for its inputs. Left out: those that make keys and values, and these last layers.",
+    )
+
+
+class VirtualTokens(Adapters):
+    """Learns tokens that no vocabulary has, which stand before every input. They take room of the context."""
+
+    mergeable: ClassVar[bool] = False
+    merge: bool = Field(False, description="Always false: virtual tokens stand before the input, not in the weights.")
+    packing: bool = Field(
+        False,
+        description="Always false: of several examples in a sequence only the first would begin with virtual tokens.",
+    )
+    virtual_tokens: int = Field(20, ge=1, le=4096, description="Their number.")
+
+    @model_validator(mode="after")
+    def _stands_before_every_example(self) -> Self:
+        if self.merge:
+            raise ValueError(
+                f"what {self.method} learns stands before the input and can't be merged into the weights: leave "
+                "`merge` out, or take lora or ia3"
+            )
+        if self.packing:
+            raise ValueError(
+                f"{self.method} puts its tokens before each example, which has a sequence of its own: leave `packing` "
+                "out"
+            )
+        return self
+
+
+class Prompt(VirtualTokens):
+    """Learns the embeddings of virtual tokens before the input: the fewest parameters (arXiv 2104.08691)."""
+
+    method: Literal["prompt"]
+    learning_rate: float = Field(3e-2, gt=0, le=10, description="At its highest.")
+    init: Literal["vocabulary", "random"] = Field(
+        "vocabulary", description="What they start as: embeddings of tokens drawn from the vocabulary, or noise."
+    )
+
+
+class Prefix(VirtualTokens):
+    """Learns keys and values of virtual tokens in the attention of every block (arXiv 2101.00190)."""
+
+    method: Literal["prefix"]
+    learning_rate: float = Field(1e-2, gt=0, le=10, description="At its highest.")
+
+    @model_validator(mode="after")
+    def _keeps_its_keys(self) -> Self:
+        if self.activation_checkpointing:
+            raise ValueError(
+                "the keys and values of a prefix are lost where activations are computed again: set "
+                "activation_checkpointing to false, and micro_batch_size to less"
+            )
+        return self
+
+
 class Full(Finetune):
     """Trains every weight of the model, in float32, with the state of an optimizer for each: 16 bytes a parameter."""
 
@@ -187,4 +268,4 @@ class LastLayers(Finetune):
     layers: int = Field(2, ge=1, le=1000, description="Decoder blocks that are trained, counted from the end.")
 
 
-TRAINING_METHODS: tuple[type[Train], ...] = (LoRA, Full, LastLayers)
+TRAINING_METHODS: tuple[type[Train], ...] = (LoRA, IA3, Prompt, Prefix, Full, LastLayers)

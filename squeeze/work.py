@@ -21,7 +21,8 @@ START = 5e11
 TEXTS = 1e11  # reading the tokenizer and the generic text
 TOKEN = 1e6  # of text, until it is a number
 
-STAGES = ("loading", "allotting", "compressing", "evaluating", "exporting", "certifying")  # as `Spent.seconds` has them
+# As `Spent.seconds` has them.
+STAGES = ("loading", "training", "allotting", "compressing", "evaluating", "exporting", "certifying")
 
 TRIAL_VISITS = 6 * 16  # of each weight while its group's scale is searched: shrunken ranges, times what each takes
 ROUND_VISITS = 12
@@ -91,8 +92,8 @@ def _loading(shape: Shape, spec: JobSpec, step: Quantize, tokens: Tokens) -> Cou
     fixed, blocks = TEXTS + TOKEN * (tokens.sampled + tokens.windows), 0.0
     if spec.data.source == SELF and step.needs_calibration:
         turns = tokens.length * -(-spec.data.samples // SAMPLED_AT_ONCE)
-        fixed += tokens.sampled * _head(shape)
-        blocks = sum(tokens.sampled * _forward(block, shape, tokens.length) for block in shape.blocks)
+        fixed += tokens.sampled * of_head(shape)
+        blocks = sum(tokens.sampled * of_token(block, shape, tokens.length) for block in shape.blocks)
         blocks += turns * VISIT * sum(block.active for block in shape.blocks)
     if step.scheme().element in ("bfloat16", "float16"):  # what a cast loses is counted beforehand
         fixed += shape.outside * (shape.stored_bytes * BYTE + 4 * VISIT)
@@ -107,12 +108,12 @@ def _allotting(shape: Shape, spec: JobSpec, step: Grouped, tokens: Tokens) -> Co
     blocks = 0.0
     for block in shape.blocks:
         outputs = sum(group.share * sum(group.rows) for group in block.groups)
-        blocks += 3 * _reading(block, shape) + (4 * some + tokens.sampled) * _forward(block, shape, tokens.length)
+        blocks += 3 * of_reading(block, shape) + (4 * some + tokens.sampled) * of_token(block, shape, tokens.length)
         blocks += some * 2 * SKETCH_ROWS * outputs
         for group in block.groups:
             blocks += _gathering(group, step, tokens.sampled)
             blocks += trials * (_solving(group, step) + KEEP_VISITS * VISIT * group.weights)
-    return Count(3 * some * _head(shape) + shape.outside * shape.stored_bytes * BYTE, blocks)
+    return Count(3 * some * of_head(shape) + shape.outside * shape.stored_bytes * BYTE, blocks)
 
 
 def _compressing(shape: Shape, step: Quantize, tokens: Tokens) -> Count:
@@ -124,7 +125,7 @@ def of_block(block: Block, shape: Shape, step: Quantize, tokens: Tokens) -> floa
     """Operations of one block's compression, with the windows that run through it before and after."""
     passes = 0 if not tokens.calibration else 3 if step.by_block else 2 if "drift" in step.wanted() else 1
     moved = passes * tokens.calibration + 2 * tokens.windows
-    total = _reading(block, shape) + moved * _forward(block, shape, tokens.length)
+    total = of_reading(block, shape) + moved * of_token(block, shape, tokens.length)
     total += 4 * tokens.windows * shape.hidden * VISIT  # by how much the outputs differ
     for group in block.groups:
         total += _gathering(group, step, tokens.calibration) + _solving(group, step)
@@ -133,22 +134,22 @@ def of_block(block: Block, shape: Shape, step: Quantize, tokens: Tokens) -> floa
             total += sum(2 * min(rows, JUDGED_ROWS) for rows in group.rows) * group.columns**2
     if isinstance(step, AutoRound):
         seen = min(LEARNED_SEQUENCES * tokens.length, tokens.calibration)
-        total += step.iterations * 3 * seen * _forward(block, shape, tokens.length)  # backwards costs twice as much
+        total += step.iterations * 3 * seen * of_token(block, shape, tokens.length)  # backwards costs twice as much
         total += step.iterations * LEARN_VISITS * VISIT * block.weights
     return total
 
 
-def _reading(block: Block, shape: Shape) -> float:
+def of_reading(block: Block, shape: Shape) -> float:
     return block.elements * (shape.stored_bytes * BYTE + VISIT)
 
 
-def _forward(block: Block, shape: Shape, length: int) -> float:
+def of_token(block: Block, shape: Shape, length: int) -> float:
     """Of one token through one block: its weights, its attention to the sequence, what lies between the products."""
     outputs = sum(group.share * sum(group.rows) for group in block.groups)
     return 2 * block.active + 4 * length * shape.hidden + VISIT * (8 * shape.hidden + 2 * outputs)
 
 
-def _head(shape: Shape) -> float:
+def of_head(shape: Shape) -> float:
     """Of one token through the output head, with the softmax."""
     return shape.vocabulary * (2 * shape.hidden + 4 * VISIT)
 
@@ -219,7 +220,7 @@ SOLVERS: Mapping[type[Quantize], Callable[[Group, Quantize], float]] = {
 def _evaluating(shape: Shape, tokens: Tokens) -> Count:
     """The heads of both models, and their comparison."""
     compared = shape.vocabulary * 8 * VISIT
-    return Count(tokens.windows * (2 * _head(shape) + compared) + shape.outside * shape.stored_bytes * BYTE)
+    return Count(tokens.windows * (2 * of_head(shape) + compared) + shape.outside * shape.stored_bytes * BYTE)
 
 
 def _exporting(shape: Shape, spec: JobSpec, step: Quantize) -> Count:
@@ -236,7 +237,7 @@ def _certifying(shape: Shape, spec: JobSpec, tokens: Tokens) -> Count:
     windows = max(1, min(CERTIFIED[0], CERTIFIED[1] // tokens.length)) * tokens.length
     scored = min(tokens.windows, windows)
     blocks = shape.weights * (KEEP_VISITS * VISIT + BYTE)
-    blocks += sum(scored * _forward(block, shape, tokens.length) for block in shape.blocks)
+    blocks += sum(scored * of_token(block, shape, tokens.length) for block in shape.blocks)
     blocks += GENERATED_TOKENS * VISIT * sum(block.active for block in shape.blocks)  # each token reads them all
-    fixed = START + (scored + GENERATED_TOKENS) * _head(shape) + shape.outside * shape.stored_bytes * BYTE
+    fixed = START + (scored + GENERATED_TOKENS) * of_head(shape) + shape.outside * shape.stored_bytes * BYTE
     return Count(len(own) * fixed, len(own) * blocks)

@@ -18,11 +18,9 @@ from models import pipeline
 from models.job import Inputs
 from models.snapshots import SNAPSHOT_SECONDS
 from models.team import Team
-from models.teamwork import follow
 from models.train.examples import check_records
 from squeeze.errors import ProcessKilled
 from squeeze.specs import JobSpec
-from squeeze.steps import Quantize
 from squeeze.training import Train
 from storage import Storage, open_storage
 from workers.alone import take
@@ -68,7 +66,7 @@ def _share(request: Request, rank: int, channel: Channel) -> int:
         spec = request.parsed()
         _settle(spec, request)
         _go_offline()
-        follow(_team(request, rank), next(step for step in spec.steps if isinstance(step, Quantize)))
+        pipeline.follow(spec, _team(request, rank))
     except BaseException as error:  # noqa: BLE001 - as in `attempt`
         channel.send(_failure(error, request, began))
         return 1

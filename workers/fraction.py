@@ -22,6 +22,7 @@ UPLOADING_SHARE = 0.02  # of the rest of a job whose other stages are known
 
 _STAGES = {  # by the names that reports give them; bits are allotted while the text is looked at
     "loading": Stage.loading,
+    "training": Stage.training,
     "allotting": Stage.calibrating,
     "compressing": Stage.compressing,
     "evaluating": Stage.evaluating,
@@ -46,6 +47,7 @@ class Course:
         self.fraction = 0.0
         self._weights = dict(WEIGHTS)
         self._expected: dict[Stage, float] = {}
+        self._behind: float | None = None  # of the whole, by stages that have ended, once their shares are known
         self._share = 0.0  # of the present stage that is done
         self._entered = 0.0
         self._done_expected = self._done_taken = 0.0  # seconds of the stages that have ended since they were expected
@@ -56,12 +58,8 @@ class Course:
         rest, whole = 1.0 - self.fraction, sum(known.values())
         if self.stage is None or whole <= 0:
             return
-        self._expected, self._entered = known, at
-        before = self.fraction
-        passed = list(WEIGHTS)[: list(WEIGHTS).index(self.stage)]
+        self._expected, self._entered, self._behind = known, at, self.fraction
         self._weights = dict.fromkeys(WEIGHTS, 0.0)
-        if passed:
-            self._weights[passed[0]] = before
         for stage, each in known.items():
             self._weights[stage] += rest * (1 - UPLOADING_SHARE) * each / whole
         self._weights[Stage.uploading] = rest * UPLOADING_SHARE
@@ -71,6 +69,9 @@ class Course:
             self._done_expected += self._expected.pop(self.stage)
             self._done_taken += at - self._entered
         if stage != self.stage:
+            if self.stage is not None and self._behind is not None:
+                self._behind += self._weights[self.stage]
+                self._weights[self.stage] = 0.0  # one that comes again is part of what it was expected to take
             self._entered, self._share = at, 0.0
         self.stage = stage
         self._reach(0.0)
@@ -101,13 +102,11 @@ class Course:
     def _reach(self, share: float) -> None:
         if self.stage is None:
             return
-        before = 0.0
-        for stage, weight in self._weights.items():
-            if stage == self.stage:
-                # 1 is only for a job that has been published.
-                self.fraction = min(0.999, max(self.fraction, before + weight * share))
-                return
-            before += weight
+        stages = list(self._weights)
+        passed = stages[: stages.index(self.stage)]
+        before = sum(self._weights[stage] for stage in passed) if self._behind is None else self._behind
+        # 1 is only for a job that has been published.
+        self.fraction = min(0.999, max(self.fraction, before + self._weights[self.stage] * share))
 
 
 def _bounded(pace: float) -> float:

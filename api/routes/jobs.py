@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from api.admission import directory_of
 from api.auth import Project
 from api.body import Spec, documented
+from api.learning import refuse_unusable
 from api.problems import refusals
 from api.routes import examples
 from api.service import Parts, Service
@@ -21,6 +22,7 @@ from squeeze.errors import (
     BodyTooLarge,
     Conflict,
     CursorInvalid,
+    DataUnusable,
     FormatUnfit,
     IdempotencyMismatch,
     JobFinal,
@@ -58,7 +60,16 @@ Limit = Annotated[int, Query(ge=1, le=100, description="Entries of a page.")]
             "headers": {"Location": {"description": "Where the job is.", "schema": {"type": "string"}}},
             "content": {"application/json": {"example": examples.JOB}},
         },
-        **refusals(*ALWAYS, BodyInvalid, BodyTooLarge, FormatUnfit, ModelDirectoryForbidden, IdempotencyMismatch),
+        **refusals(
+            *ALWAYS,
+            BodyInvalid,
+            BodyTooLarge,
+            FormatUnfit,
+            ModelDirectoryForbidden,
+            DataUnusable,
+            IdempotencyMismatch,
+            StorageUnavailable,
+        ),
     },
     openapi_extra=documented(examples.SPECS),
 )
@@ -72,7 +83,8 @@ def submit(
         Header(description="Any text of yours, at most 255 characters: the same key and body give the same job again."),
     ] = None,
 ) -> Job:
-    """Takes a job. Only `model` and `steps` are required; what can be checked without the model is checked now.
+    """Takes a job. Only `model` and `steps` are required; what can be checked without the model is checked now, the
+    records that an uploaded file gives a training included.
 
     Answers 202 with the queued job. Poll it, or follow its events, until its `status` is `succeeded`, `failed` or
     `cancelled`. With an `Idempotency-Key` a repeated request gives the job of the first one; with another body it is
@@ -81,6 +93,7 @@ def submit(
     refuse_unfit(spec.steps, spec.formats)
     for param, name in spec.models.items():
         directory_of(name, service.settings.model_roots, param)
+    refuse_unusable(service, project, spec)
     body_hash = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
     with service.database.write() as session:
         record, created = lifecycle.submit(

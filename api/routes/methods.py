@@ -15,7 +15,7 @@ from squeeze.formats import CAPACITIES
 from squeeze.objects import Load, Method, Page
 from squeeze.schemes import Scheme
 from squeeze.steps import STEPS, Format, Quantize, tag_of
-from squeeze.training import Finetune, Train
+from squeeze.training import Adapters, Finetune, Train
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"])
 
@@ -49,7 +49,8 @@ def _needs(step: Quantize | Train) -> list[str]:
 
 def _trained_formats(step: Train) -> dict[str, dict[str, Any]]:
     """What a job is written as that ends with training: the adapter, and the merged model where it merges."""
-    names: tuple[Format, ...] = ("peft", "safetensors") if "peft" in step.formats else step.formats
+    merges = isinstance(step, Adapters) and step.mergeable
+    names: tuple[Format, ...] = ("peft", "safetensors") if merges else step.formats
     return {
         name: {"consumers": list(CAPACITIES[name].consumers), "architectures": list(ARCHITECTURES)} for name in names
     }

@@ -16,6 +16,7 @@ from models.distill.teaching import Taught, Teaching
 from models.frame import Frame
 from models.train.packing import UNSCORED, Batch
 from models.train.scoring import learned_logits
+from models.train.scoring import own as own_model
 from squeeze.distillation import Hidden
 from squeeze.errors import ArchitectureUnsupported
 
@@ -71,7 +72,7 @@ class States(_Both):
         learned = batch.targets != UNSCORED
         with torch.no_grad(), _seen(self._teacher, self._paths[1], [other for _, other in self._pairs]) as theirs:
             told = learned_logits(self._teacher, batch, packed=packed)
-        with _seen(model, self._paths[0], [own for own, _ in self._pairs]) as ours:
+        with _seen(own_model(model), self._paths[0], [own for own, _ in self._pairs]) as ours:
             said = learned_logits(model, batch, packed=packed)
         apart = torch.zeros(int(learned.sum()), device=said.device)
         for n, (own, other) in enumerate(self._pairs):
@@ -92,7 +93,7 @@ class Relations(_Both):
     def __call__(self, model: Any, batch: Batch, *, packed: bool) -> Tensor:
         with torch.no_grad(), _put_out(self._teacher, self._names[1]) as theirs:
             told = learned_logits(self._teacher, batch, packed=packed)
-        with _put_out(model, self._names[0]) as ours:
+        with _put_out(own_model(model), self._names[0]) as ours:
             said = learned_logits(model, batch, packed=packed)
         learned, apart = batch.targets != UNSCORED, torch.zeros(batch.learned, device=said.device)
         for own, other in zip(ours, theirs, strict=True):

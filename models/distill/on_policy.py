@@ -12,7 +12,7 @@ from models.distill.teaching import Taught, Teaching
 from models.distill.writing import gone_on
 from models.train.examples import Examples
 from models.train.packing import UNSCORED, Batch
-from models.train.scoring import learned_logits, learned_losses
+from models.train.scoring import learned_logits, learned_losses, own
 from squeeze.distillation import OnPolicy
 
 
@@ -34,13 +34,13 @@ class OfItsOwn:
         the cross-entropy of each learned token, where it has a share.
         """
         step, learned = self._step, batch.learned
-        own = None
+        mine = None
         if float(torch.rand(())) < step.own_share:
-            own = self._own(model, batch)
-        if own is None:
+            mine = self._own(model, batch)
+        if mine is None:
             found = self._compared(model, batch, packed=packed)
         else:
-            found = self._compared(model, own, packed=False)
+            found = self._compared(model, mine, packed=False)
             found = found * (learned / len(found))
         found = step.alpha * step.temperature**2 * found
         if step.alpha == 1:
@@ -67,7 +67,7 @@ class OfItsOwn:
         if room < 1:
             return None
         ends = [one for one in self._teaching.ends if one < self._teaching.vocabulary]
-        written = gone_on(model, prompts, room, 1.0, ends, self._teaching.vocabulary)
+        written = gone_on(own(model), prompts, room, 1.0, ends, self._teaching.vocabulary)
         pairs = [(before, after) for before, after in zip(prompts, written, strict=True) if len(after)]
         return _side_by_side(pairs).to(batch.ids.device) if pairs else None
 

@@ -14,10 +14,10 @@ from models.disk import write_whole
 from models.distill.teaching import Taught, Teaching
 from models.distill.writing import ends_of, gone_on
 from models.progress import Notify
-from models.train.records import Chat, Exchange, Record, Text
 from models.train.scoring import learned_losses
 from squeeze.distillation import Sequence
 from squeeze.errors import DataUnusable
+from squeeze.records import Chat, Exchange, Record, Text
 
 AT_ONCE = 16  # prompts; as many on every machine, because they decide how sums round
 

@@ -15,15 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.data import grain_of, passages
-from models.documents import blamed, records_of
+from models.data import grain_of
+from models.documents import rows_of
 from models.text import HELD_OUT_SHARE
-from models.train.records import Record, Text, record_of
 from models.train.turns import pieces_of, tokens_of
+from squeeze.documents import Wrong, refuse
 from squeeze.errors import DataUnusable
+from squeeze.records import (
+    DATA,
+    EVALUATION,
+    Faults,
+    Record,
+    Text,
+    blamed,
+    records_in,
+    refuse_nothing_held_out,
+    refuse_too_few,
+)
 from squeeze.report import TrainingData
-
-DATA, EVALUATION = "data.source", "evaluation.source"
 
 
 @dataclass(frozen=True)
@@ -68,12 +77,14 @@ class Split:
 
 
 def check_records(source: Path, evaluation: Path | None, columns: tuple[str | None, str | None]) -> None:
-    """Looks at every record of the files without a model; raises DataUnusable, naming its line, where one is none, and
-    where there are too few. evaluation: a text of its own to hold out. columns: of either, where not the usual ones.
+    """Looks at every record of the files without a model; raises DataUnusable, naming the lines, where some are none,
+    and where there are too few. evaluation: a text of its own to hold out. columns: of either, where not the usual.
+
+    The service has looked at the beginning of what was uploaded; all of it, parquet and datasets are looked at here.
     """
-    _refuse_too_few(sum(1 for _ in _records(source, DATA, columns[0])), apart=evaluation is not None)
-    if evaluation is not None and not any(True for _ in _records(evaluation, EVALUATION, columns[1])):
-        raise DataUnusable("the evaluation text has no records: it is empty", param=EVALUATION)
+    refuse_too_few(_counted(source, DATA, columns[0]), apart=evaluation is not None)
+    if evaluation is not None:
+        refuse_nothing_held_out(_counted(evaluation, EVALUATION, columns[1]))
 
 
 def read_examples(
@@ -119,7 +130,7 @@ def divided(
     of a part of the source, and comes last.
     """
     marks = [_mark(record) for _, record in _records(source, DATA, columns[0])]
-    _refuse_too_few(len(marks), apart=evaluation is not None)
+    refuse_too_few(len(marks), apart=evaluation is not None)
     chosen = set() if evaluation is not None else _held_out(marks)
     for number, (where, record) in enumerate(_records(source, DATA, columns[0])):
         yield number in chosen, where, record
@@ -170,17 +181,18 @@ class _Side:
         )
 
 
-def _records(source: Path, param: str, column: str | None) -> Iterator[tuple[str, Record]]:
+def _counted(source: Path, param: str, column: str | None) -> int:
+    faults = Faults()
+    count = sum(1 for _ in _records(source, param, column, faults))
+    with blamed(param):
+        faults.refuse_any()
+    return count
+
+
+def _records(source: Path, param: str, column: str | None, wrong: Wrong = refuse) -> Iterator[tuple[str, Record]]:
     """Every record with where it stands; running text in pieces, as everywhere."""
-    grain = grain_of(source)
-    for where, record in records_of(source, param, column):
-        if isinstance(record, str):
-            yield from (("a passage", Text(passage)) for passage in passages(iter([record]), grain))
-            continue
-        with blamed(param):
-            found = record_of(record, column, where)
-        if found is not None:
-            yield where, found
+    with blamed(param):
+        yield from records_in(rows_of(source, column, wrong), column, grain_of(source), wrong)
 
 
 def _mark(record: Record) -> int:
@@ -196,18 +208,6 @@ def _held_out(marks: list[int]) -> set[int]:
     if not chosen:
         return {least}
     return chosen - {least} if len(chosen) == len(marks) else chosen
-
-
-def _refuse_too_few(count: int, *, apart: bool) -> None:
-    """Raises where a split of so many records would leave a side empty. apart: what is held out is another text."""
-    if count == 0:
-        raise DataUnusable("the training data has no records: it is empty", param=DATA)
-    if count == 1 and not apart:
-        raise DataUnusable(
-            "the training data has one record; at least 2 are needed, one to learn and one to hold out, and some "
-            "hundreds do well. Add more, or name a text of its own as evaluation.source.",
-            param=DATA,
-        )
 
 
 def _warnings(length: int, train: _Side, held_out: _Side) -> list[str]:

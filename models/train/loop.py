@@ -30,9 +30,10 @@ from models.train.checkpoints import (
     restore_random,
 )
 from models.train.examples import Examples
-from models.train.packing import Batch, Plan, Row, batch_of, micro_batches
+from models.train.packing import Batch, Plan, Row
+from models.train.processes import ALONE, Processes, whole
 from models.train.schedule import learning_rate, warmup_steps
-from models.train.scoring import Objective, example_losses, learned_losses
+from models.train.scoring import Objective, example_losses, learned_losses, without_virtual_tokens
 from squeeze.errors import NotFinite
 from squeeze.report import HeldOutLoss, TrainingStep
 from squeeze.training import Train
@@ -46,7 +47,7 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 class Task:
     """model: on its device, with what is to learn in float32. packed: rows hold several examples each. objective: what
     falls; the held-out loss is the negative log-likelihood whatever it is. beside: learns too, and is worth nothing
-    once the training is over.
+    once the training is over. processes: that share the work.
     """
 
     model: Any
@@ -59,6 +60,7 @@ class Task:
     device: torch.device
     objective: Objective = learned_losses
     beside: nn.Module | None = None
+    processes: Processes = ALONE
 
     @property
     def learning(self) -> dict[str, nn.Parameter]:
@@ -74,13 +76,14 @@ class Task:
                 self.held_out,
                 self.held_out_rows,
                 packed=self.packed,
-                size=self.step.micro_batch_size,
+                size=self.step.micro_batch_size or self.step.batch_size,
                 device=self.device,
+                processes=self.processes,
             )
 
 
 def accelerator_of(precision: str, device: torch.device) -> Accelerator:
-    """For one process on one device. Its state is the process's: a job that trains twice sets it anew."""
+    """For one process on one device, alone or not. Its state is the process's: a job that trains twice sets it anew."""
     AcceleratorState._reset_state(reset_partial_state=True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -92,12 +95,12 @@ def train(
     task: Task, accelerator: Accelerator, checkpoints: Checkpoints, notify: Notify, snapshot_seconds: float
 ) -> Story:
     """Trains the model in place and leaves in it the weights that are to be kept: where looks at the held-out loss were
-    asked for those of the lowest, else the last.
+    asked for those of the lowest, else the last. Of several processes each has its part.
 
     A checkpoint is saved every `snapshot_seconds` at the latest, and when the process is asked to end (SIGTERM), which
     it then does. Raises NotFinite, naming the step, where the loss or the gradient is no number.
     """
-    run = _Run(task, accelerator, checkpoints, notify)
+    run, processes = _Run(task, accelerator, checkpoints, notify), task.processes
     run.resume()
     if not run.story.held_out:
         run.look()
@@ -108,7 +111,8 @@ def train(
             finished = run.gradient(asked)
             began = time.monotonic()
             # Only weights that have given a finite loss are kept: those from before the step.
-            if not finished or began - saved_at >= min(snapshot_seconds, cost / SNAPSHOT_SHARE):
+            due = began - saved_at >= min(snapshot_seconds, cost / SNAPSHOT_SHARE)
+            if not finished or processes.leader_says(due):
                 run.save()
                 saved_at, cost = time.monotonic(), time.monotonic() - began
             if not finished:
@@ -131,7 +135,7 @@ class _Run:
 
     def __init__(self, task: Task, accelerator: Accelerator, checkpoints: Checkpoints, notify: Notify) -> None:
         self._task, self._accelerator, self._checkpoints, self._notify = task, accelerator, checkpoints, notify
-        self._learning = task.learning
+        self._learning, self._called = task.learning, task.processes.called(task.model)
         step = task.step
         self._optimizer = torch.optim.AdamW(
             self._learning.values(),
@@ -151,7 +155,7 @@ class _Run:
         found = self._checkpoints.latest()
         if found is None:
             return
-        self.story, tensors = found
+        self.story, tensors = found[0], self._task.processes.spread(found[1], self._learning)
         with torch.no_grad():
             for name, parameter in self._learning.items():
                 parameter.copy_(tensors[f"learned.{name}"])
@@ -169,35 +173,34 @@ class _Run:
 
     def gradient(self, asked: threading.Event) -> bool:
         """Forward and backward of the next batch; False where we are asked to end half way. Raises NotFinite."""
-        task, number = self._task, self.story.done
+        task, number, processes = self._task, self.story.done, self._task.processes
         began, self._random = time.monotonic(), random_tensors(task.device)
-        parts = [
-            batch_of(task.examples, rows) for rows in micro_batches(task.plan.batch(number), task.step.micro_batch_size)
-        ]
-        learned = sum(part.learned for part in parts)
+        processes.draw(task.plan.seed, number)
+        parts = processes.batches(task.examples, task.plan.batch(number), task.step.micro_batch_size)
+        learned, tokens = processes.total(sum(one.learned for one in parts), sum(one.tokens for one in parts))
         task.model.train()
         self._optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for n, part in enumerate(parts, start=1):
-            if asked.is_set():
+            if processes.agree(asked):
                 return False
             total += self._part(part.to(task.device), learned, last=n == len(parts))
+        (total,) = processes.total(total)
         self._refuse_no_number(total, "loss")
         limit = math.inf if task.step.clip_norm is None else task.step.clip_norm
-        norm = float(self._accelerator.clip_grad_norm_([*self._learning.values()], limit))
+        norm = float(whole(self._accelerator.clip_grad_norm_([*self._learning.values()], limit)))
         self._refuse_no_number(norm, "gradient's norm")
-        tokens = sum(int((part.owners >= 0).sum()) for part in parts)
         self._now = {"loss": total, "norm": norm, "tokens": tokens, "began": began}
-        return not asked.is_set()
+        return not processes.agree(asked)
 
-    def _part(self, batch: Batch, learned: int, *, last: bool) -> float:
+    def _part(self, batch: Batch, learned: float, *, last: bool) -> float:
         """Adds the gradient of a part of a batch that has so many learned tokens in all; its share of the loss."""
-        model, accelerator = self._task.model, self._accelerator
-        with nullcontext() if last else accelerator.no_sync(model):
+        accelerator, processes = self._accelerator, self._task.processes
+        with processes.adding_up(self._called, last=last):
             with accelerator.autocast():
-                losses = self._task.objective(model, batch, packed=self._task.packed)
+                losses = self._task.objective(self._called, batch, packed=self._task.packed)
             loss = losses.sum() / learned
-            accelerator.backward(loss)
+            accelerator.backward(loss * processes.size)  # the average of which is taken
         return float(loss.detach())
 
     def descend(self) -> None:
@@ -230,7 +233,8 @@ class _Run:
 
     def look(self) -> None:
         """Measures the held-out loss."""
-        sums, counts = self._task.held_out_losses(self._accelerator)
+        with nullcontext() if self.story.done else without_virtual_tokens(self._task.model):  # at first as it came
+            sums, counts = self._task.held_out_losses(self._accelerator)
         found = HeldOutLoss(step=self.story.done, loss=float(sums.sum() / counts.sum()))
         best = self.story.best
         self.story.held_out.append(found)

@@ -1,7 +1,7 @@
 """A merged model on disk: the tensors of the source, with what was learned added to some, in 16 bits."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from models.plain import saturated
 from models.progress import Notify
 from models.quantized import Site
 
+Learned = tuple[Site, Literal["weight", "bias"]]
+
 
 class Merged(Protocol):
     """What a method makes of a weight."""
@@ -21,6 +23,9 @@ class Merged(Protocol):
         """The weight of a linear with what was learned in it, float32, in the layout of W. W: (out, in), or (in, out)
         where transposed.
         """
+
+    def bias(self, module: str, b: Tensor) -> Tensor:
+        """The bias of a linear with what was learned in it, float32. b: (out,)."""
 
 
 def stored_dtype(source: SourceModel) -> torch.dtype:
@@ -34,7 +39,9 @@ def write_merged(source: SourceModel, sites: list[Site], merged: Merged, out: Pa
     One tensor is in memory at a time, whatever the size of the model.
     """
     dtype = stored_dtype(source)
-    learned = {source.module_key(site.name, "weight"): site for site in sites}
+    learned: dict[str, Learned] = {source.module_key(site.name, "weight"): (site, "weight") for site in sites}
+    biases = {source.file_key(f"{site.name}.bias"): site for site in sites}
+    learned |= {name: (site, "bias") for name, site in biases.items() if name is not None}
     with written_whole(out) as partial:
         write_companions(source, partial)
         config = without_private(source.config)
@@ -44,14 +51,18 @@ def write_merged(source: SourceModel, sites: list[Site], merged: Merged, out: Pa
         write_shards(partial, [_piece(source, name, learned.get(name), merged, dtype) for name in names], notify)
 
 
-def _piece(source: SourceModel, name: str, site: Site | None, merged: Merged, dtype: torch.dtype) -> Piece:
+def _piece(source: SourceModel, name: str, learned: Learned | None, merged: Merged, dtype: torch.dtype) -> Piece:
     entry = source.entries[name]
     kept = dtype if entry.dtype.is_floating_point else entry.dtype
 
     def make() -> dict[str, Tensor]:
         tensor = source.tensor(name)
-        if site is not None:
-            tensor = merged.weight(site.name, tensor, transposed=site.transposed)
+        if learned is not None:
+            site, part = learned
+            if part == "weight":
+                tensor = merged.weight(site.name, tensor, transposed=site.transposed)
+            else:
+                tensor = merged.bias(site.name, tensor)
         return {name: saturated(tensor, kept) if kept.is_floating_point else tensor}
 
     return Piece({name: (kept, entry.shape)}, make)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.architectures import architecture_of
 from models.checkpoint import SourceModel, open_or_convert
 from models.data import LEAST_TOKENS
 from models.distill.student import refuse_unteachable, student_of
@@ -23,12 +24,13 @@ from models.quantized import Site
 from models.train.examples import Examples, Split
 from models.train.loop import Task
 from models.train.packing import Plan, rows_of, steps_for
+from models.train.processes import ALONE, Processes
 from models.train.scoring import own, packs
 from models.train.texts import examples_of
 from models.train.whole import load_whole
 from squeeze.distillation import Distill, Sequence
 from squeeze.errors import DataUnusable, ModelMalformed
-from squeeze.training import Adapters, Precision, Train
+from squeeze.training import Adapters, Precision, Train, VirtualTokens
 
 TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -38,7 +40,7 @@ class Prepared:
     """source: the model that learns, as it came. sites: the linears that get something to learn. held_out: the examples
     that the loss is measured on. length: of a sequence, in tokens. vocabulary: of the model, as far as a teacher shares
     it. mark: of all that decides the result. teacher: of a distillation, the job's own model. student: of one, who
-    learns, in words. comparable: whether both have one vocabulary.
+    learns, in words. comparable: whether both have one vocabulary. processes: that share the training.
     """
 
     step: Train
@@ -55,15 +57,26 @@ class Prepared:
     teacher: SourceModel | None = None
     student: str = ""
     comparable: bool = True
+    processes: Processes = ALONE
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights that don't learn, and of the computation."""
         return TYPES[self.precision]
 
-    def load(self, path: Path) -> Any:
-        """A model directory's whole model on the device, nothing of it to learn."""
-        return load_whole(path, self.dtype, self.device)
+    @property
+    def first_device(self) -> torch.device:
+        """Where the model is before each of several processes takes its part: it need not fit on the device."""
+        return torch.device("cpu") if self.processes.sharded else self.device
+
+    def load(self, path: Path, device: torch.device | None = None) -> Any:
+        """A model directory's whole model, nothing of it to learn. device: left out, that of the training."""
+        return load_whole(path, self.dtype, device or self.device)
+
+    def share(self, model: Any) -> None:
+        """Leaves this process its part of the weights, where several are to hold a part each."""
+        blocks = own(model).get_submodule(architecture_of(self.source.config).blocks)
+        self.processes.shard(model, list(blocks))
 
     def task(self, model: Any, *, packed: bool) -> Task:
         step, examples = self.step, self.split.train
@@ -80,6 +93,7 @@ class Prepared:
             held_out_rows=rows_of(self.held_out.lengths, self.length, packed=packed),
             packed=packed,
             device=self.device,
+            processes=self.processes,
         )
 
 
@@ -92,11 +106,12 @@ def refuse_untrainable(step: Train, frame: Frame) -> int:
     """The number of linears that get something to learn; raises where there are none, from the config alone."""
     if isinstance(step, Distill):
         refuse_unteachable(step, frame)
-    sites = method_of(step).sites_of(frame, step)
-    if not sites:
+    sites, ahead = method_of(step).sites_of(frame, step), _virtual_tokens(step)
+    if not sites and not ahead:
         raise ModelMalformed("no linear layer of the decoder blocks can be trained", param="target_modules")
-    if (frame.max_positions or LEAST_TOKENS) < LEAST_TOKENS:
-        raise DataUnusable(f"the model has {frame.max_positions} positions; at least {LEAST_TOKENS} are needed")
+    if frame.max_positions is not None and frame.max_positions - ahead < LEAST_TOKENS:
+        beside = f" beside {ahead} virtual tokens" if ahead else ""
+        raise DataUnusable(f"the model has {frame.max_positions} positions; at least {LEAST_TOKENS} are needed{beside}")
     return len(sites)
 
 
@@ -113,14 +128,18 @@ def prepare(inputs: Inputs, step: Train, notify: Notify | None = None) -> Prepar
             comparable = shared is not None
     frame = Frame(source, torch.float32, torch.device("cpu"))
     frames = [frame] if teacher is None else [frame, Frame(teacher, torch.float32, torch.device("cpu"))]
-    length = min([spec.data.sequence_length, *(one.max_positions for one in frames if one.max_positions)])
     for one in frames:
         one.refuse_misfits()
+    ahead = _virtual_tokens(step)
+    length = min([spec.data.sequence_length, *(one.max_positions - ahead for one in frames if one.max_positions)])
     device = torch.device(inputs.device)
     precision = _resolved(step.precision, device)
     split = examples_of(inputs, step, teacher, source.path, length, TYPES[precision], notify or Silent())
     if length < spec.data.sequence_length:
-        split.warnings.append(f"sequence_length {spec.data.sequence_length} was cut to the model's {length} positions")
+        beside = f" beside {ahead} virtual tokens" if ahead else ""
+        split.warnings.append(
+            f"sequence_length {spec.data.sequence_length} was cut to the model's {length} positions{beside}"
+        )
     vocabulary = int(frame.model.config.vocab_size)
     _refuse_foreign_ids(split, vocabulary)
     return Prepared(
@@ -152,20 +171,28 @@ def prepare(inputs: Inputs, step: Train, notify: Notify | None = None) -> Prepar
 
 def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
     """(the training before its first step, adapters as they begin, warnings)."""
-    step, warnings = prepared.step, list(prepared.split.warnings)
-    model = prepared.load(prepared.source.path)
-    torch.manual_seed(prepared.seed)
-    model = method_of(step).finetune(model, step, [site.name for site in prepared.sites])
-    packed = step.packing and packs(model, prepared.device, int(model.config.vocab_size))
+    step, warnings, processes = prepared.step, list(prepared.split.warnings), prepared.processes
+    with processes.loading():
+        model = prepared.load(prepared.source.path, prepared.first_device)
+        torch.manual_seed(prepared.seed)
+        model = method_of(step).finetune(model, step, [site.name for site in prepared.sites])
+        initial = method_of(step).adapter_of(model) if isinstance(step, Adapters) else {}
+        if step.activation_checkpointing:
+            own(model).activation_checkpointing_enable({"use_reentrant": False})
+        prepared.share(model)
+    packs_here = step.packing and packs(model, prepared.device, int(model.config.vocab_size))
+    packed = processes.leader_says(packs_here)
     if step.packing and not packed:
         warnings.append(
             f"examples of a {prepared.source.config['model_type']} would see each other in one sequence: each has one "
             "of its own"
         )
-    if step.activation_checkpointing:
-        own(model).activation_checkpointing_enable({"use_reentrant": False})
-    initial = method_of(step).adapter_of(model) if isinstance(step, Adapters) else {}
     return prepared.task(model, packed=packed), initial, warnings
+
+
+def _virtual_tokens(step: Train) -> int:
+    """That stand before every sequence, and take positions too."""
+    return step.virtual_tokens if isinstance(step, VirtualTokens) else 0
 
 
 def _resolved(precision: Precision, device: torch.device) -> str:

@@ -1,15 +1,18 @@
 """Losses of batches: of the learned tokens alone, each example by itself."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from models.train.examples import Examples
-from models.train.packing import UNSCORED, Batch, Row, batch_of, micro_batches
+from models.train.packing import UNSCORED, Batch, Row
+from models.train.processes import ALONE, Processes
 from squeeze.errors import NotFinite
 
 # By what the logits of an example may differ, over their own spread. When the example before it is another: by nothing,
@@ -20,7 +23,9 @@ POSITION_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0
 
 
 def own(model: Any) -> Any:
-    """transformers' model, where peft has wrapped it."""
+    """transformers' model, where peft has wrapped it, or what shares gradients."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -36,8 +41,7 @@ def logits_of(model: Any, batch: Batch, *, packed: bool) -> Tensor:
     Without a mask transformers (5.23) makes one out of positions that begin anew: a token then sees only those of its
     own example. Where each sequence holds one example, causality alone keeps what fills it up out.
     """
-    told = {"position_ids": batch.positions} if packed else {}
-    return model(input_ids=batch.ids, use_cache=False, **told).logits  # type: ignore[no-any-return]
+    return _logits(model, batch, packed=packed)[:, -batch.ids.shape[1] :]  # without those of virtual tokens
 
 
 def learned_losses(model: Any, batch: Batch, *, packed: bool) -> Tensor:
@@ -59,32 +63,51 @@ def learned_logits(model: Any, batch: Batch, *, packed: bool) -> Tensor:
     learned = batch.targets != UNSCORED
 
     def chosen(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (given[0][learned], *given[1:])  # (B, T, C) -> (n, C)
+        hidden = given[0][:, -learned.shape[1] :]  # without virtual tokens
+        return (hidden[learned], *given[1:])  # (B, T, C) -> (n, C)
 
     hook = own(model).get_output_embeddings().register_forward_pre_hook(chosen)
     try:
-        return logits_of(model, batch, packed=packed)  # (n, V)
+        return _logits(model, batch, packed=packed)  # (n, V)
     finally:
         hook.remove()
 
 
+@contextmanager
+def without_virtual_tokens(model: Any) -> Iterator[None]:
+    """Has the model compute as if nothing stood before its inputs, where an adapter put something there."""
+    ahead = getattr(model, "active_peft_config", None)
+    with model.disable_adapter() if ahead is not None and ahead.is_prompt_learning else nullcontext():
+        yield
+
+
 @torch.no_grad()
 def example_losses(
-    model: Any, examples: Examples, rows: Sequence[Row], *, packed: bool, size: int | None, device: torch.device
+    model: Any,
+    examples: Examples,
+    rows: Sequence[Row],
+    *,
+    packed: bool,
+    size: int | None,
+    device: torch.device,
+    processes: Processes = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """(negative log-likelihood, number) of the learned tokens of each example that a row holds, both (n,) float64 over
-    all examples; 0 for one that none holds. size: sequences that go through the model together.
+    all examples; 0 for one that none holds. size: sequences that go through the model together. processes: that share
+    the rows; all get the result.
     """
     sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
     was_training = model.training
     model.eval()
-    for some in micro_batches(rows, size):
-        batch = batch_of(examples, some).to(device)
+    for part in processes.batches(examples, rows, size):
+        batch = part.to(device)
         each = learned_losses(model, batch, packed=packed).double().cpu()
         owners = batch.owners[batch.targets != UNSCORED].cpu()
         sums.index_add_(0, owners, each)
         counts.index_add_(0, owners, torch.ones_like(each))
     model.train(was_training)
+    processes.sum(sums)
+    processes.sum(counts)
     if not torch.isfinite(sums).all():
         raise NotFinite(
             "the held-out loss is NaN or infinite: the model is damaged, or the precision too narrow for it"
@@ -118,3 +141,8 @@ def packs(model: Any, device: torch.device, vocabulary: int) -> bool:
     spread = alone.float().std()
     leaked, apart = ((inside - one).square().mean().sqrt() / spread for one in (other, alone.float()))
     return bool(leaked <= LEAK_TOLERANCE.get(alone.dtype, 0.0) and apart <= POSITION_TOLERANCE.get(alone.dtype, 0.1))
+
+
+def _logits(model: Any, batch: Batch, *, packed: bool) -> Tensor:
+    told = {"position_ids": batch.positions} if packed else {}
+    return model(input_ids=batch.ids, use_cache=False, **told).logits  # type: ignore[no-any-return]

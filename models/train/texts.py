@@ -16,9 +16,9 @@ from models.material import read_tokenizer
 from models.progress import Notify
 from models.text import Split as Side
 from models.train.examples import Split, divided, read_examples
-from models.train.records import row_of
 from models.train.whole import load_whole
 from squeeze.distillation import Sequence
+from squeeze.records import row_of
 from squeeze.training import Train
 
 EVERYTHING = 1 << 62  # characters

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from models.quoting import quoted
-from models.train.records import Chat, Exchange, Record, Text
 from squeeze.errors import DataUnusable
+from squeeze.records import Chat, Exchange, Record, Text
 
 Tokens = tuple[list[int], list[bool]]  # ids, and whether each is learned
 

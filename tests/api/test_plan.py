@@ -97,7 +97,8 @@ def planner(tmp_path_factory: pytest.TempPathFactory, _valkey: str, sick: Faulty
         with serve(settings) as running:
 
             def plan(model: str, step: dict[str, Any] | None = None, **changes: Any) -> Plan:
-                steps = [changes.pop("replaced", None) or {**SPEC["steps"][0], **(step or {})}]
+                first = changes.pop("replaced", None) or {**SPEC["steps"][0], **(step or {})}
+                steps = changes.pop("steps", [first])
                 answer = running.client.post("/v1/plan", json={"model": model, "steps": steps, **changes})
                 assert answer.status_code == 200, answer.text
                 return Plan.model_validate(answer.json())
@@ -127,9 +128,37 @@ def test_a_training_s_plan_counts_its_adapter_and_the_merged_model(planner: Call
     plan = planner("org/llama", replaced=step, data={"source": "hub:org/texts"})
     assert plan.feasible and plan.source_bytes is not None
     assert plan.result_bytes == {"peft": 4 * 8 * 2 * (512 + 896), "safetensors": plan.source_bytes}
-    assert plan.seconds is None and plan.host_bytes is None, "what training takes is not counted yet"
+    assert plan.host_bytes is not None and plan.host_bytes == plan.least_host_bytes > 1_000_000_000
+    assert plan.seconds is None, "nobody knows how long a dataset is"
     (obstacle,) = planner("org/llama", replaced=step, data={"source": "hub:org/texts"}, formats=["gguf"]).obstacles
     assert (obstacle.code, obstacle.param) == ("format_unfit", "formats")
+
+
+def test_a_training_s_plan_knows_its_time_where_it_knows_its_tokens(planner: Callable[..., Plan]) -> None:
+    data = {"source": "hub:org/texts", "sequence_length": 256}
+    lora = {"kind": "finetune", "method": "lora", "rank": 8, "steps": 100}
+    few, many = (
+        planner("org/llama", replaced=lora | more, data=data) for more in ({}, {"steps": 1000, "micro_batch_size": 1})
+    )
+    assert few.seconds is not None and many.seconds is not None and few.host_bytes and many.host_bytes
+    assert 9 * few.seconds.stages["training"] < many.seconds.stages["training"] < 11 * few.seconds.stages["training"]
+    assert set(few.seconds.stages) == {"loading", "training", "exporting", "certifying"}
+    assert "reference machine" in few.seconds.basis and few.seconds.low < few.seconds.likely < few.seconds.high
+    assert many.host_bytes <= few.host_bytes
+
+
+def test_a_chain_takes_the_seconds_of_all_steps_and_the_memory_of_the_largest(planner: Callable[..., Plan]) -> None:
+    data = {"source": "hub:org/texts", "sequence_length": 256}
+    lora = {"kind": "finetune", "method": "lora", "steps": 100, "merge": True}
+    alone, chain, after = (planner("org/llama", steps=steps, data=data) for steps in (
+        [lora], [lora, SPEC["steps"][0]], [SPEC["steps"][0]]))  # fmt: skip
+    assert alone.seconds is not None and chain.seconds is not None and after.seconds is not None
+    assert chain.seconds.stages["training"] == alone.seconds.stages["training"]
+    assert chain.seconds.stages["compressing"] == after.seconds.stages["compressing"]
+    assert chain.seconds.likely > alone.seconds.stages["training"] + after.seconds.likely
+    assert alone.host_bytes and chain.host_bytes and after.host_bytes
+    assert chain.host_bytes >= max(alone.host_bytes // 2, after.host_bytes)
+    assert chain.disk_bytes is not None and after.disk_bytes is not None and chain.disk_bytes > after.disk_bytes
 
 
 def test_a_config_with_absurd_numbers_is_planned_without_them(planner: Callable[..., Plan]) -> None:

@@ -34,6 +34,19 @@ def test_the_latest_jobs_of_the_method_come_first_whoever_they_belong_to(databas
         assert [one.method for one in history.finished(session, "awq", gpu=False)] == ["rtn", "gptq"]
 
 
+def test_a_job_of_several_steps_is_one_of_its_last(database: Database) -> None:
+    lora = {"kind": "finetune", "method": "lora", "merge": True}
+    with database.write() as session:
+        for steps in ([lora], [lora, {"kind": "quantize", "method": "gptq"}]):
+            record = submit(session, steps=steps, data={"source": "hub:org/texts"})
+            report = {"device": "cpu", "spent": SPENT, "recipe": steps}
+            attempt = claim(session, record.id).attempt
+            assert lifecycle.publish(
+                session, record.id, attempt, artifacts=[], result=RESULT, report=report, usage=USAGE
+            )
+        assert [one.method for one in history.finished(session, "lora")] == ["gptq", "lora"]
+
+
 def test_reports_without_counted_work_and_resumed_jobs_tell_nothing(database: Database) -> None:
     with database.write() as session:
         _finish(session, "gptq", "cpu", {"seconds": {"compressing": 12.5}})

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from models.documents import BLOCK_CHARACTERS, documents_of
+from models.documents import documents_of
+from squeeze.documents import BLOCK_CHARACTERS
 from squeeze.errors import DataUnusable
 
 TEXT = "one\ntwo grün ☃\nthree\n"

@@ -11,11 +11,13 @@ from transformers import AutoConfig
 
 import models
 from models.architectures import TABLE, architecture_of
+from models.finetune import ia3
 from models.formats import Layout
 from models.frame import Frame
 from squeeze.architectures import ARCHITECTURES, HELD_BY
 from squeeze.formats import CAPACITIES
 from squeeze.steps import STEPS, Format, Kind, tag_of
+from squeeze.training import IA3
 from tests.models.engine_parts import frame_of
 from tests.models.tiny import FAMILIES
 
@@ -62,4 +64,5 @@ def test_an_architecture_s_row_says_where_its_blocks_base_model_and_head_lie(tmp
     assert row.blocks.startswith(f"{row.prefix}.")
     assert frame.count == 2
     assert all(frame.sites(n) for n in range(frame.count))
+    assert len(ia3.sites_of(frame, IA3(method="ia3"))) >= frame.count  # which knows layers by their names
     assert all(frame.source.file_key(f"{site.name}.weight") for n in range(frame.count) for site in frame.sites(n))

@@ -8,10 +8,15 @@ from squeeze.specs import JobSpec
 WIDTH = 256
 
 
-def tensors(blocks: int, width: int = WIDTH, *, inner: int = 0, heads: int = 0) -> dict[str, tuple[int, ...]]:
+def tensors(
+    blocks: int, width: int = WIDTH, *, inner: int = 0, heads: int = 0, vocabulary: int = 4096
+) -> dict[str, tuple[int, ...]]:
     """Shapes of a Llama's tensors. inner: width of the feed-forward part, heads: of keys and values."""
     inner, heads = inner or 3 * width, heads or width // 2
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (4096, width), "model.norm.weight": (width,)}
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, width),
+        "model.norm.weight": (width,),
+    }
     for block in range(blocks):
         prefix = f"model.layers.{block}"
         found |= {
@@ -33,7 +38,8 @@ def config(width: int = WIDTH, **more: Any) -> dict[str, Any]:
 
 
 def llama(blocks: int = 4, width: int = WIDTH, **sides: int) -> Shape:
-    return shape_of(config(width), tensors(blocks, width, **sides))
+    vocabulary = sides.get("vocabulary", 4096)
+    return shape_of(config(width, vocab_size=vocabulary), tensors(blocks, width, **sides))
 
 
 def spec(method: str = "gptq", step: dict[str, Any] | None = None, **fields: Any) -> JobSpec:
@@ -42,3 +48,10 @@ def spec(method: str = "gptq", step: dict[str, Any] | None = None, **fields: Any
     return JobSpec.model_validate(
         {"model": "org/name", "steps": [{"kind": "quantize", "method": method, **(step or {})}], **given}
     )
+
+
+def training(step: dict[str, Any] | None = None, **fields: Any) -> JobSpec:
+    """Of sequences of 256 tokens, 8 to a batch, 4 of them held out."""
+    given = {"data": {"source": "file-abcdefgh", "sequence_length": 256}, "evaluation": {"samples": 4}} | fields
+    steps = [{"kind": "finetune", "method": "lora", **(step or {})}]
+    return JobSpec.model_validate({"model": "org/name", "steps": steps, **given})

@@ -106,3 +106,18 @@ def test_what_a_stage_has_told_of_itself_counts_more_than_what_was_expected() ->
     course.advance(1, 2)
     eta = course.eta_seconds(11.0)
     assert eta is not None and abs(eta - 10.0) < 1e-9
+
+
+def test_a_stage_that_comes_before_its_usual_place_does_not_count_what_is_yet_to_come() -> None:
+    course = Course()
+    course.enter(Stage.loading, 0.0)
+    course.expect({"training": 10.0, "exporting": 1.0, "compressing": 60.0, "certifying": 29.0}, 0.0)
+    before = course.fraction
+    course.enter(Stage.training, 0.0)
+    course.advance(5, 5)
+    course.enter(Stage.exporting, 10.0)
+    course.enter(Stage.loading, 11.0)
+    assert abs(course.fraction - (before + (1 - before) * 0.98 * 11 / 100)) < 1e-9
+    course.enter(Stage.compressing, 11.0)
+    eta = course.eta_seconds(11.0)
+    assert eta is not None and abs(eta - 89.0) < 1e-9

@@ -59,6 +59,21 @@ def test_a_training_ends_with_an_adapter_and_a_merged_model_that_lose_what_the_r
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "step",
+    [{"method": "ia3", "merge": True}, {"method": "prompt"}, {"method": "prefix"}],
+    ids=lambda step: step["method"],
+)
+def test_every_kind_of_adapter_is_certified(tmp_path: Path, model: Path, step: dict[str, Any]) -> None:
+    outcome = run(inputs_for(spec_of(step | {"learning_rate": 0.03}), model, tmp_path), Heard())
+    training = outcome.report.training
+    assert training is not None and training.loss_after < 0.97 * training.loss_before
+    assert training.packed == ("merge" in step) == (training.loss_written is not None)
+    passed = [one.consumer for one in outcome.report.certificates if one.outcome == "passed"]
+    assert passed == (["peft", "transformers"] if "merge" in step else ["peft"])
+
+
+@pytest.mark.slow
 def test_what_was_learned_is_quantized_in_the_same_job(tmp_path: Path, model: Path) -> None:
     learn = {"kind": "finetune", "method": "lora", "merge": True, "steps": 12, "learning_rate": 0.01, "rank": 4}
     steps = [learn, {"kind": "quantize", "method": "gptq", "group_size": 32}]

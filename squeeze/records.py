@@ -1,11 +1,15 @@
-"""What one record of training data holds: a text, a prompt with its completion, or a chat; or what is wrong with it."""
+"""What the records of training data hold: texts, prompts with their completions, chats; or what is wrong with them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from models.documents import COLUMNS, WANTED, said
+from squeeze.documents import Row, Wrong, passages, refuse, said, wanted_of
 from squeeze.errors import DataUnusable
+
+DATA, EVALUATION = "data.source", "evaluation.source"
+MOST_TOLD = 10  # wrong records of one file
 
 Message = dict[str, str]  # role, content
 
@@ -39,18 +43,83 @@ class Chat:
 Record = Text | Exchange | Chat
 
 
+@contextmanager
+def blamed(param: str) -> Iterator[None]:
+    """Has an error of a text name the field of the request that names the text."""
+    try:
+        yield
+    except DataUnusable as error:
+        error.param = param
+        raise
+
+
+class Faults:
+    """Takes what is wrong with the records of a file, so that all of it is told at once, but for what is too much."""
+
+    def __init__(self) -> None:
+        self._messages: list[str] = []
+
+    def __call__(self, error: DataUnusable) -> None:
+        self._messages.append(error.message)
+        if len(self._messages) == MOST_TOLD:
+            raise DataUnusable("\n".join([*self._messages, f"Nothing behind the {MOST_TOLD}th was looked at."]))
+
+    def refuse_any(self) -> None:
+        """Raises DataUnusable where there were some."""
+        if self._messages:
+            raise DataUnusable("\n".join(self._messages))
+
+
+def records_in(
+    rows: Iterable[Row], column: str | None, grain: int, wrong: Wrong = refuse
+) -> Iterator[tuple[str, Record]]:
+    """Every record of a file's rows with where it stands; running text in pieces of `grain` characters.
+
+    wrong: is told of a row that is no record.
+    """
+    for where, row in rows:
+        if isinstance(row, str):
+            yield from (("a passage", Text(passage)) for passage in passages([row], grain))
+            continue
+        try:
+            found = record_of(row, column, where)
+        except DataUnusable as error:
+            wrong(error)
+            continue
+        if found is not None:
+            yield where, found
+
+
+def refuse_too_few(count: int, *, apart: bool) -> None:
+    """Raises where a split of so many records would leave a side empty. apart: what is held out is another text."""
+    if count == 0:
+        raise DataUnusable("the training data has no records: it is empty", param=DATA)
+    if count == 1 and not apart:
+        raise DataUnusable(
+            "the training data has one record; at least 2 are needed, one to learn and one to hold out, and some "
+            "hundreds do well. Add more, or name a text of its own as evaluation.source.",
+            param=DATA,
+        )
+
+
+def refuse_nothing_held_out(count: int) -> None:
+    """count: of the records of a text of its own that is held out."""
+    if count == 0:
+        raise DataUnusable("the evaluation text has no records: it is empty", param=EVALUATION)
+
+
 def record_of(record: object, column: str | None, where: str) -> Record | None:
     """column: the one field to look at; None: the usual ones. where: of the record in its file, for the error.
 
     None where all fields are null. Raises DataUnusable where it holds nothing that could be learned.
     """
     fields = dict(record) if isinstance(record, Mapping) else {}
-    names = COLUMNS if column is None else (column,)
+    names, wanted = wanted_of(column)
     given = {name: fields[name] for name in names if fields.get(name) is not None}
     if not given:
         if any(name in fields for name in names):
             return None
-        raise DataUnusable(f"{where} of the file has none of {WANTED if column is None else f'`{column}`'}")
+        raise DataUnusable(f"{where} of the file has none of {wanted}")
     for name in ("messages", "conversations", *([] if column is None else [column])):
         if isinstance(given.get(name), list):
             return _chat(given[name], [], where)

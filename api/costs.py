@@ -1,0 +1,99 @@
+"""What a spec would cost on a model of that shape: memory of all its steps, and their seconds together."""
+
+from collections import Counter
+from typing import Any
+
+from api.learning import text_bytes_of
+from api.service import Service
+from api.tensors import Tensor
+from jobs import history
+from squeeze.distillation import Distill
+from squeeze.memory import PROCESS_BYTES as QUANTIZING_BYTES
+from squeeze.memory import needed
+from squeeze.pace import duration
+from squeeze.shapes import Shape, shape_of
+from squeeze.specs import JobSpec
+from squeeze.steps import Format, Quantize
+from squeeze.trainable import Learned, learned
+from squeeze.training import Finetune
+from squeeze.training_memory import PROCESS_BYTES as TRAINING_BYTES
+from squeeze.training_memory import needed_to_train
+from squeeze.training_work import counted_training, tokens_to_train
+from squeeze.work import Count, counted
+
+
+def cost_of(
+    service: Service,
+    project: str,
+    spec: JobSpec,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    result_bytes: dict[Format, int],
+) -> dict[str, Any]:
+    """`host_bytes`, `least_host_bytes` and `seconds` of a plan; nothing where the headers show no blocks, and of what
+    can't be counted: a distillation, the time of examples of unknown number.
+    """
+    shape = shape_of_model(config, tensors, _ignored(spec))
+    if not shape.blocks or any(isinstance(step, Distill) for step in spec.steps):
+        return {}
+    whole = least = 0
+    counts: dict[str, Count] | None = {}
+    for step in spec.steps:
+        if isinstance(step, Finetune):
+            text_bytes = text_bytes_of(service, project, spec)
+            own, known = shape_of_model(config, tensors), learned_of(step, config, tensors)
+            last = step is spec.steps[-1]
+            memory = needed_to_train(own, spec, step, known, result_bytes if last else {}, text_bytes or 0)
+            whole = least = memory.whole
+            length = min(spec.data.sequence_length, own.positions or spec.data.sequence_length)
+            tokens = tokens_to_train(spec, step, length, text_bytes)
+            counts = None if tokens is None else counted_training(own, spec, step, known, tokens, last=last)
+        elif isinstance(step, Quantize):
+            more = needed(shape, spec, result_bytes)
+            imported = TRAINING_BYTES - QUANTIZING_BYTES if whole else 0  # which stays, once there
+            whole, least = max(whole, more.whole + imported), max(least, more.least + imported)
+            counts = None if counts is None else _together(counts, counted(shape, spec))
+    found: dict[str, Any] = {"host_bytes": whole, "least_host_bytes": least}
+    if counts is not None:
+        gpu = spec.limits.gpus > 0 or None  # without the wish, whatever worker is free takes it
+        method = spec.steps[-1].method
+        with service.database.read() as session:
+            past = history.finished(session, method, gpu=gpu)
+        found["seconds"] = duration(counts, len(shape.blocks), method, past, gpu=bool(gpu))
+    return found
+
+
+def shape_of_model(config: dict[str, Any], tensors: dict[str, Tensor], ignored: list[str] | None = None) -> Shape:
+    """ignored: patterns of linears that are not compressed."""
+    dtypes = Counter(tensor.dtype for tensor in tensors.values())
+    dtype = max(dtypes, key=dtypes.__getitem__, default="BF16")
+    return shape_of(config, {name: tensor.shape for name, tensor in tensors.items()}, dtype, ignored or [])
+
+
+def learned_of(step: Finetune, config: dict[str, Any], tensors: dict[str, Tensor]) -> Learned:
+    return learned(step, config, {name: tensor.shape for name, tensor in tensors.items()})
+
+
+def kept_bytes(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
+    """On the worker's disk while it trains: two checkpoints, and the whole model that a next step goes on with."""
+    step = next((step for step in spec.steps if isinstance(step, Finetune)), None)
+    if step is None:
+        return 0
+    known = learned_of(step, config, tensors)
+    whole = 2 * sum(tensor.elements for tensor in tensors.values()) if step is not spec.steps[-1] else 0
+    return 2 * known.parameters * (4 + known.optimizer_bytes) + whole
+
+
+def _ignored(spec: JobSpec) -> list[str]:
+    return [pattern for step in spec.steps if isinstance(step, Quantize) for pattern in step.ignore]
+
+
+def _together(first: dict[str, Count], second: dict[str, Count]) -> dict[str, Count]:
+    none = Count()
+    return {
+        stage: Count(
+            first.get(stage, none).fixed + second.get(stage, none).fixed,
+            first.get(stage, none).blocks + second.get(stage, none).blocks,
+        )
+        for stage in (*first, *(stage for stage in second if stage not in first))
+    }

@@ -1,0 +1,123 @@
+"""Whether uploaded examples can be learned from, found out before the job that names them is taken."""
+
+import time
+from collections.abc import Iterator
+from itertools import chain
+
+from api.service import Service
+from api.sources import Files
+from api.tensors import has_chat_template
+from jobs import files
+from jobs.records import FileRecord
+from squeeze.documents import PARQUET, grain_for, rows_in
+from squeeze.errors import ArtifactNotFound, DataUnusable, FileNotFound
+from squeeze.names import OWN_ID
+from squeeze.records import (
+    DATA,
+    EVALUATION,
+    Chat,
+    Faults,
+    blamed,
+    records_in,
+    refuse_nothing_held_out,
+    refuse_too_few,
+)
+from squeeze.specs import JobSpec
+from squeeze.training import Train
+
+CHECKED_BYTES = 16 << 20  # of a file; the worker looks at the rest before it fetches a model
+CHECKED_SECONDS = 2.0  # for the same
+LEAST_TOKENS = 16  # of a sequence
+
+
+def refuse_unusable(service: Service, project: str, spec: JobSpec) -> str | None:
+    """Reads the uploaded files that a step trains on or measures its loss on; where the first chat stands in them, or
+    None where there is none.
+
+    Raises DataUnusable, with the lines, where records are none, or too few. Of a large file only the beginning is read;
+    parquet and datasets are the worker's. A file that is not there is the submit's to refuse.
+    """
+    if not any(isinstance(step, Train) for step in spec.steps):
+        return None
+    apart = spec.evaluation.source is not None
+    data = _Look(service, project, DATA, spec.data.source, spec.data.column)
+    held_out = _Look(service, project, EVALUATION, spec.evaluation.source, spec.evaluation.column)
+    if data.count is not None:
+        refuse_too_few(data.count, apart=apart)
+    if held_out.count is not None:
+        refuse_nothing_held_out(held_out.count)
+    return data.chat or held_out.chat
+
+
+def refuse_misfit(files: Files, positions: int, chat: str | None) -> None:
+    """Raises DataUnusable where the model can't read such examples. positions: that its config allows, 0 where it says
+    nothing. chat: where the first chat stands in the data.
+    """
+    if 0 < positions < LEAST_TOKENS:
+        raise DataUnusable(f"The model has {positions} positions; at least {LEAST_TOKENS} are needed.", param="model")
+    if chat is not None and not has_chat_template(files):
+        raise DataUnusable(
+            f"{chat} is a chat, and the model has no chat template that says how one is written. Give `prompt` and "
+            "`completion` instead, or a model with a template.",
+            param=DATA,
+        )
+
+
+def text_bytes_of(service: Service, project: str, spec: JobSpec) -> int | None:
+    """Of the examples that are trained on; None where they are no uploaded file."""
+    record = _found(service, project, spec.data.source)
+    return None if record is None else record.bytes
+
+
+class _Enough(Exception):
+    """What was to be looked at now was."""
+
+
+class _Look:
+    """One file's records, as far as they are looked at. count: of them; None where there may be more."""
+
+    def __init__(self, service: Service, project: str, param: str, source: str | None, column: str | None) -> None:
+        self.count: int | None = None
+        self.chat: str | None = None
+        record = _found(service, project, source)
+        if record is None:
+            return
+        try:
+            chunks = service.storage.read(record.storage_key)
+        except ArtifactNotFound:  # deleted since
+            return
+        first = next(chunks, b"")
+        if first.startswith(PARQUET):
+            return
+        faults, count = Faults(), 0
+        with blamed(param):
+            try:
+                rows = rows_in(_beginning(chain([first], chunks)), column, faults)
+                for where, one in records_in(rows, column, grain_for(record.bytes), faults):
+                    count += 1
+                    if self.chat is None and isinstance(one, Chat):
+                        self.chat = where
+                self.count = count
+            except _Enough:
+                pass
+            faults.refuse_any()
+
+
+def _found(service: Service, project: str, source: str | None) -> FileRecord | None:
+    if source is None or not OWN_ID.match(source):
+        return None
+    try:
+        with service.database.read() as session:
+            return files.find(session, project, source)
+    except FileNotFound:
+        return None
+
+
+def _beginning(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Raises _Enough where there is more than is looked at now."""
+    until, seen = time.monotonic() + CHECKED_SECONDS, 0
+    for chunk in chunks:
+        if seen >= CHECKED_BYTES or time.monotonic() > until:
+            raise _Enough
+        yield chunk
+        seen += len(chunk)

@@ -1,0 +1,92 @@
+"""What a training does, counted as `squeeze.work` counts: from the model's shape, the spec and the tokens alone.
+
+A token that is learned from goes forwards through the model and its gradient backwards. Through weights that stay as
+they are, backwards costs what forwards does; through weights that learn, twice as much.
+"""
+
+from math import ceil
+
+from squeeze.shapes import Shape
+from squeeze.specs import JobSpec
+from squeeze.trainable import Learned
+from squeeze.training import USUAL_EPOCHS, Adapters, Finetune
+from squeeze.work import (
+    BYTE,
+    CERTIFIED,
+    GENERATED_TOKENS,
+    KEEP_VISITS,
+    START,
+    TEXTS,
+    TOKEN,
+    VISIT,
+    Count,
+    of_head,
+    of_reading,
+    of_token,
+)
+
+BYTES_PER_TOKEN = 3.5  # of a user's text, with what JSON has around it
+UPDATE_VISITS = 12  # of a parameter in a step of the optimizer: gradient, its norm, two moments, itself
+
+
+def tokens_to_train(spec: JobSpec, step: Finetune, length: int, text_bytes: int | None) -> int | None:
+    """Tokens that go through the model to be learned from; None where nothing tells. text_bytes: of the examples."""
+    if step.steps is not None:
+        return step.steps * step.batch_size * length
+    if step.tokens is not None:
+        return step.tokens
+    if text_bytes is None:
+        return None
+    held_out = 0.0 if spec.evaluation.source is not None else 0.1
+    return max(1, int((step.epochs or USUAL_EPOCHS) * (1 - held_out) * text_bytes / BYTES_PER_TOKEN))
+
+
+def counted_training(
+    shape: Shape, spec: JobSpec, step: Finetune, learned: Learned, tokens: int, *, last: bool, steps: int | None = None
+) -> dict[str, Count]:
+    """The work of a step that trains, by stage.
+
+    tokens: that are learned from, as often as that. last: no other step follows, and the result is certified. steps: of
+    the optimizer; None: as many as there are where sequences are full.
+    """
+    length = min(spec.data.sequence_length, shape.positions or spec.data.sequence_length)
+    steps = steps or ceil(tokens / (step.batch_size * length))
+    scored = spec.evaluation.samples * length
+    looks = 2 + (steps // step.evaluate_every if step.evaluate_every else 0)
+    forward = [of_token(block, shape, length) for block in shape.blocks]
+    through = sum(forward[len(forward) - learned.blocks :])
+    again = (1 if learned.apart else 2) + step.activation_checkpointing
+    in_blocks = tokens * (sum(forward) + again * through) + looks * scored * sum(forward)
+    if learned.rank:
+        in_blocks += 6 * tokens * learned.parameters
+    heads = (tokens * (2 if learned.apart else 3) + looks * scored) * of_head(shape)
+    reading = sum(of_reading(block, shape) for block in shape.blocks)
+    stages = {
+        "loading": Count(TEXTS + TOKEN * tokens / max(1.0, step.epochs or 1.0) + _outside(shape), reading),
+        "training": Count(heads + steps * UPDATE_VISITS * VISIT * learned.parameters, in_blocks),
+        "exporting": _exporting(shape, step, learned, scored, sum(forward), last=last),
+    }
+    return stages | ({"certifying": _certifying(shape, spec, scored, length, sum(forward))} if last else {})
+
+
+def _outside(shape: Shape) -> float:
+    return shape.outside * (shape.stored_bytes * BYTE + VISIT)
+
+
+def _exporting(shape: Shape, step: Finetune, learned: Learned, scored: int, forward: float, *, last: bool) -> Count:
+    """What was learned; and where a whole model is made, all of it, which is then loaded and measured."""
+    beside = 2 * 4 * BYTE * learned.parameters * learned.apart
+    whole = ("safetensors" in step.formats) if last else step.whole
+    if not whole:
+        return Count(beside)
+    moved = KEEP_VISITS * VISIT * isinstance(step, Adapters) + 4 * shape.stored_bytes * BYTE
+    elements = sum(block.elements for block in shape.blocks)
+    return Count(beside + scored * of_head(shape) + moved * shape.outside, scored * forward + moved * elements)
+
+
+def _certifying(shape: Shape, spec: JobSpec, scored: int, length: int, forward: float) -> Count:
+    """A fresh process for each format: load, score, generate."""
+    seen = min(scored, max(1, min(CERTIFIED[0], CERTIFIED[1] // length)) * length)
+    blocks = sum(of_reading(block, shape) + GENERATED_TOKENS * VISIT * block.active for block in shape.blocks)
+    fixed = START + (seen + GENERATED_TOKENS) * of_head(shape) + _outside(shape)
+    return Count(len(spec.formats) * fixed, len(spec.formats) * (blocks + seen * forward))

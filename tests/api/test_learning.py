@@ -1,0 +1,151 @@
+"""Uploaded examples are looked at before the job that names them is taken: wrong lines are named, nothing is kept."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from api.learning import CHECKED_BYTES
+from jobs.queue import waiting
+from squeeze.objects import Plan
+from tests.api.serving import Running
+
+LORA = {"kind": "finetune", "method": "lora"}
+GOOD = [{"prompt": f"{n}?", "completion": f"{n}."} for n in range(3)]
+
+
+def uploaded(running: Running, content: bytes | list[Any], name: str = "rows.jsonl") -> str:
+    if isinstance(content, list):
+        content = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in content).encode()
+    answer = running.client.post("/v1/files", data={"purpose": "training"}, files={"file": (name, content)})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+def submitted(running: Running, source: str, **changes: Any) -> httpx.Response:
+    body = {"model": "org/name", "steps": [LORA], "data": {"source": source}} | changes
+    return running.client.post("/v1/jobs", json=body)
+
+
+def refused(answer: httpx.Response, param: str = "data.source") -> str:
+    problem = answer.json()
+    assert answer.status_code == 422, problem
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert (problem["error"]["code"], problem["error"]["param"]) == ("data_unusable", param)
+    return str(problem["detail"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", [*GOOD, "{"], "line 4 of the file is not JSON"),
+        ("a.jsonl", [*GOOD, "[1]"], "line 4 of the file has none of `text`"),
+        ("a.jsonl", [*GOOD, {"words": "x"}], "line 4 of the file has none of `text`"),
+        ("a.jsonl", [*GOOD, "", {"prompt": "x"}], "line 5 has no `completion`"),
+        ("a.jsonl", [*GOOD, {"prompt": "x", "completion": ""}], "line 4: `completion` is empty, so that nothing"),
+        ("a.jsonl", [*GOOD, {"messages": [{"role": "user", "content": "x"}]}], "line 4 has no message of the assist"),
+        ("a.jsonl", GOOD[:1], "one record; at least 2 are needed"),
+        ("a.jsonl", [{"text": "x"}, {"text": None}], "one record; at least 2 are needed"),
+        ("a.txt", b"one line", "one record; at least 2 are needed"),
+        ("a.txt", b'[{"text": "x"}]', "one JSON array"),
+    ],
+)
+def test_what_can_t_be_learned_from_is_refused_with_its_line(
+    running: Running, name: str, content: bytes | list[Any], words: str
+) -> None:
+    source = uploaded(running, content, name)
+    assert words in refused(submitted(running, source))
+    assert running.client.get("/v1/jobs").json()["data"] == [] and waiting(running.service.queue, "cpu") == 0
+
+
+def test_several_wrong_lines_are_told_at_once_but_not_endlessly(shared: Running) -> None:
+    told = refused(submitted(shared, uploaded(shared, [*GOOD, "{", {"prompt": "x"}, GOOD[0], {"text": 3}])))
+    assert [line.split(" of ")[0].split(" has")[0].split(":")[0] for line in told.splitlines()] == [
+        "line 4",
+        "line 5",
+        "line 7",
+    ]
+    many = refused(submitted(shared, uploaded(shared, [*GOOD, *["{"] * 1000]))).splitlines()
+    assert len(many) == 11 and many[0].startswith("line 4 ") and many[9].startswith("line 13 ")
+
+
+def test_what_can_be_learned_from_is_taken(shared: Running) -> None:
+    table = io.BytesIO()
+    pq.write_table(pa.table({"text": ["only one, which the worker will say"]}), table)
+    for name, content in (
+        ("a.jsonl", GOOD),
+        ("a.jsonl", [{"messages": [{"role": "assistant", "content": "hi"}]}] * 2),
+        ("a.txt", b"many words " * 100),
+        ("a.parquet", table.getvalue()),
+    ):
+        assert submitted(shared, uploaded(shared, content, name)).status_code == 202
+    other = [{"body": "one"}, {"body": "two"}]
+    source = uploaded(shared, [{"text": "x"}, *other])
+    assert "line 1 of the file has none of `body`" in refused(
+        submitted(shared, source, data={"source": source, "column": "body"})
+    )
+    own = uploaded(shared, [{"text": "x"}, {"words": 1}])
+    quantizing = {"steps": [{"kind": "quantize", "method": "gptq"}]}
+    assert submitted(shared, own, **quantizing).status_code == 202, "only what is trained on is held to this"
+
+
+def test_one_record_will_do_beside_a_held_out_text_which_is_looked_at_too(shared: Running) -> None:
+    one, bad = uploaded(shared, GOOD[:1]), uploaded(shared, [*GOOD, {"prompt": "x"}])
+    assert submitted(shared, one, evaluation={"source": one}).status_code == 202
+    told = refused(submitted(shared, one, evaluation={"source": bad}), "evaluation.source")
+    assert told == "line 4 has no `completion`; a prompt and its completion go together"
+
+
+def test_of_a_large_file_the_beginning_alone_is_looked_at(start: Callable[..., Running]) -> None:
+    running = start(max_upload_bytes=2 * CHECKED_BYTES)
+    row = json.dumps({"text": "word " * 2000}).encode() + b"\n"
+    rows = row * (CHECKED_BYTES // len(row) + 200)
+    late = uploaded(running, rows + b"{\n")
+    assert submitted(running, late).status_code == 202, "its last line is the worker's to refuse"
+    early = refused(submitted(running, uploaded(running, row * 100 + b"{\n" + rows)))
+    assert early.startswith("line 101 of the file is not JSON")
+
+
+def test_a_file_that_is_not_there_is_refused_as_ever_and_a_repeated_request_needs_it_no_more(running: Running) -> None:
+    answer = submitted(running, "file-00000000")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "spec_invalid")
+    source, key = uploaded(running, GOOD), {"Idempotency-Key": "mine"}
+    first = running.submit(key, steps=[LORA], data={"source": source})
+    running.client.post(f"/v1/jobs/{first}/cancel")
+    assert running.client.delete(f"/v1/files/{source}").status_code == 200
+    assert running.submit(key, steps=[LORA], data={"source": source}) == first
+
+
+def test_a_plan_names_wrong_lines_too(shared: Running) -> None:
+    body = {"model": "/nowhere", "steps": [LORA], "data": {"source": uploaded(shared, [*GOOD, "{"])}}
+    plan = Plan.model_validate(shared.client.post("/v1/plan", json=body).json())
+    found = {obstacle.code: obstacle for obstacle in plan.obstacles}
+    assert found["data_unusable"].param == "data.source" and "line 4" in found["data_unusable"].message
+    assert "model_directory_forbidden" in found, "one obstacle does not hide the others"
+
+
+def test_a_plan_tells_of_chats_without_a_template_and_of_a_model_without_room(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    running = start(model_roots=(tmp_path,))
+    chats = [{"messages": [{"role": "assistant", "content": "hi"}]}] * 2
+    source = uploaded(running, [GOOD[0], *chats])
+
+    def obstacles(**files: dict[str, Any]) -> list[tuple[str | None, str]]:
+        for name, content in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        body = {"model": str(tmp_path), "steps": [LORA], "data": {"source": source}}
+        plan = Plan.model_validate(running.client.post("/v1/plan", json=body).json())
+        return [(one.param, one.message) for one in plan.obstacles if one.code == "data_unusable"]
+
+    ((param, message),) = obstacles(config={"model_type": "llama", "max_position_embeddings": 512})
+    assert param == "data.source" and message.startswith("line 2 is a chat, and the model has no chat template")
+    assert obstacles(tokenizer_config={"chat_template": "{{ messages }}"}) == []
+    ((param, message),) = obstacles(config={"model_type": "llama", "max_position_embeddings": 8})
+    assert param == "model" and "8 positions; at least 16" in message

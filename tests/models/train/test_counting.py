@@ -1,0 +1,61 @@
+"""What plans count of a training is what the training has: parameters that learn, tokens, operations of each stage."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.train.counting import ahead, summed, work_of
+from squeeze.trainable import learned
+from squeeze.training import Finetune
+from squeeze.work import counted
+from tests.models.job_parts import spec_of as quantizing
+from tests.models.tiny import FAMILIES
+from tests.models.train.parts import begin, inputs_for, spec_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        {},
+        {"dora": True, "target_modules": ["*.o_proj", "*.c_proj"]},
+        {"method": "ia3"},
+        {"method": "prompt", "virtual_tokens": 3},
+        {"method": "prefix", "virtual_tokens": 3},
+        {"method": "full"},
+        {"method": "last_layers", "layers": 1},
+    ],
+    ids=lambda step: "-".join(map(str, step.values())) or "lora",
+)
+def test_the_parameters_that_learn_are_known_from_the_headers(
+    tmp_path: Path, family: str, step: dict[str, Any]
+) -> None:
+    patterns = step.get("target_modules")
+    if patterns:
+        step = step | {"target_modules": [pattern for pattern in patterns if (family == "gpt2") == ("c_" in pattern)]}
+    prepared, task = begin(inputs_for(spec_of(step), FAMILIES[family](tmp_path / "model"), tmp_path))
+    training, source = prepared.step, prepared.source
+    assert isinstance(training, Finetune)
+    told = learned(training, source.config, {name: entry.shape for name, entry in source.entries.items()})
+    assert told.parameters == sum(one.numel() for one in task.learning.values())
+
+
+def test_the_work_is_of_the_tokens_that_there_are_and_of_the_step_that_follows(tmp_path: Path) -> None:
+    model = FAMILIES["llama"](tmp_path / "model")
+    spec = spec_of({"merge": True, "evaluate_every": 5})
+    prepared, task = begin(inputs_for(spec, model, tmp_path / "alone"))
+    work = work_of(prepared, task, spec)
+    assert list(work) == ["loading", "training", "exporting", "certifying"]
+    assert "loading" not in ahead(work, prepared, spec)
+    twice = spec_of({"merge": True, "evaluate_every": 5, "steps": 24})
+    longer = work_of(*begin(inputs_for(twice, model, tmp_path / "longer")), twice)
+    assert 1.5 * work["training"] < longer["training"] < 2.0 * work["training"]
+
+    both = spec.model_copy(update={"steps": (*spec.steps, *quantizing().steps), "formats": ("gptq",)})
+    chained = work_of(prepared, task, both)
+    assert list(chained) == ["loading", "training", "exporting"]
+    more = {stage: count.whole for stage, count in counted(prepared.source.shape(), both).items()}
+    assert ahead(chained, prepared, both) == summed({k: v for k, v in chained.items() if k != "loading"}, more)
