@@ -1,6 +1,6 @@
 """A student of half the teacher's depth: what logits teach it, and what cross-entropy alone does on the same tokens.
 
-    python benchmarks/distillation.py [--model DIR] [--layers 2] [--steps 60] [--rates 0.001] [--seeds 0 1 2]
+    python benchmarks/distillation.py [--model DIR] [--layers 2] [--steps 30] [--rates 0.001] [--seeds 0 1 2]
 
 Every run sees the same student, the same text in the same order for a seed, the same held-out text, the same settings.
 """
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

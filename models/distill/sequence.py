@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.disk import write_whole
+from models.disk import write_once, write_whole
 from models.distill.teaching import Taught, Teaching
 from models.distill.writing import ends_of, gone_on
 from models.progress import Notify
@@ -99,7 +99,7 @@ def wrote(
             param="data.source",
         )
     whole = own / "records.jsonl"
-    write_whole(whole, "\n".join(lines) + "\n")
+    write_once(whole, "\n".join(lines) + "\n")
     return whole
 
 

@@ -8,7 +8,7 @@ import torch
 
 from models.checkpoint import SourceModel
 from models.data import CHARACTERS_PER_TOKEN, EVALUATION_SEED, GENERIC_ORIGIN, generic_passages
-from models.disk import write_whole
+from models.disk import write_once
 from models.distill.sequence import wrote
 from models.fingerprint import writing_fingerprint
 from models.job import Inputs
@@ -89,7 +89,7 @@ def _taught(
     inputs.work.mkdir(parents=True, exist_ok=True)
     held_out = inputs.work / "held-out-as-it-is.jsonl"
     apart = [row for row, (is_apart, _, _) in zip(rows, records, strict=True) if is_apart]
-    write_whole(held_out, "\n".join(apart) + "\n")
+    write_once(held_out, "\n".join(apart) + "\n")
     written = wrote(
         step,
         lambda: load_whole(teacher.path, dtype, device),
@@ -109,5 +109,5 @@ def _generic(file: Path, side: Side, tokens: int | None, length: int, seed: int)
     characters = EVERYTHING if tokens is None else tokens * CHARACTERS_PER_TOKEN
     passages = generic_passages(side, characters, length, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, "".join(json.dumps({"text": passage}) + "\n" for passage in passages))
+    write_once(file, "".join(json.dumps({"text": passage}) + "\n" for passage in passages))
     return file
