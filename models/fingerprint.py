@@ -72,6 +72,22 @@ def training_fingerprint(
     return _digest(parts)
 
 
+def writing_fingerprint(
+    step: Train, seed: int, revision: str | None, device: str, teacher: SourceModel, records: str, length: int
+) -> str:
+    """As `fingerprint`, of what a teacher writes. records: a digest of those that it ends."""
+    parts = {
+        "step": step.model_dump(mode="json"),
+        "seed": seed,
+        **_of_model(teacher, revision),
+        "records": records,
+        "length": length,
+        "device": device,
+        "versions": [__version__, torch.__version__, version("transformers")],
+    }
+    return _digest(parts)
+
+
 def _of_model(source: SourceModel, revision: str | None) -> dict[str, Any]:
     return {
         "model": [revision, source.config, source.weight_bytes, sorted(map(str, source.entries))],

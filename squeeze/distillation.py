@@ -96,4 +96,55 @@ class Logits(Diverging):
         return self
 
 
-DISTILLING_METHODS: tuple[type[Distill], ...] = (Logits,)
+class Hidden(Diverging):
+    """Learns what the teacher's blocks put out, or how its attention relates tokens, beside its distributions.
+
+    The whole teacher stands in memory beside the student and reads every batch. Block n of the student's N learns from
+    the last of the teacher's blocks that make up the same share of its depth; where the teacher is wider, through a
+    matrix that is learned too and left behind.
+    """
+
+    method: Literal["hidden"]
+    match: Literal["mse", "cosine", "relations"] = Field(
+        "mse",
+        description="`mse`: squared distance of the hidden states over the squared length of the teacher's. `cosine`: "
+        "1 − their cosine. `relations`: of the last block alone, KL between softmaxed products of queries with "
+        "queries, keys with keys and values with values (arXiv 2012.15828); takes no matrix, whatever the widths.",
+    )
+    weight: float = Field(1.0, gt=0, le=1000, description="By which that is multiplied before it is added to the loss.")
+
+
+class Sequence(Distill):
+    """Learns the text that the teacher writes after each prompt of the examples (arXiv 1606.07947).
+
+    The teacher, whole in memory before the student is, goes on from the prompt, from a chat up to the assistant's last
+    turn, or from the first `prompt_tokens` of a text. What it wrote is kept, so that another attempt doesn't write it
+    again. Its vocabulary may be another than the student's. Losses are measured on the examples as they are.
+    """
+
+    method: Literal["sequence"]
+    new_tokens: int = Field(256, ge=1, le=32768, description="That the teacher writes at most after a prompt.")
+    prompt_tokens: int = Field(16, ge=1, le=32768, description="Of a text, from which the teacher goes on.")
+    temperature: float = Field(
+        1.0, ge=0, le=100, description="Of the teacher's sampling. 0: always what it finds likeliest."
+    )
+
+
+class OnPolicy(Diverging):
+    """Learns what the teacher says of text that the student wrote itself (arXiv 2306.13649, section 3).
+
+    For each batch the student goes on from its examples' prompts, and both models' distributions over what it wrote are
+    compared; so it learns to get out of the mistakes that it makes. The whole teacher stands in memory beside it.
+    """
+
+    method: Literal["on_policy"]
+    objective: Divergence = Field("jsd", description=Diverging.model_fields["objective"].description)
+    alpha: float = Field(1.0, ge=0, le=1, description=Diverging.model_fields["alpha"].description)
+    own_share: float = Field(
+        1.0, gt=0, le=1, description="Of the batches, in which the student writes; in the others both read the text."
+    )
+    new_tokens: int = Field(64, ge=1, le=32768, description="That the student writes at most after a prompt.")
+    prompt_tokens: int = Field(16, ge=1, le=32768, description="Of a text, from which the student goes on.")
+
+
+DISTILLING_METHODS: tuple[type[Distill], ...] = (Logits, Hidden, Sequence, OnPolicy)

@@ -206,16 +206,19 @@ class Distillation(Part):
     student_parameters: int
     student_bytes: int = Field(description="Of its weights, as it began.")
     teacher_parameters: int
-    vocabulary: int = Field(description="Tokens that both know; what fills a table up is left out.")
+    vocabulary: int | None = Field(
+        description="Tokens that both know; what fills a table up is left out. Null, as all comparisons are, where "
+        "they are of different tokenizers."
+    )
     stored_bytes_per_token: int | None = Field(
         description="Kept of what the teacher says of a learned token; null where it was asked anew each time."
     )
     stored_bytes: int | None
-    loss_teacher: float
-    divergence_before: float
-    divergence_after: float
-    agreement_before: float = Field(description="Share of the tokens where both find the same one likeliest.")
-    agreement_after: float
+    loss_teacher: float | None
+    divergence_before: float | None
+    divergence_after: float | None
+    agreement_before: float | None = Field(description="Share of the tokens where both find the same one likeliest.")
+    agreement_after: float | None
 
 
 class Training(Part):

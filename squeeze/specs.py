@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, field_validator, model_validator
 
-from squeeze.distillation import Distill
+from squeeze.distillation import Distill, Hidden, OnPolicy
 from squeeze.formats import holders
 from squeeze.names import names_a_model
 from squeeze.steps import Format, Quantize, Step
@@ -139,6 +139,8 @@ def _refuse_unshared(step: Train, gpus: int) -> None:
     if gpus > 1 and (step.optimizer != "adamw" or step.precision == "fp16" or isinstance(step, QLoRA)):
         what = "qlora" if isinstance(step, QLoRA) else step.optimizer if step.optimizer != "adamw" else "fp16"
         raise ValueError(f"{what} is computed on one GPU alone: set limits.gpus to 1")
+    if gpus > 1 and isinstance(step, Hidden | OnPolicy):
+        raise ValueError(f"{step.method} runs on one GPU: set limits.gpus to 1, or take the method logits")
     if gpus > step.batch_size:
         raise ValueError(f"a batch of {step.batch_size} sequences can't be dealt out to {gpus} GPUs: make it larger")
     if step.sharding == "hybrid" and gpus % 2:

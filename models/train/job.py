@@ -77,7 +77,7 @@ def trained(
     """
     with clock.stage("loading"):
         notify.stage(Stage.loading)
-        prepared = prepare(inputs, step)
+        prepared = prepare(inputs, step, notify)
     with team.together():
         processes = lead(team, prepared, inputs, [adapter, whole], notify)
         return _trained(replace(prepared, processes=processes), inputs, adapter, whole, clock, notify)
@@ -119,7 +119,7 @@ def _trained(
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
         training = _training(prepared, task, story, _mean(losses))
-        if lesson is not None and before is not None:
+        if lesson is not None:
             taught = lesson.told(before, lesson.apart(task, accelerator))
             training = training.model_copy(update={"distillation": taught})
         del lesson
@@ -256,7 +256,7 @@ def _warnings(training: Training) -> list[str]:
             "that holds for other examples. Take a lower learning_rate, fewer epochs, or more examples."
         )
     told = training.distillation
-    if told is not None and told.loss_teacher >= training.loss_before:
+    if told is not None and told.loss_teacher is not None and told.loss_teacher >= training.loss_before:
         found.append(
             f"the teacher's held-out loss is {told.loss_teacher:.4f}, no better than the student's "
             f"{training.loss_before:.4f} before it learned: on this text there is nothing to learn from it"

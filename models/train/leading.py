@@ -15,6 +15,7 @@ from models.resources import available_device_bytes, available_host_bytes
 from models.team import Team
 from models.train.prepare import Prepared
 from models.train.processes import ALONE, Processes
+from squeeze.distillation import Distill
 from squeeze.sharding import Way, state_bytes, way_for
 from squeeze.specs import JobSpec
 from squeeze.training import Adapters, Full
@@ -25,8 +26,17 @@ WORDS: dict[Way, str] = {
     "hybrid": "each half of them holds all weights, each process a part",
     "offload": "each of them holds a part of the weights, in host memory until its turn comes",
 }
-PATHS = ("model", "calibration_text", "evaluation_text", "work", "out")
-TEXTS = ("model_name", "revision", "license", "calibration_origin", "evaluation_origin", "job_id")
+PATHS = ("model", "student", "calibration_text", "evaluation_text", "work", "out")
+TEXTS = (
+    "model_name",
+    "student_name",
+    "student_revision",
+    "revision",
+    "license",
+    "calibration_origin",
+    "evaluation_origin",
+    "job_id",
+)
 LOADED_BYTES = 1.2  # of host memory for each byte of a model while it is loaded
 
 
@@ -76,7 +86,7 @@ def _way(prepared: Prepared, team: Team) -> Way:
     learning = sum(site.rows * site.columns for site in prepared.sites)
     if isinstance(step, Adapters):
         learning = 0  # they are small beside the model
-    elif isinstance(step, Full):
+    elif isinstance(step, Full | Distill):
         learning = parameters
     free = available_device_bytes(team.device)
     if team.device.type == "cpu":

@@ -73,6 +73,7 @@ def test_fields_that_don_t_go_together_are_refused(step: dict[str, Any], words: 
         ([lora()], {"limits": {"gpus": 16}}, "can't be dealt out to 16 GPUs"),
         ([GPTQ, logits()], {}, "let the step that quantizes be the last"),
         ([logits()], {"data": {"source": "self"}}, "learns from text that is there"),
+        ([logits(method="on_policy")], {"limits": {"gpus": 2}}, "on_policy runs on one GPU"),
         ([lora(merge=True), logits()], {}, "more than one step trains"),
     ],
     ids=[
@@ -87,6 +88,7 @@ def test_fields_that_don_t_go_together_are_refused(step: dict[str, Any], words: 
         "GPUs",
         "distilling what is quantized",
         "distilling own text",
+        "GPUs on policy",
         "distilling what was trained",
     ],
 )
