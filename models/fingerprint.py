@@ -41,9 +41,17 @@ def fingerprint(
 
 
 def training_fingerprint(
-    step: Train, seed: int, revision: str | None, device: str, source: SourceModel, data: TrainingData, length: int
+    step: Train,
+    seed: int,
+    revision: str | None,
+    device: str,
+    source: SourceModel,
+    data: TrainingData,
+    length: int,
+    student: tuple[SourceModel, str | None] | None = None,
 ) -> str:
-    """As `fingerprint`, of what a step that trains leaves. length: of a sequence, in tokens.
+    """As `fingerprint`, of what a step that trains leaves. length: of a sequence, in tokens. student: with its
+    revision, where another model learns.
 
     Any number of processes goes on from it, whatever each of them holds.
     """
@@ -51,6 +59,7 @@ def training_fingerprint(
         "step": step.model_dump(mode="json", exclude={"sharding"}),
         "seed": seed,
         **_of_model(source, revision),
+        "student": None if student is None else _of_model(*student),
         "data": data.model_dump(),
         "length": length,
         "device": device,

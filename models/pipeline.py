@@ -71,9 +71,18 @@ def check(spec: JobSpec, model: Path) -> Facts:
     if training is not None:
         with _params_named(spec, training):
             count = refuse_untrainable(training, frame)
-        if training is spec.steps[-1]:
+        if training is spec.steps[-1] or len(spec.models) > 1:  # another model goes on to the next step
             return Facts(config["model_type"], frame.count, count)
     return _check_quantizable(spec, config, frame)
+
+
+def check_student(spec: JobSpec, model: Path) -> Facts:
+    """As `check`, of the model that learns from the job's own and goes on to the next step."""
+    config = read_config(model)
+    frame = Frame(SourceModel(model, config, {}, architecture_of(config)), torch.float32, torch.device("cpu"))
+    if isinstance(spec.steps[-1], Quantize):
+        return _check_quantizable(spec, config, frame)
+    return Facts(config["model_type"], frame.count, sum(len(frame.sites(n)) for n in range(frame.count)))
 
 
 def _check_quantizable(spec: JobSpec, config: dict[str, Any], frame: Frame) -> Facts:
@@ -124,14 +133,16 @@ def _run(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
     notify.stage(Stage.planning)
     torch.manual_seed(inputs.spec.seed)
     check(inputs.spec, inputs.model)
+    if inputs.student is not None:
+        check_student(inputs.spec, inputs.student)
     training, clock = training_step(inputs.spec), Clock()
     if training is None:
         return _quantized(inputs, clock, notify, team)
     with _params_named(inputs.spec, training):
         refuse_without_gpu(training, torch.device(inputs.device))
-    if training is inputs.spec.steps[-1]:
-        return run_training(inputs, training, notify, team)
-    done = trained(inputs, training, inputs.work / "adapter", inputs.work / "whole", clock, notify, team)
+        if training is inputs.spec.steps[-1]:
+            return run_training(inputs, training, notify, team)
+        done = trained(inputs, training, inputs.work / "adapter", inputs.work / "whole", clock, notify, team)
     following = for_what_follows(inputs, done)
     return _quantized(following, clock, notify, team, lambda report: added(report, inputs, done))
 

@@ -3,10 +3,11 @@
 `kind` and `method` are the folder and the file in `models/` (`distill`, `logits` -> `models/distill/logits.py`).
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from squeeze.names import names_a_model
 from squeeze.training import Train
 from squeeze.wire import Wire
 
@@ -14,7 +15,7 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 class Student(Wire):
-    """What learns: a shape that the teacher is cut to."""
+    """What learns: a shape that the teacher is cut to, or a model."""
 
     layers: int | None = Field(
         None,
@@ -24,10 +25,18 @@ class Student(Wire):
         "among them; embeddings, norms and the output head are the teacher's.",
     )
 
+    model: Annotated[str, AfterValidator(names_a_model)] | None = Field(
+        None,
+        min_length=1,
+        max_length=4096,
+        description="A Hub id, an earlier job (a pruned model, for example) or a directory, as the job's own `model`; "
+        "of the same vocabulary as the teacher, but for what fills the table of embeddings up.",
+    )
+
     @model_validator(mode="after")
     def _says_who(self) -> Self:
-        if self.layers is None:
-            raise ValueError("say who learns: `layers`, so many blocks of the teacher")
+        if (self.layers is None) == (self.model is None):
+            raise ValueError("say who learns: either `layers`, so many blocks of the teacher, or `model`")
         return self
 
 

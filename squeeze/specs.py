@@ -12,12 +12,10 @@ from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, f
 
 from squeeze.distillation import Distill
 from squeeze.formats import holders
+from squeeze.names import names_a_model
 from squeeze.steps import Format, Quantize, Step
 from squeeze.training import Adapters, Finetune, QLoRA, Train
 from squeeze.wire import Wire
-
-HUB_ID = re.compile(r"^(?P<repo>[\w.-]{1,96}/[\w.-]{1,96}|[\w.-]{1,96})(@(?P<revision>[\w./-]{1,128}))?$", re.ASCII)
-OWN_ID = re.compile(r"^(job|file)-[0-9a-z]{8,64}$")
 
 SELF = "self"  # the model samples its own text
 _FILE = r"file-[0-9a-z]{8,64}"
@@ -180,22 +178,19 @@ class JobSpec(Wire):
     priority: int = Field(0, ge=-3, le=6, description="Larger runs first; jobs of equal priority in order of arrival.")
     metadata: Metadata = Field(default_factory=dict, max_length=16, description="Yours; lists can be filtered by it.")
 
+    @property
+    def models(self) -> dict[str, str]:
+        """Every model that has to be there, by the field that names it."""
+        named = {"model": self.model}
+        for number, step in enumerate(self.steps):
+            if isinstance(step, Distill) and step.student.model is not None:
+                named[f"steps.{number}.student.model"] = step.student.model
+        return named
+
     @field_validator("model")
     @classmethod
     def _names_a_model(cls, value: str) -> str:
-        if value.startswith("/"):
-            if "\0" in value:
-                raise ValueError("a directory's name can't hold a zero byte")
-            return value
-        if OWN_ID.match(value):
-            if value.startswith("file-"):
-                raise ValueError("uploaded models are not taken yet; name a Hub id, a job or a directory")
-            return value
-        if not HUB_ID.match(value) or ".." in value:
-            raise ValueError(
-                "name a Hub id (org/name or org/name@revision), an earlier job (job-…) or an absolute directory"
-            )
-        return value
+        return names_a_model(value)
 
     @field_validator("formats")
     @classmethod

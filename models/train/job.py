@@ -329,7 +329,7 @@ def for_what_follows(inputs: Inputs, done: Trained) -> Inputs:
     was held out from training is held out from calibration too.
     """
     assert done.whole is not None, "a step that goes on needs a whole model"
-    tokenizer, split = read_tokenizer(inputs.model), done.prepared.split
+    tokenizer, split = read_tokenizer(done.prepared.source.path), done.prepared.split
     files = {}
     for name, side, column in (
         ("learned", split.train, inputs.spec.data.column),

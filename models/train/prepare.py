@@ -16,6 +16,7 @@ from models.checkpoint import SourceModel, open_or_convert
 from models.data import CHARACTERS_PER_TOKEN, EVALUATION_SEED, GENERIC_ORIGIN, LEAST_TOKENS, generic_passages
 from models.disk import write_whole
 from models.distill.student import refuse_unteachable, student_of
+from models.distill.vocabulary import refuse_foreign
 from models.finetune import full
 from models.fingerprint import training_fingerprint
 from models.formats.directory import refuse_broken_companions
@@ -40,9 +41,9 @@ TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, 
 @dataclass(frozen=True)
 class Prepared:
     """source: the model that learns, as it came. sites: the linears that get something to learn. held_out: the examples
-    that the loss is measured on. length: of a sequence, in tokens. vocabulary: of the model. mark: of all that decides
-    the result. teacher: of a distillation, the job's own model. student: of one, who learns, in words. processes: that
-    share the training.
+    that the loss is measured on. length: of a sequence, in tokens. vocabulary: of the model, as far as a teacher shares
+    it. mark: of all that decides the result. teacher: of a distillation, the job's own model. student: of one, who
+    learns, in words. processes: that share the training.
     """
 
     step: Train
@@ -121,15 +122,18 @@ def refuse_untrainable(step: Train, frame: Frame) -> int:
 
 def prepare(inputs: Inputs, step: Train) -> Prepared:
     """Reads the examples, and looks at the model's headers. Raises what is wrong with either."""
-    spec, teacher, student = inputs.spec, None, ""
+    spec, teacher, student, shared = inputs.spec, None, "", None
     source = open_or_convert(inputs.model, inputs.work / "source")
     refuse_broken_companions(source)
     if isinstance(step, Distill):
-        teacher, (source, student) = source, student_of(step, source, inputs.work)
+        teacher, (source, student) = source, student_of(inputs, step, source)
+        shared = None if inputs.student is None else refuse_foreign(step, teacher.path, source.path)
     frame = Frame(source, torch.float32, torch.device("cpu"))
-    frame.refuse_misfits()
+    frames = [frame] if teacher is None else [frame, Frame(teacher, torch.float32, torch.device("cpu"))]
+    for one in frames:
+        one.refuse_misfits()
     ahead = _virtual_tokens(step)
-    length = min(spec.data.sequence_length, (frame.max_positions or spec.data.sequence_length + ahead) - ahead)
+    length = min([spec.data.sequence_length, *(one.max_positions - ahead for one in frames if one.max_positions)])
     split = _examples(inputs, step, source.path, length)
     if length < spec.data.sequence_length:
         beside = f" beside {ahead} virtual tokens" if ahead else ""
@@ -149,9 +153,16 @@ def prepare(inputs: Inputs, step: Train) -> Prepared:
         length=length,
         precision=_resolved(step.precision, device),
         device=device,
-        vocabulary=vocabulary,
+        vocabulary=min(vocabulary, shared or vocabulary),
         mark=training_fingerprint(
-            step, spec.seed, inputs.revision, inputs.device, teacher or source, split.data, length
+            step,
+            spec.seed,
+            inputs.revision,
+            inputs.device,
+            teacher or source,
+            split.data,
+            length,
+            student=None if inputs.student is None else (source, inputs.student_revision),
         ),
         teacher=teacher,
         student=student,

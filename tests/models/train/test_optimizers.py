@@ -213,6 +213,7 @@ def test_what_only_a_gpu_has_is_refused_before_a_weight_is_read(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize(
     "fields", [{"optimizer": "paged_adamw8bit"}, {"precision": "fp16"}, {"optimizer": "adamw8bit", "precision": "bf16"}]
 )
