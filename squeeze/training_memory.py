@@ -11,7 +11,7 @@ from squeeze.shapes import Block, Group, Shape
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
 from squeeze.trainable import Learned
-from squeeze.training import Finetune, LoRA
+from squeeze.training import Finetune, LowRank
 
 FLOAT = 4
 PROCESS_BYTES = 625_000_000  # of a process that has imported what a training needs; measured, on a CPU
@@ -57,11 +57,11 @@ def needed_to_train(
     """The memory of a step that trains. formats: of its results, with the bytes of their weight files; none: no
     certifier is counted. text_bytes: of the examples, where that is known.
     """
-    each = 2 if step.precision == "bf16" else FLOAT
+    each = 2 if step.precision in ("bf16", "fp16") else FLOAT
     length = min(spec.data.sequence_length, shape.positions or spec.data.sequence_length)
     tokens = (step.micro_batch_size or step.batch_size) * length
     if learned.apart:
-        weights = shape.elements * each
+        weights = (shape.elements - learned.rounded) * each + learned.rounded_bytes
     else:
         weights = (shape.elements - learned.parameters) * each + learned.parameters * FLOAT
     kept = sorted((_kept(block, shape, step, learned, each, tokens, length) for block in shape.blocks), reverse=True)
@@ -87,8 +87,8 @@ def needed_to_train(
 
 
 def _copies(step: Finetune, learned: Learned) -> int:
-    """Of what learns: as it began, where it stands apart, and at its best, where that is looked for."""
-    return FLOAT * learned.parameters * (learned.apart + (step.evaluate_every is not None))
+    """Of what learns: as it began, where it stands apart, at its best, where that is looked for, and its average."""
+    return FLOAT * learned.parameters * (learned.apart + (step.evaluate_every is not None) + (step.ema is not None))
 
 
 def _kept(block: Block, shape: Shape, step: Finetune, learned: Learned, each: int, tokens: int, length: int) -> int:
@@ -106,7 +106,7 @@ def _kept(block: Block, shape: Shape, step: Finetune, learned: Learned, each: in
             total += _held(int(group.share * tokens), width, each)
         if learned.rank:
             total += len(group.rows) * _held(int(group.share * tokens), learned.rank, each)
-    if isinstance(step, LoRA) and step.dropout:
+    if isinstance(step, LowRank) and step.dropout:
         total += sum(len(group.rows) * _held(tokens, group.columns, each) * 5 // 4 for group in block.groups)
     return total + (_held(tokens, length, each) if step.packing else 0)
 

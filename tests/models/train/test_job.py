@@ -92,6 +92,19 @@ def test_what_was_learned_beside_rounded_weights_is_merged_into_those_that_came(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "galore", "badam"])
+def test_all_weights_learn_in_little_memory(tmp_path: Path, model: Path, optimizer: str) -> None:
+    step = {"method": "full", "optimizer": optimizer, "projection_rank": 8, "block_steps": 2, "ema": 0.5}
+    outcome = run(inputs_for(spec_of(step | {"learning_rate": 0.003}), model, tmp_path), Heard())
+    training = outcome.report.training
+    assert training is not None and training.loss_after < 0.97 * training.loss_before
+    assert training.loss_after == training.held_out[-1].loss
+    assert training.loss_written == pytest.approx(training.loss_after, rel=1e-2)
+    assert training.trainable_parameters == open_model(model).parameters
+    assert outcome.report.certificates[0].outcome == "passed"
+
+
+@pytest.mark.slow
 def test_what_was_learned_is_quantized_in_the_same_job(tmp_path: Path, model: Path) -> None:
     learn = {"kind": "finetune", "method": "lora", "merge": True, "steps": 12, "learning_rate": 0.01, "rank": 4}
     steps = [learn, {"kind": "quantize", "method": "gptq", "group_size": 32}]
