@@ -36,6 +36,7 @@ from models.resources import Clock, cpu_seconds, device_name, peak_gpu_bytes, pe
 from models.rotation import told
 from models.team import SOLO, Team
 from models.teamwork import frames_of, lead
+from models.train import rounded
 from models.train.job import added, for_what_follows, run_training, trained
 from models.train.prepare import refuse_untrainable
 from squeeze import __version__
@@ -43,10 +44,10 @@ from squeeze.architectures import HELD_BY, refuse_unrotatable
 from squeeze.errors import FormatUnfit, ModelMalformed, SqueezeError
 from squeeze.formats import candidates
 from squeeze.objects import Stage
-from squeeze.report import Allocation, Block, Certificate, Report, Rotation, Spent
+from squeeze.report import Allocation, Block, Certificate, Report, Rotation, Spent, Tuning
 from squeeze.schemes import Scheme
 from squeeze.specs import JobSpec
-from squeeze.steps import Format, Grouped, Quantize, Step
+from squeeze.steps import QAT, Format, Grouped, Quantize, Step
 from squeeze.training import Train
 from squeeze.work import counted
 
@@ -76,6 +77,8 @@ def check(spec: JobSpec, model: Path) -> Facts:
 def _check_quantizable(spec: JobSpec, config: dict[str, Any], frame: Frame) -> Facts:
     step = _quantize_step(spec)
     refuse_too_large_for_self(spec, step, frame)
+    if isinstance(step, QAT):
+        rounded.refuse_too_large_to_train(spec, step, frame)
     if step.rotation is not None:
         refuse_unrotatable(config["model_type"], _param(spec, "rotation"))
     schemes = engine.schemes_of(frame, step)
@@ -164,6 +167,7 @@ def _quantized(
     if isinstance(step, Grouped) and allots(step):
         with clock.stage("allotting"):
             schemes, allocation = _allot(inputs, result, step, texts, notify)
+    mark = fingerprint(spec, inputs.revision, inputs.device, source, texts, schemes)
     with clock.stage("compressing"):
         done = lead(
             team,
@@ -172,12 +176,19 @@ def _quantized(
             texts.calibration.ids if texts.calibration and step.reads_inputs else None,
             texts.windows,
             inputs.work / "quantize",
-            fingerprint(spec, inputs.revision, inputs.device, source, texts, schemes),
+            mark,
             notify,
             snapshot_seconds=inputs.snapshot_seconds,
             memory_bytes=inputs.activation_bytes,
             schemes=schemes,
         )
+    tuning: Tuning | None = None
+    if isinstance(step, QAT):
+        begun = rounded.Begun(inputs, step, frames, texts, schemes, done, mark)
+        with clock.stage("training"):
+            learned, tuning = rounded.learned_codes(begun, notify)
+        with clock.stage("compressing"):
+            done = rounded.passed_again(begun, learned, notify)
     blocks = done.blocks if losses is None else casts.noted(done.blocks, losses, source)
     measured: Measured | None = None
     if texts.windows is not None:
@@ -200,6 +211,7 @@ def _quantized(
         warnings,
         rotation,
         allocation,
+        tuning,
     )
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
@@ -268,6 +280,7 @@ class _Written:
     warnings: list[str]
     rotation: Rotation | None
     allocation: Allocation | None
+    tuning: Tuning | None
 
     def export(self, notify: Notify) -> dict[Format, Path]:
         directories: dict[Format, Path] = {}
@@ -315,6 +328,7 @@ class _Written:
             seed=spec.seed,
             calibration=self.texts.calibration.text if self.texts.calibration else None,
             quality=quality,
+            tuning=self.tuning,
             bits_per_weight=self.model.bits_per_weight,
             rotation=self.rotation,
             allocation=self.allocation,

@@ -17,6 +17,7 @@ REFERENCE_MACHINE = "one core of an AMD EPYC (AVX-512 with bfloat16)"
 # Operations of `squeeze.work` in a processor second of the reference machine, on a random Llama of width 768.
 REFERENCE: dict[str, float] = {
     "loading": 1.4e11,
+    "training": 1.0e11,
     "evaluating": 1.3e11,
     "exporting": 1.0e11,
     "certifying": 1.1e11,
@@ -26,6 +27,7 @@ REFERENCE_METHODS: dict[str, float] = {  # of the stages that compress
     "gptq": 1.4e11,
     "awq": 1.1e11,
     "autoround": 1.7e11,
+    "qat": 1.4e11,
     "hqq": 1.6e11,
     "smoothquant": 1.3e11,
     "fp8": 4.8e10,

@@ -15,20 +15,13 @@ Precision = Literal["auto", "fp32", "bf16"]
 USUAL_EPOCHS = 1.0
 
 
-class Train(Wire):
-    """What every step that trains shares.
+class Descent(Wire):
+    """What everything shares that goes down a gradient.
 
-    How long it goes on is said by one of `steps`, `epochs` and `tokens`. A batch is what one step of the optimizer
-    looks at; it goes through the model in micro-batches, whose gradients are added up, each token with the same weight.
+    A batch is what one step of the optimizer looks at; it goes through the model in micro-batches, whose gradients are
+    added up, each token with the same weight.
     """
 
-    kind: Literal["finetune", "distill"] = "finetune"
-    method: str
-    steps: int | None = Field(None, ge=1, le=10_000_000, description="Steps of the optimizer.")
-    epochs: float | None = Field(
-        None, gt=0, le=1000, description="How often each example is seen. Left out, with `steps` and `tokens`: once."
-    )
-    tokens: int | None = Field(None, ge=1, description="Tokens to train on; ends with the step that reaches them.")
     learning_rate: float = Field(2e-4, gt=0, le=10, description="At its highest.")
     schedule: Schedule = Field(
         "cosine",
@@ -50,11 +43,6 @@ class Train(Wire):
         description="Sequences that go through the model together: less memory, the same result but for rounding. Left "
         "out: all of a batch.",
     )
-    packing: bool = Field(
-        True,
-        description="Put several short examples into one sequence. They don't see each other, and positions count from "
-        "the start of each.",
-    )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled, of AdamW (arXiv 1711.05101).")
     clip_norm: float | None = Field(
         1.0, gt=0, description="The most that the norm of a step's whole gradient may be. Null: whatever it is."
@@ -66,6 +54,34 @@ class Train(Wire):
     )
     activation_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: less memory, a third more time."
+    )
+
+    @model_validator(mode="after")
+    def _micro_batches_make_a_batch(self) -> Self:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size is {self.micro_batch_size}, more than a batch of {self.batch_size} has sequences"
+            )
+        return self
+
+
+class Train(Descent):
+    """What every step that trains shares.
+
+    How long it goes on is said by one of `steps`, `epochs` and `tokens`.
+    """
+
+    kind: Literal["finetune", "distill"] = "finetune"
+    method: str
+    steps: int | None = Field(None, ge=1, le=10_000_000, description="Steps of the optimizer.")
+    epochs: float | None = Field(
+        None, gt=0, le=1000, description="How often each example is seen. Left out, with `steps` and `tokens`: once."
+    )
+    tokens: int | None = Field(None, ge=1, description="Tokens to train on; ends with the step that reaches them.")
+    packing: bool = Field(
+        True,
+        description="Put several short examples into one sequence. They don't see each other, and positions count from "
+        "the start of each.",
     )
     evaluate_every: int | None = Field(
         None,
@@ -91,10 +107,6 @@ class Train(Wire):
     def _fits_together(self) -> Self:
         if self.patience is not None and self.evaluate_every is None:
             raise ValueError("patience counts looks at the held-out loss: say `evaluate_every` too")
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(
-                f"micro_batch_size is {self.micro_batch_size}, more than a batch of {self.batch_size} has sequences"
-            )
         return self
 
     @property

@@ -44,9 +44,9 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 @dataclass(frozen=True)
 class Task:
-    """model: on its device, with what is to learn in float32. packed: rows hold several examples each. objective: what
-    falls; the held-out loss is the negative log-likelihood whatever it is. beside: learns too, and is worth nothing
-    once the training is over.
+    """model: on its device, with what is to learn in float32. held_out: empty where nobody looks at their loss.
+    packed: rows hold several examples each. objective: what falls; the held-out loss is the negative log-likelihood
+    whatever it is. beside: learns too, and is worth nothing once the training is over.
     """
 
     model: Any
@@ -118,7 +118,7 @@ def train(
     if ends:
         os.kill(os.getpid(), signal.SIGTERM)  # what was to happen before we asked for a moment
         raise SystemExit(128 + signal.SIGTERM)
-    if run.story.held_out[-1].step != run.story.done:
+    if run.story.held_out and run.story.held_out[-1].step != run.story.done:
         run.look()
     run.save()
     run.keep_the_best()
@@ -229,7 +229,9 @@ class _Run:
             self._stop_where_it_falls_no_more()
 
     def look(self) -> None:
-        """Measures the held-out loss."""
+        """Measures the held-out loss, if there are examples for that."""
+        if not len(self._task.held_out):
+            return
         with nullcontext() if self.story.done else without_virtual_tokens(self._task.model):  # at first as it came
             sums, counts = self._task.held_out_losses(self._accelerator)
         found = HeldOutLoss(step=self.story.done, loss=float(sums.sum() / counts.sum()))

@@ -132,7 +132,7 @@ def prepare(inputs: Inputs, step: Train) -> Prepared:
         split=split,
         held_out=_first(split.held_out, spec.evaluation.samples * length),
         length=length,
-        precision=_resolved(step.precision, device),
+        precision=resolved(step.precision, device),
         device=device,
         vocabulary=vocabulary,
         mark=training_fingerprint(
@@ -206,7 +206,8 @@ def _generic(file: Path, side: Side, tokens: int | None, length: int, seed: int)
     return file
 
 
-def _resolved(precision: Precision, device: torch.device) -> str:
+def resolved(precision: Precision, device: torch.device) -> str:
+    """What `auto` means on a device."""
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
