@@ -35,7 +35,7 @@ from models.quantized import QuantizedModel
 from models.resources import Clock, cpu_seconds, device_name, peak_gpu_bytes, peak_host_bytes
 from models.rotation import told
 from models.team import SOLO, Team
-from models.teamwork import frames_of, lead
+from models.teamwork import Frames, frames_of, lead
 from models.train import rounded
 from models.train.job import added, for_what_follows, run_training, trained
 from models.train.prepare import refuse_untrainable
@@ -144,6 +144,8 @@ def _quantized(
             refuse_source(source)
         device = torch.device(inputs.device)
         frames = frames_of(source, step, device)
+        if isinstance(step, QAT):
+            rounded.refuse_too_large_to_train(spec, step, frames.result, device)
         frame, result, turned, target = frames.reference, frames.result, frames.turned, frames.target
         losses = None if target is None else casts.losses(source, target)
         tokenizer = read_tokenizer(inputs.model)
@@ -184,11 +186,7 @@ def _quantized(
         )
     tuning: Tuning | None = None
     if isinstance(step, QAT):
-        begun = rounded.Begun(inputs, step, frames, texts, schemes, done, mark)
-        with clock.stage("training"):
-            learned, tuning = rounded.learned_codes(begun, notify)
-        with clock.stage("compressing"):
-            done = rounded.passed_again(begun, learned, notify)
+        done, tuning = _learned(inputs, step, frames, texts, schemes, done, mark, clock, notify)
     blocks = done.blocks if losses is None else casts.noted(done.blocks, losses, source)
     measured: Measured | None = None
     if texts.windows is not None:
@@ -259,6 +257,38 @@ def _allot(
     with _params_named(spec):
         ids = texts.calibration.ids
         return allot(frame, step, spec.formats, ids, directory, mark, notify, inputs.activation_bytes)
+
+
+def _learned(
+    inputs: Inputs,
+    step: QAT,
+    frames: Frames,
+    texts: Material,
+    schemes: dict[str, Scheme] | None,
+    done: engine.Quantization,
+    mark: str,
+    clock: Clock,
+    notify: Notify,
+) -> tuple[engine.Quantization, Tuning]:
+    """What becomes of a first pass where the rounded model then learns."""
+    assert texts.calibration is not None, "a step that learns looks at text"
+    begun = rounded.Begun(
+        step,
+        frames,
+        texts.calibration.ids,
+        texts.windows,
+        done,
+        inputs.work / "rounded",
+        mark,
+        inputs.spec.seed,
+        schemes,
+        inputs.snapshot_seconds,
+        inputs.activation_bytes,
+    )
+    with clock.stage("training"):
+        model, tuning = rounded.learned_codes(begun, notify)
+    with clock.stage("compressing"):
+        return rounded.passed_again(begun, model, notify), tuning
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,9 @@ class QAT(Grouped, Descent):
         "text itself, without the original in memory.",
     )
     steps: int = Field(100, ge=1, le=1_000_000, description="Steps of the optimizer.")
+    batch_size: int = Field(4, ge=1, le=65536, description="Sequences of a step of the optimizer.")
     learning_rate: float = Field(
-        3e-3, gt=0, le=1, description="At its highest: the share of itself by which a step may change a scale."
+        0.01, gt=0, le=1, description="At its highest: the share of itself by which a step may change a scale."
     )
 
     def wanted(self) -> frozenset[Statistic]:

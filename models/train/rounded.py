@@ -19,15 +19,15 @@ from torch.utils.checkpoint import checkpoint
 
 from models import engine
 from models.codes import Codes
+from models.data import Windows
 from models.evaluation import measure
 from models.frame import Frame
-from models.job import Inputs
-from models.material import Material
 from models.progress import Notify
 from models.quantize.problem import Problem, Solution
 from models.quantize.qat import Learner
 from models.quantized import QuantizedModel, block_file, tensors_of
 from models.resources import available_device_bytes, return_free_memory
+from models.snapshots import SNAPSHOT_SECONDS
 from models.teamwork import Frames
 from models.train.checkpoints import Checkpoints
 from models.train.examples import Examples
@@ -46,19 +46,21 @@ from squeeze.steps import QAT, Quantize
 
 @dataclass(frozen=True)
 class Begun:
-    """What the training starts from. done: of the first pass. mark: of all that decides the result."""
+    """What the training starts from. calibration: (n, T) int64. done: of the first pass. directory: kept between
+    attempts. mark: of all that decides the result. activation_bytes: as `engine.quantize` has it.
+    """
 
-    inputs: Inputs
     step: QAT
     frames: Frames
-    texts: Material
-    schemes: Mapping[str, Scheme] | None
+    calibration: Tensor
+    windows: Windows | None
     done: engine.Quantization
+    directory: Path
     mark: str
-
-    @property
-    def directory(self) -> Path:
-        return self.inputs.work / "rounded"
+    seed: int = 0
+    schemes: Mapping[str, Scheme] | None = None
+    snapshot_seconds: float = SNAPSHOT_SECONDS
+    activation_bytes: int | None = None
 
 
 def refuse_too_large_to_train(spec: JobSpec, step: QAT, frame: Frame, device: torch.device | None = None) -> None:
@@ -88,26 +90,23 @@ def learned_codes(begun: Begun, notify: Notify) -> tuple[QuantizedModel, Tuning]
 
     The activations of the first pass are given back, once they have told how good its codes are.
     """
-    step, result, texts = begun.step, begun.frames.result, begun.texts
-    assert texts.calibration is not None, "qat looks at text"
+    step, result, ids = begun.step, begun.frames.result, begun.calibration
     perplexity = divergence = None
-    if texts.windows is not None:
+    if begun.windows is not None:
         streams = begun.done.activations.original, begun.done.activations.compressed
-        quality = measure(result, texts.windows, *streams, notify, reference=begun.frames.reference).quality
+        quality = measure(result, begun.windows, *streams, notify, reference=begun.frames.reference).quality
         perplexity, divergence = quality.perplexity_after, quality.divergence_nats
     begun.done.activations.release()
-    refuse_too_large_to_train(begun.inputs.spec, step, result, result.device)
     precision = resolved(step.precision, result.device)
     student = Frame(result.source, TYPES[precision], result.device)
     notify.stage(Stage.training)
-    ids, seed = texts.calibration.ids, begun.inputs.spec.seed
     with ExitStack() as held:
         learners = _learners(held.enter_context(student.whole()), student, step, begun.done.model)
         task = Task(
             model=student.model,
             step=step.descent,
             examples=_examples(ids),
-            plan=Plan([(number,) for number in range(len(ids))], step.batch_size, seed, step.steps),
+            plan=Plan([(number,) for number in range(len(ids))], step.batch_size, begun.seed, step.steps),
             held_out=_examples(ids[:0]),
             held_out_rows=(),
             packed=False,
@@ -115,9 +114,7 @@ def learned_codes(begun: Begun, notify: Notify) -> tuple[QuantizedModel, Tuning]
             objective=_Objective(begun.frames.reference if step.distill else None, held),
         )
         checkpoints = Checkpoints(begun.directory / "train", begun.mark)
-        story = train(
-            task, accelerator_of(precision, result.device), checkpoints, notify, begun.inputs.snapshot_seconds
-        )
+        story = train(task, accelerator_of(precision, result.device), checkpoints, notify, begun.snapshot_seconds)
         learned = sum(one.numel() for one in task.learning.values())
         model = _written(begun.done.model, learners, student, begun.directory / "codes")
     del task, learners, student
@@ -139,21 +136,20 @@ def learned_codes(begun: Begun, notify: Notify) -> tuple[QuantizedModel, Tuning]
 
 def passed_again(begun: Begun, learned: QuantizedModel, notify: Notify) -> engine.Quantization:
     """The engine's pass with the codes that were learned, resuming as any."""
-    texts, step = begun.texts, begun.step
-    ids = texts.calibration.ids if texts.calibration is not None and step.reads_inputs else None
+    step = begun.step
     layers = {layer.name: layer for block in begun.done.blocks for layer in block.layers}
     done = engine.quantize(
         begun.frames.result,
         step,
-        ids,
-        texts.windows,
+        begun.calibration if step.reads_inputs else None,
+        begun.windows,
         begun.directory / "result",
         begun.mark,
         notify,
-        begun.inputs.snapshot_seconds,
+        begun.snapshot_seconds,
         schemes=begun.schemes,
         reference=begun.frames.reference,
-        memory_bytes=begun.inputs.activation_bytes,
+        memory_bytes=begun.activation_bytes,
         method=_Learned(learned, layers),
     )
     blocks = [
