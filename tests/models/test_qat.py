@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.codes import Codes
-from models.quantize import qat
+from models.quantize import gptq, qat, rtn
 from models.quantize.problem import Problem
 from models.quantize.qat import Learner
 from models.statistics import Statistics
@@ -66,17 +66,18 @@ def test_its_gradients_are_those_that_autograd_finds(train: str, symmetric: bool
         for parameter in one.parameters():
             parameter.add_(0.1 * random(*parameter.shape, seed=2))  # so that some weights are past the ends
     x, g = random(2, 5, COLUMNS, seed=3).requires_grad_(), random(2, 5, ROWS, seed=4)
-    (one(x) * g).sum().backward()
+    torch.autograd.backward((one(x) * g).sum())
 
     y = x.detach().clone().requires_grad_()
     leaves = [parameter.detach().clone().requires_grad_() for parameter in one.parameters()]
     zero = one.zero.unsqueeze(-1)
-    codes = (
-        Straight.apply(leaves[1] * qat.WEIGHT_RATE).clamp(-zero, 7 - zero) if train == "weights" else one.codes - zero
-    )
+    if train == "scales":
+        codes = one.codes - zero
+    else:
+        codes = Straight.apply(leaves[1] * qat.WEIGHT_RATE).clamp(-zero, 7 - zero)  # type: ignore[no-untyped-call]
     raw = one.start * (1 + leaves[0])
     scale = raw + (raw.half().float() - raw).detach()
-    (F.linear(y, (codes * scale.unsqueeze(-1)).view(ROWS, COLUMNS)) * g).sum().backward()
+    torch.autograd.backward((F.linear(y, (codes * scale.unsqueeze(-1)).view(ROWS, COLUMNS)) * g).sum())
     torch.testing.assert_close(x.grad, y.grad)
     for parameter, leaf in zip(one.parameters(), leaves, strict=True):
         torch.testing.assert_close(parameter.grad, leaf.grad, rtol=1e-4, atol=1e-4)
@@ -104,7 +105,7 @@ def test_inputs_of_any_shape_go_through_an_expert_s_of_no_token_too() -> None:
         x = random(*shape).requires_grad_()
         y = one(x)
         torch.testing.assert_close(y, F.linear(x, one.weight, bias))
-        y.sum().backward()
+        torch.autograd.backward(y.sum())
         assert x.grad is not None
     assert one.shift.grad is not None and bias.grad is None
 
@@ -117,9 +118,13 @@ def test_it_starts_from_what_the_other_method_makes(start: str) -> None:
     step = QAT.model_validate({"method": "qat", "start": start, "bits": 2, "group_size": 32})
     assert isinstance(step.begun, GPTQ if start == "gptq" else RTN) and step.begun.bits == 2
     assert step.wanted() == step.begun.wanted() and step.needs_calibration
-    other = qat.gptq.quantize if start == "gptq" else qat.rtn.quantize
-    found, expected = (
-        method(Problem(W.clone(), statistics, scheme, torch.float32), one).encoded.tensors()
-        for method, one in ((qat.quantize, step), (other, step.begun))
+    begun = step.begun
+
+    def problem() -> Problem:
+        return Problem(W.clone(), statistics, scheme, torch.float32)
+
+    expected = (
+        gptq.quantize(problem(), begun) if isinstance(begun, GPTQ) else rtn.quantize(problem(), RTN(method="rtn"))
     )
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    found = qat.quantize(problem(), step).encoded.tensors()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.encoded.tensors().items())

@@ -88,7 +88,7 @@ def test_one_that_was_killed_goes_on_to_the_same_codes(tmp_path: Path, model: Pa
 
 
 def test_micro_batches_and_checkpointed_activations_change_nothing_but_rounding(tmp_path: Path, model: Path) -> None:
-    ways = [{}, {"micro_batch_size": 1, "activation_checkpointing": True}, {"precision": "bf16"}]
+    ways: list[dict[str, Any]] = [{}, {"micro_batch_size": 1, "activation_checkpointing": True}, {"precision": "bf16"}]
     curves = []
     for number, way in enumerate(ways):
         spec = spec_of({"train": "weights", "steps": 3} | way)
