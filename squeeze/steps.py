@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from squeeze.distillation import DISTILLING_METHODS
 from squeeze.schemes import Activations, Scheme
-from squeeze.training import TRAINING_METHODS, Descent, Train
+from squeeze.training import TRAINING_METHODS, Rounded, Train
 from squeeze.wire import Wire
 
 Kind = Literal["quantize", "finetune", "distill"]
@@ -173,29 +173,12 @@ class AutoRound(Grouped):
     by_block = True
 
 
-class QAT(Grouped, Descent):
+class QAT(Grouped, Rounded):
     """Trains the whole model with its weights rounded, from the codes of another method on, to give what the original
     gives (quantization-aware training). Model and original are in memory whole, unlike with other methods.
     """
 
     method: Literal["qat"]
-    start: Literal["gptq", "rtn"] = Field("gptq", description="Whose codes the training starts from.")
-    train: Literal["scales", "weights"] = Field(
-        "scales",
-        description="`scales`: of every group; the codes stay, and the training takes a byte a weight (as arXiv "
-        "2407.11062). `weights`: the weights too, with straight-through gradients (LSQ, arXiv 1902.08153): 16 bytes a "
-        "weight.",
-    )
-    distill: bool = Field(
-        True,
-        description="Learn what the original predicts for each token of the text (its divergence falls); false: the "
-        "text itself, without the original in memory.",
-    )
-    steps: int = Field(100, ge=1, le=1_000_000, description="Steps of the optimizer.")
-    batch_size: int = Field(4, ge=1, le=65536, description="Sequences of a step of the optimizer.")
-    learning_rate: float = Field(
-        0.01, gt=0, le=1, description="At its highest: the share of itself by which a step may change a scale."
-    )
 
     def wanted(self) -> frozenset[Statistic]:
         return self.begun.wanted()
@@ -209,12 +192,6 @@ class QAT(Grouped, Descent):
         """The step that makes what the training starts from."""
         shared = {name: getattr(self, name) for name in Grouped.model_fields if name != "method"}
         return GPTQ(method="gptq", **shared) if self.start == "gptq" else RTN(method="rtn", **shared)
-
-    @property
-    def descent(self) -> Train:
-        """The training, as its loop takes it."""
-        shared = {name: getattr(self, name) for name in Descent.model_fields}
-        return Train(method=self.method, steps=self.steps, **shared)
 
 
 class HQQ(Grouped):
@@ -370,7 +347,8 @@ class KQuant(Quantize):
         return Scheme("ggml", bits, group, symmetric, ggml=f"q{bits}_k")
 
 
-METHODS: tuple[type[Quantize], ...] = (  # that quantize
+# That quantize.
+METHODS: tuple[type[Quantize], ...] = (
     RTN,
     GPTQ,
     AWQ,

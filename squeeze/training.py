@@ -271,4 +271,36 @@ class LastLayers(Finetune):
     layers: int = Field(2, ge=1, le=1000, description="Decoder blocks that are trained, counted from the end.")
 
 
+class Rounded(Descent):
+    """What training a model with rounded weights takes, beside the grid that they are rounded to."""
+
+    start: Literal["gptq", "rtn"] = Field("gptq", description="Whose codes the training starts from.")
+    train: Literal["scales", "weights"] = Field(
+        "scales",
+        description="`scales`: of every group; the codes stay, and the training takes a byte a weight (as arXiv "
+        "2407.11062). `weights`: the weights too, with straight-through gradients (LSQ, arXiv 1902.08153): 16 bytes a "
+        "weight.",
+    )
+    distill: bool = Field(
+        True,
+        description="Learn what the original predicts for each token of the text (its divergence falls); false: the "
+        "text itself, without the original in memory.",
+    )
+    steps: int = Field(100, ge=1, le=1_000_000, description="Steps of the optimizer.")
+    batch_size: int = Field(4, ge=1, le=65536, description="Sequences of a step of the optimizer.")
+    learning_rate: float = Field(
+        0.02,
+        gt=0,
+        le=1,
+        description="At its highest: by how much of its distance to the next one a step may move the last point of a "
+        "group's grid.",
+    )
+
+    @property
+    def descent(self) -> Train:
+        """The training, as its loop takes it."""
+        shared = {name: getattr(self, name) for name in Descent.model_fields}
+        return Train(method="qat", steps=self.steps, **shared)
+
+
 TRAINING_METHODS: tuple[type[Train], ...] = (LoRA, IA3, Prompt, Prefix, Full, LastLayers)

@@ -21,7 +21,7 @@ from models.quantize import gptq, rtn
 from models.quantize.problem import Problem, Solution
 from squeeze.steps import GPTQ, QAT, RTN
 
-WEIGHT_RATE = 8.0  # of a code's width that a weight moves by, where a scale moves by so much of itself
+WEIGHT_RATE = 0.5  # by so much a weight moves, where the end of its group's grid moves by 1
 
 WITHIN = 0.4  # of a code that a weight may be off it at the start
 
@@ -37,8 +37,8 @@ def quantize(problem: Problem, step: QAT) -> Solution:
 class Learner(nn.Module):
     """Stands where a linear stood, and multiplies by rounded weights that can learn.
 
-    shift: (out, groups) float32, by which share of itself a scale grew since the start. places: (out, groups,
-    group_size) float32, weights in units of their first scale, over WEIGHT_RATE; None where codes stay.
+    shift: (out, groups) float32, by how many points' distance the end of a grid moved since the start. places: (out,
+    groups, group_size) float32, weights in units of their scale, over WEIGHT_RATE; None where codes stay.
     """
 
     codes: Tensor  # (out, groups, group_size) uint8, as long as they stay; else empty
@@ -57,6 +57,7 @@ class Learner(nn.Module):
         self.register_buffer("start", codes.scale)
         self.register_buffer("zero", codes.zero.float())
         self.register_buffer("codes", grouped if W is None else grouped.new_empty(0))
+        self.reach = 2.0 ** (self.scheme.bits - 1)  # points from the middle of a grid to its end
         self.shift = nn.Parameter(torch.zeros_like(codes.scale))
         self.places = None if W is None else nn.Parameter(self._nearest(W.view(grouped.shape), grouped))
 
@@ -85,7 +86,7 @@ class Learner(nn.Module):
         """
         centred, scale = self._rounded()
         G = G.float().view_as(centred)
-        by_shift = (G * centred).sum(dim=-1).mul_(self.start)
+        by_shift = (G * centred).sum(dim=-1).mul_(self.start / self.reach)
         if self.places is None:
             return by_shift, None
         inside = torch.round(self.places * WEIGHT_RATE).eq_(centred)
@@ -94,7 +95,7 @@ class Learner(nn.Module):
     @torch.no_grad()
     def _rounded(self) -> tuple[Tensor, Tensor]:
         """Codes less their zero points, and scales, float32."""
-        scale = storable(self.start * (1 + self.shift), self.stored)
+        scale = storable(self.start * (1 + self.shift / self.reach), self.stored)
         zero = self.zero.unsqueeze(-1)
         if self.places is None:
             return self.codes - zero, scale

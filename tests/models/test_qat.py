@@ -75,7 +75,7 @@ def test_its_gradients_are_those_that_autograd_finds(train: str, symmetric: bool
         codes = one.codes - zero
     else:
         codes = Straight.apply(leaves[1] * qat.WEIGHT_RATE).clamp(-zero, 7 - zero)  # type: ignore[no-untyped-call]
-    raw = one.start * (1 + leaves[0])
+    raw = one.start * (1 + leaves[0] / 4)
     scale = raw + (raw.half().float() - raw).detach()
     torch.autograd.backward((F.linear(y, (codes * scale.unsqueeze(-1)).view(ROWS, COLUMNS)) * g).sum())
     torch.testing.assert_close(x.grad, y.grad)
