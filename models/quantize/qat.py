@@ -21,9 +21,7 @@ from models.quantize import gptq, rtn
 from models.quantize.problem import Problem, Solution
 from squeeze.steps import GPTQ, QAT, RTN
 
-WEIGHT_RATE = 0.5  # by so much a weight moves, where the end of its group's grid moves by 1
-
-WITHIN = 0.4  # of a code that a weight may be off it at the start
+WEIGHT_RATE = 2.0  # by so much a weight moves, where the end of its group's grid moves by 1
 
 
 def quantize(problem: Problem, step: QAT) -> Solution:
@@ -46,20 +44,20 @@ class Learner(nn.Module):
     zero: Tensor  # (out, groups) float32
 
     def __init__(
-        self, codes: Codes, W: Tensor | None, bias: nn.Parameter | None, dtype: torch.dtype, stored: torch.dtype
+        self, codes: Codes, bias: nn.Parameter | None, dtype: torch.dtype, stored: torch.dtype, *, weights: bool
     ) -> None:
-        """codes: to start from. W: (out, in) float32, the weights that are to learn too; None: scales alone.
-        dtype: of the product. stored: of the model, which bounds what scales can be stored.
+        """codes: to start from. dtype: of the product. stored: of the model, which bounds what scales can be stored.
+        weights: whether they learn too, from the very points that the codes name.
         """
         super().__init__()
         self.scheme, self.dtype, self.stored, self.bias = codes.scheme, dtype, stored, bias
         grouped = codes.codes.view(len(codes.codes), -1, codes.group_size)
         self.register_buffer("start", codes.scale)
         self.register_buffer("zero", codes.zero.float())
-        self.register_buffer("codes", grouped if W is None else grouped.new_empty(0))
+        self.register_buffer("codes", grouped.new_empty(0) if weights else grouped)
         self.reach = 2.0 ** (self.scheme.bits - 1)  # points from the middle of a grid to its end
         self.shift = nn.Parameter(torch.zeros_like(codes.scale))
-        self.places = None if W is None else nn.Parameter(self._nearest(W.view(grouped.shape), grouped))
+        self.places = nn.Parameter((grouped - self.zero.unsqueeze(-1)) / WEIGHT_RATE) if weights else None
 
     @property
     def weight(self) -> Tensor:
@@ -100,11 +98,6 @@ class Learner(nn.Module):
         if self.places is None:
             return self.codes - zero, scale
         return torch.clamp(torch.round(self.places * WEIGHT_RATE), -zero, 2**self.scheme.bits - 1 - zero), scale
-
-    def _nearest(self, W: Tensor, codes: Tensor) -> Tensor:
-        centred = codes - self.zero.unsqueeze(-1)
-        V = W / self.start.unsqueeze(-1)
-        return torch.clamp(V, centred - WITHIN, centred + WITHIN).div_(WEIGHT_RATE)
 
 
 class _Product(torch.autograd.Function):

@@ -100,10 +100,10 @@ def learned_codes(begun: Begun, notify: Notify) -> tuple[QuantizedModel, Tuning]
     precision = resolved(step.precision, result.device)
     student = Frame(result.source, TYPES[precision], result.device)
     notify.stage(Stage.training)
+    learners = _learners(student, step, begun.done.model)
     with ExitStack() as held:
-        learners = _learners(held.enter_context(student.whole()), student, step, begun.done.model)
         task = Task(
-            model=student.model,
+            model=held.enter_context(student.whole()),
             step=step.descent,
             examples=_examples(ids),
             plan=Plan([(number,) for number in range(len(ids))], step.batch_size, begun.seed, step.steps),
@@ -201,22 +201,22 @@ class _Objective:
         return F.cross_entropy(logits.float(), chances, reduction="none") - entropies
 
 
-def _learners(model: Any, frame: Frame, step: QAT, begun: QuantizedModel) -> dict[str, Learner]:
-    """Puts what learns in the place of every linear that is quantized; by the linear's name."""
+def _learners(frame: Frame, step: QAT, begun: QuantizedModel) -> dict[str, Learner]:
+    """Puts what learns in the place of every linear that is quantized, before weights are loaded; by their names."""
     learners: dict[str, Learner] = {}
-    places = {id(module): place for place, module in model.named_modules()}
-    for name, site in begun.sites.items():
-        linear = frame.module(site)
-        weight = cast(nn.Parameter, linear.weight)
-        W = (weight.T if site.transposed else weight).float().contiguous() if step.train == "weights" else None
-        codes = cast(Codes, begun.codes(name))
-        codes = Codes(**{part: one.to(frame.device) for part, one in codes.tensors().items()}, scheme=codes.scheme)
-        bias = cast(nn.Parameter | None, getattr(linear, "bias", None))
-        learners[name] = Learner(codes, W, bias, frame.dtype, frame.source.dtype)
-        model.set_submodule(places[id(linear)], learners[name])
-    if step.activation_checkpointing:
-        for index in range(frame.count):
-            block = frame.skeleton(index)
+    for index in range(frame.count):
+        block = frame.skeleton(index)
+        places = {id(module): place for place, module in block.named_modules()}
+        for site in frame.sites(index):
+            if site.name not in begun.sites:
+                continue
+            linear, codes = frame.module(site), cast(Codes, begun.codes(site.name))
+            codes = Codes(**{part: one.to(frame.device) for part, one in codes.tensors().items()}, scheme=codes.scheme)
+            bias = cast(nn.Parameter | None, getattr(linear, "bias", None))
+            learner = Learner(codes, bias, frame.dtype, frame.source.dtype, weights=step.train == "weights")
+            block.set_submodule(places[id(linear)], learner)
+            learners[site.name] = learner
+        if step.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return learners
 

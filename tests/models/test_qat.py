@@ -36,24 +36,22 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def begun(symmetric: bool, bits: int = 3) -> tuple[Tensor, Codes]:
-    """(weights, what rounding to nearest makes of others near to them)."""
-    W, scheme = random(ROWS, COLUMNS) * 0.1, Scheme("int", bits, GROUP, symmetric)
-    near = Problem(W + 0.03 * random(ROWS, COLUMNS, seed=1), None, scheme, torch.float32)
-    encoded = qat.quantize(near, QAT(method="qat", start="rtn")).encoded
+def begun(symmetric: bool, bits: int = 3) -> Codes:
+    """What rounding to nearest makes of random weights."""
+    problem = Problem(random(ROWS, COLUMNS) * 0.1, None, Scheme("int", bits, GROUP, symmetric), torch.float32)
+    encoded = qat.quantize(problem, QAT(method="qat", start="rtn")).encoded
     assert isinstance(encoded, Codes)
-    return W, encoded
+    return encoded
 
 
 def learner(train: str, symmetric: bool, bias: nn.Parameter | None = None, bits: int = 3) -> Learner:
-    W, codes = begun(symmetric, bits)
-    return Learner(codes, W if train == "weights" else None, bias, torch.float32, torch.float32)
+    return Learner(begun(symmetric, bits), bias, torch.float32, torch.float32, weights=train == "weights")
 
 
 @EITHER
 @BOTH
 def test_it_starts_as_the_codes_that_it_is_given(train: str, symmetric: bool) -> None:
-    _, codes = begun(symmetric)
+    codes = begun(symmetric)
     for name, tensor in learner(train, symmetric).learned().tensors().items():
         assert torch.equal(tensor, codes.tensors()[name])
 
@@ -64,7 +62,7 @@ def test_its_gradients_are_those_that_autograd_finds(train: str, symmetric: bool
     one = learner(train, symmetric)
     with torch.no_grad():
         for parameter in one.parameters():
-            parameter.add_(0.1 * random(*parameter.shape, seed=2))  # so that some weights are past the ends
+            parameter.add_(random(*parameter.shape, seed=2))  # so that some weights are past the ends
     x, g = random(2, 5, COLUMNS, seed=3).requires_grad_(), random(2, 5, ROWS, seed=4)
     torch.autograd.backward((one(x) * g).sum())
 

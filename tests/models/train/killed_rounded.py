@@ -26,7 +26,7 @@ from tests.models.train.killed import Suicidal
 
 
 def spec_of(step: dict[str, Any] | None = None) -> JobSpec:
-    quick = {"method": "qat", "bits": 2, "steps": 12, "batch_size": 4, "learning_rate": 0.01}
+    quick = {"method": "qat", "bits": 2, "steps": 8, "batch_size": 4, "learning_rate": 0.1}
     return job_parts.spec_of(quick | (step or {}))
 
 
