@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="calibration and evaluation text; default: the generic text")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--methods", nargs="+", help="rows of these alone: rtn, gptq, qat, awq, autoround")
+    parser.add_argument("--methods", nargs="+", help="rows of these alone: rtn, gptq, qat, qat-weights, awq, autoround")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
@@ -81,6 +81,7 @@ def main() -> None:
     for bits in options.bits:
         peers = [("rtn", "squeeze", sys.executable), ("gptq", "squeeze", sys.executable)]
         peers += [("gptq", "gptqmodel", sys.executable), ("qat", "squeeze", sys.executable)]
+        peers.append(("qat-weights", "squeeze", sys.executable))
         if options.autoround_python:
             peers += [("awq", "squeeze", sys.executable), ("awq", "autoround", options.autoround_python)]
             peers += [("autoround", "squeeze", sys.executable), ("autoround", "autoround", options.autoround_python)]
@@ -103,7 +104,8 @@ def main() -> None:
                         "out": f"{folder}/out",
                         "bits": bits,
                         "group_size": options.group_size,
-                        "method": method,
+                        "method": method.partition("-")[0],
+                        "options": {"train": "weights"} if method == "qat-weights" else {},
                         "format": "compressed-tensors",
                     }
                     seconds = quantize(peer, python, job)
