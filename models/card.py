@@ -93,6 +93,10 @@ def _recipe(report: Report) -> str:
             f"{report.training.steps:,} steps, with seed {report.seed}.",
             "",
         ]
+    if report.tuning is not None:
+        start = report.tuning.divergence_start
+        before = "" if start is None else f", from a divergence of {start:.3g} nats a token"
+        lines += [f"Then its {report.tuning.trained} learned in {report.tuning.steps:,} steps{before}.", ""]
     if report.damping_escalations:
         lines += [f"{report.damping_escalations} factorisations needed more damping than asked for.", ""]
     return "\n".join(lines)

@@ -258,6 +258,23 @@ class Training(Part):
     sharding: Way | None = Field(None, description="Where they were several: what each of them held of the model.")
 
 
+class Tuning(Part):
+    """What training the rounded weights did (method `qat`)."""
+
+    trained: Literal["scales", "weights"]
+    precision: Literal["fp32", "bf16"]
+    trainable_parameters: int
+    sequences: int = Field(description="Of the calibration text, which it learns from.")
+    steps: int
+    perplexity_start: float | None = Field(description="Of the codes that it started from, on the evaluation text.")
+    divergence_start: float | None = Field(description="Of the same, nats a token from the original.")
+    curve: list[TrainingStep] = Field(
+        description="`loss` is the divergence from the original, or without it the negative log-likelihood."
+    )
+    tokens_per_second: float = Field(description="Through the model and back, while it trained.")
+    resumed: list[int] = Field(default_factory=list, description="Steps after which another attempt went on.")
+
+
 class Spent(Part):
     seconds: dict[str, float] = Field(description="Wall time by stage.")
     work: dict[str, float] = Field(
@@ -287,6 +304,7 @@ class Report(Part):
     calibration: Text | None
     quality: Quality | None
     training: Training | None = Field(None, description="Of a step that trains alone.")
+    tuning: Tuning | None = Field(None, description="Of `qat` alone.")
     bits_per_weight: float | None = Field(description="Null where no step quantizes.")
     rotation: Rotation | None = Field(None, description="Of `rotation` alone.")
     allocation: Allocation | None = Field(None, description="Of bits `auto` alone.")

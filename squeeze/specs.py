@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, f
 from squeeze.distillation import Distill, Hidden, OnPolicy
 from squeeze.formats import holders
 from squeeze.names import names_a_model
-from squeeze.steps import Format, Quantize, Step
+from squeeze.steps import QAT, Format, Quantize, Step
 from squeeze.training import Adapters, Finetune, QLoRA, Train
 from squeeze.wire import Wire
 
@@ -220,6 +220,8 @@ class JobSpec(Wire):
         for step in self.steps:
             if isinstance(step, Quantize) and step.by_block and self.limits.gpus > 1:
                 raise ValueError(f"{step.method} works on whole blocks, which GPUs can't share: set limits.gpus to 1")
+            if isinstance(step, QAT) and self.limits.gpus > 1:
+                raise ValueError(f"{step.method} trains on one GPU: set limits.gpus to 1")
         return self
 
     @model_validator(mode="after")

@@ -17,20 +17,13 @@ Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "galore", "badam"]
 USUAL_EPOCHS = 1.0
 
 
-class Train(Wire):
-    """What every step that trains shares.
+class Descent(Wire):
+    """What everything shares that goes down a gradient.
 
-    How long it goes on is said by one of `steps`, `epochs` and `tokens`. A batch is what one step of the optimizer
-    looks at; it goes through the model in micro-batches, whose gradients are added up, each token with the same weight.
+    A batch is what one step of the optimizer looks at; it goes through the model in micro-batches, whose gradients are
+    added up, each token with the same weight.
     """
 
-    kind: Literal["finetune", "distill"] = "finetune"
-    method: str
-    steps: int | None = Field(None, ge=1, le=10_000_000, description="Steps of the optimizer.")
-    epochs: float | None = Field(
-        None, gt=0, le=1000, description="How often each example is seen. Left out, with `steps` and `tokens`: once."
-    )
-    tokens: int | None = Field(None, ge=1, description="Tokens to train on; ends with the step that reaches them.")
     learning_rate: float = Field(2e-4, gt=0, le=10, description="At its highest.")
     schedule: Schedule = Field(
         "cosine",
@@ -52,11 +45,6 @@ class Train(Wire):
         description="Sequences that go through the model together: less memory, the same result but for rounding. Left "
         "out: all of a batch.",
     )
-    packing: bool = Field(
-        True,
-        description="Put several short examples into one sequence. They don't see each other, and positions count from "
-        "the start of each.",
-    )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled, of AdamW (arXiv 1711.05101).")
     clip_norm: float | None = Field(
         1.0, gt=0, description="The most that the norm of a step's whole gradient may be. Null: whatever it is."
@@ -66,6 +54,32 @@ class Train(Wire):
         description="Of the computation. What is trained, and the optimizer's state, is float32 in any case. `auto`: "
         "bf16 on a GPU that can, else fp32. `fp16`: with a scaled loss, on a GPU.",
     )
+    activation_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory, a third more time."
+    )
+
+    @model_validator(mode="after")
+    def _micro_batches_make_a_batch(self) -> Self:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size is {self.micro_batch_size}, more than a batch of {self.batch_size} has sequences"
+            )
+        return self
+
+
+class Train(Descent):
+    """What every step that trains shares.
+
+    How long it goes on is said by one of `steps`, `epochs` and `tokens`.
+    """
+
+    kind: Literal["finetune", "distill"] = "finetune"
+    method: str
+    steps: int | None = Field(None, ge=1, le=10_000_000, description="Steps of the optimizer.")
+    epochs: float | None = Field(
+        None, gt=0, le=1000, description="How often each example is seen. Left out, with `steps` and `tokens`: once."
+    )
+    tokens: int | None = Field(None, ge=1, description="Tokens to train on; ends with the step that reaches them.")
     optimizer: Optimizer = Field(
         "adamw",
         description="`adamw`: 8 bytes for every number that learns. `adamw8bit`: 2 (arXiv 2110.02861); "
@@ -86,8 +100,10 @@ class Train(Wire):
         description="Keep a moving average of what learns, in which the average so far counts this much after each "
         "step (less in the first ones); it is what is evaluated and kept. For example 0.999.",
     )
-    activation_checkpointing: bool = Field(
-        False, description="Compute activations again in the backward pass: less memory, a third more time."
+    packing: bool = Field(
+        True,
+        description="Put several short examples into one sequence. They don't see each other, and positions count from "
+        "the start of each.",
     )
     evaluate_every: int | None = Field(
         None,
@@ -121,10 +137,6 @@ class Train(Wire):
     def _fits_together(self) -> Self:
         if self.patience is not None and self.evaluate_every is None:
             raise ValueError("patience counts looks at the held-out loss: say `evaluate_every` too")
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(
-                f"micro_batch_size is {self.micro_batch_size}, more than a batch of {self.batch_size} has sequences"
-            )
         return self
 
     @property
@@ -338,6 +350,38 @@ class LastLayers(Finetune):
     method: Literal["last_layers"]
     learning_rate: float = Field(5e-5, gt=0, le=10, description="At its highest.")
     layers: int = Field(2, ge=1, le=1000, description="Decoder blocks that are trained, counted from the end.")
+
+
+class Rounded(Descent):
+    """What training a model with rounded weights takes, beside the grid that they are rounded to."""
+
+    start: Literal["gptq", "rtn"] = Field("gptq", description="Whose codes the training starts from.")
+    train: Literal["scales", "weights"] = Field(
+        "scales",
+        description="`scales`: of every group; the codes stay, and the training takes a byte a weight (as arXiv "
+        "2407.11062). `weights`: the weights too, with straight-through gradients (LSQ, arXiv 1902.08153): 16 bytes a "
+        "weight.",
+    )
+    distill: bool = Field(
+        True,
+        description="Learn what the original predicts for each token of the text (its divergence falls); false: the "
+        "text itself, without the original in memory.",
+    )
+    steps: int = Field(100, ge=1, le=1_000_000, description="Steps of the optimizer.")
+    batch_size: int = Field(4, ge=1, le=65536, description="Sequences of a step of the optimizer.")
+    learning_rate: float = Field(
+        0.02,
+        gt=0,
+        le=1,
+        description="At its highest: by how much of its distance to the next one a step may move the last point of a "
+        "group's grid.",
+    )
+
+    @property
+    def descent(self) -> Train:
+        """The training, as its loop takes it."""
+        shared = {name: getattr(self, name) for name in Descent.model_fields}
+        return Train(method="qat", steps=self.steps, **shared)
 
 
 TRAINING_METHODS: tuple[type[Train], ...] = (LoRA, QLoRA, IA3, Prompt, Prefix, Full, LastLayers)

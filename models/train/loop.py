@@ -45,9 +45,9 @@ SMALLEST_SCALE = 1.0  # of a loss in fp16; a gradient that is too large even so 
 
 @dataclass(frozen=True)
 class Task:
-    """model: on its device, with what is to learn in float32. packed: rows hold several examples each. objective: what
-    falls; the held-out loss is the negative log-likelihood whatever it is. beside: learns too, and is worth nothing
-    once the training is over. processes: that share the work.
+    """model: on its device, with what is to learn in float32. held_out: empty where nobody looks at their loss.
+    packed: rows hold several examples each. objective: what falls; the held-out loss is the negative log-likelihood
+    whatever it is. beside: learns too, and is worth nothing once the training is over. processes: that share the work.
     """
 
     model: Any
@@ -122,7 +122,7 @@ def train(
     if ends:
         os.kill(os.getpid(), signal.SIGTERM)  # what was to happen before we asked for a moment
         raise SystemExit(128 + signal.SIGTERM)
-    if run.story.held_out[-1].step != run.story.done:
+    if run.story.held_out and run.story.held_out[-1].step != run.story.done:
         run.look()
     run.save()
     run.keep_the_best()
@@ -267,7 +267,9 @@ class _Run:
         self._averages.add(self.story.done + 1)
 
     def look(self) -> None:
-        """Measures the held-out loss, with averaged weights where they are averaged."""
+        """Measures the held-out loss, if there are examples for that; with averaged weights where they are averaged."""
+        if not len(self._task.held_out):
+            return
         came = nullcontext() if self.story.done else without_virtual_tokens(self._task.model)
         with self._averages.in_place(), came:
             sums, counts = self._task.held_out_losses(self._accelerator)

@@ -133,7 +133,7 @@ def prepare(inputs: Inputs, step: Train, notify: Notify | None = None) -> Prepar
     ahead = _virtual_tokens(step)
     length = min([spec.data.sequence_length, *(one.max_positions - ahead for one in frames if one.max_positions)])
     device = torch.device(inputs.device)
-    precision = _resolved(step.precision, device)
+    precision = resolved(step.precision, device)
     split = examples_of(inputs, step, teacher, source.path, length, TYPES[precision], notify or Silent())
     if length < spec.data.sequence_length:
         beside = f" beside {ahead} virtual tokens" if ahead else ""
@@ -201,7 +201,8 @@ def _virtual_tokens(step: Train) -> int:
     return step.virtual_tokens if isinstance(step, VirtualTokens) else 0
 
 
-def _resolved(precision: Precision, device: torch.device) -> str:
+def resolved(precision: Precision, device: torch.device) -> str:
+    """What `auto` means on a device."""
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
