@@ -1,6 +1,7 @@
 """What every job is given and leaves, whatever its steps: its inputs, its outcome, the parts of its report."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -8,11 +9,12 @@ from pathlib import Path
 from models.checkpoint import SourceModel
 from models.formats.directory import weight_bytes
 from models.snapshots import SNAPSHOT_SECONDS
-from squeeze.errors import CertificationFailed
+from squeeze.errors import CertificationFailed, SqueezeError
 from squeeze.objects import Result
 from squeeze.report import Report, Size, Source
 from squeeze.specs import JobSpec
-from squeeze.steps import Format
+from squeeze.steps import Format, Quantize, Step
+from squeeze.training import Train
 
 LIBRARIES = (
     "torch",
@@ -119,3 +121,27 @@ def result_of(report: Report, directories: Mapping[Format, Path]) -> Result:
         loss_after=training.loss_after if training else None,
         certified=certified,
     )
+
+
+def training_step(spec: JobSpec) -> Train | None:
+    return next((step for step in spec.steps if isinstance(step, Train)), None)
+
+
+def quantize_step(spec: JobSpec) -> Quantize:
+    return next(step for step in spec.steps if isinstance(step, Quantize))
+
+
+def param_of(spec: JobSpec, name: str, step: Step | None = None) -> str:
+    """A field of a step, by default of the one that quantizes, as the request names it; other fields as they are."""
+    number = spec.steps.index(step or quantize_step(spec))
+    return f"steps.{number}.{name}" if name.partition(".")[0] in type(spec.steps[number]).model_fields else name
+
+
+@contextmanager
+def params_named(spec: JobSpec, step: Step | None = None) -> Iterator[None]:
+    """Errors that name a field of the step name it as the request does."""
+    try:
+        yield
+    except SqueezeError as error:
+        error.param = error.param and param_of(spec, error.param, step)
+        raise

@@ -95,12 +95,14 @@ def _sketch(
 ) -> None:
     """Writes random sums of the gradients at every linear's output, (SKETCH_ROWS, out), one file a block."""
     dice = torch.Generator().manual_seed(0)
+    drawer = Room(0, directory / "before")  # all on disk, since there are more of them with every block
     before: list[Stream] = []  # hidden states before each block
     hidden = Stream(room, calls.enter(ids))
     for index in range(frame.count):
-        before.append(Stream(room, hidden))
+        before.append(Stream(drawer, hidden))
         with frame.block(index) as module, torch.no_grad():
             calls.forward(index, module, hidden)
+        return_free_memory()
         notify.advance(index + 1, 2 * frame.count, "blocks")
     _gradients_of_head(frame, ids, hidden, dice)
     for index in reversed(range(frame.count)):

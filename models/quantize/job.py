@@ -1,0 +1,286 @@
+"""The step of a job that quantizes: from a model's directory and texts to directories that load, and their story.
+
+loading -> calibrating -> compressing (evaluating in the same pass) -> evaluating -> exporting -> certifying
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import casts, engine
+from models.allocation import allot, allots
+from models.card import write_card
+from models.certify import certify
+from models.certify_run import tokenized
+from models.checkpoint import SourceModel, open_or_convert
+from models.disk import write_whole
+from models.evaluation import Measured, measure
+from models.fingerprint import fingerprint
+from models.formats import layout
+from models.formats.directory import refuse_broken_companions
+from models.formats.gguf import refuse_source
+from models.frame import Frame
+from models.job import (
+    Inputs,
+    Outcome,
+    libraries,
+    params_named,
+    quantize_step,
+    result_of,
+    size_part,
+    source_part,
+)
+from models.material import Material, read_tokenizer
+from models.progress import Notify
+from models.quantized import QuantizedModel
+from models.resources import Clock, cpu_seconds, device_name, peak_gpu_bytes, peak_host_bytes
+from models.rotation import told
+from models.team import Team
+from models.teamwork import Frames, frames_of, lead
+from models.train import rounded
+from squeeze import __version__
+from squeeze.objects import Stage
+from squeeze.report import Allocation, Block, Certificate, Report, Spent, Tuning
+from squeeze.schemes import Scheme
+from squeeze.steps import QAT, Format, Grouped, Quantize
+from squeeze.work import counted
+
+
+def run_quantization(
+    inputs: Inputs,
+    clock: Clock,
+    notify: Notify,
+    team: Team,
+    completed: Callable[[Report], Report] = lambda report: report,
+) -> Outcome:
+    """A job's last step, or its only one. completed: adds to the report what came before."""
+    step = quantize_step(inputs.spec)
+    with clock.stage("loading"):
+        notify.stage(Stage.loading)
+        begun = _begun(inputs, step, notify)
+    codes = _codes(inputs, step, begun, clock, notify, team)
+    measured: Measured | None = None
+    if begun.texts.windows is not None:
+        with clock.stage("evaluating"):
+            notify.stage(Stage.evaluating)
+            held = codes.done.activations
+            streams, frames = (held.original, held.compressed), begun.frames
+            measured = measure(frames.result, begun.texts.windows, *streams, notify, reference=frames.reference)
+    codes.done.activations.release()
+    written = _Written(inputs, team, begun, codes, measured)
+    with clock.stage("exporting"):
+        notify.stage(Stage.exporting)
+        directories = written.export(notify)
+    with clock.stage("certifying"):
+        notify.stage(Stage.certifying)
+        certificates = written.certify(directories, notify)
+    report = completed(written.report(directories, certificates, clock))
+    for name, directory in directories.items():
+        write_card(directory, name, report)
+    write_whole(inputs.out / "report.json", report.model_dump_json(indent=2) + "\n")
+    return Outcome(directories, report, result_of(report, directories))
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What is there before the first block. work: counted, by stage. losses: of a cast to 16 bits."""
+
+    source: SourceModel
+    frames: Frames
+    tokenizer: Any
+    texts: Material
+    work: dict[str, float]
+    losses: dict[str, casts.Loss] | None
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """What the last block left. allocation: of bits `auto`. tuning: where the rounded model then learned."""
+
+    done: engine.Quantization
+    blocks: list[Block]
+    allocation: Allocation | None
+    tuning: Tuning | None
+
+    @property
+    def model(self) -> QuantizedModel:
+        return self.done.model
+
+
+def _begun(inputs: Inputs, step: Quantize, notify: Notify) -> _Begun:
+    spec = inputs.spec
+    source = open_or_convert(inputs.model, inputs.work / "source")
+    refuse_broken_companions(source)
+    work = {name: count.whole for name, count in counted(source.shape(step.ignore), spec).items()}
+    notify.expect(work)
+    if "gguf" in spec.formats:
+        refuse_source(source)
+    device = torch.device(inputs.device)
+    frames = frames_of(source, step, device)
+    if isinstance(step, QAT):
+        rounded.refuse_too_large_to_train(spec, step, frames.result, device)
+    losses = None if frames.target is None else casts.losses(source, frames.target)
+    tokenizer = read_tokenizer(inputs.model)
+    texts = Material(
+        spec,
+        step,
+        tokenizer,
+        frames.reference,
+        inputs.calibration_text,
+        inputs.evaluation_text,
+        origins=(inputs.calibration_origin, inputs.evaluation_origin),
+        work=inputs.work,
+        notify=notify,
+    )
+    warnings = [*engine.idle_patterns(step, frames.reference), *texts.warnings()]
+    if frames.target is not None and losses is not None:
+        warnings += casts.told(losses, frames.target)
+    for warning in warnings:
+        notify.event("warning", warning)
+    return _Begun(source, frames, tokenizer, texts, work, losses, warnings)
+
+
+def _codes(inputs: Inputs, step: Quantize, begun: _Begun, clock: Clock, notify: Notify, team: Team) -> _Codes:
+    frames, texts, schemes, allocation = begun.frames, begun.texts, None, None
+    if isinstance(step, Grouped) and allots(step):
+        with clock.stage("allotting"):
+            schemes, allocation = _allot(inputs, frames.result, step, texts, notify)
+    mark = fingerprint(inputs.spec, inputs.revision, inputs.device, begun.source, texts, schemes)
+    with clock.stage("compressing"):
+        done = lead(
+            team,
+            frames,
+            step,
+            texts.calibration.ids if texts.calibration and step.reads_inputs else None,
+            texts.windows,
+            inputs.work / "quantize",
+            mark,
+            notify,
+            snapshot_seconds=inputs.snapshot_seconds,
+            memory_bytes=inputs.activation_bytes,
+            schemes=schemes,
+        )
+    tuning: Tuning | None = None
+    if isinstance(step, QAT):
+        done, tuning = _learned(inputs, step, frames, texts, schemes, done, mark, clock, notify)
+    blocks = done.blocks if begun.losses is None else casts.noted(done.blocks, begun.losses, begun.source)
+    return _Codes(done, blocks, allocation, tuning)
+
+
+def _allot(
+    inputs: Inputs, frame: Frame, step: Grouped, texts: Material, notify: Notify
+) -> tuple[dict[str, Scheme], Allocation]:
+    assert texts.calibration is not None, "bits `auto` needs text"
+    spec, source, directory = inputs.spec, frame.source, inputs.work / "sensitivity"
+    mark = fingerprint(spec, inputs.revision, inputs.device, source, texts)
+    with params_named(spec):
+        ids = texts.calibration.ids
+        return allot(frame, step, spec.formats, ids, directory, mark, notify, inputs.activation_bytes)
+
+
+def _learned(
+    inputs: Inputs,
+    step: QAT,
+    frames: Frames,
+    texts: Material,
+    schemes: dict[str, Scheme] | None,
+    done: engine.Quantization,
+    mark: str,
+    clock: Clock,
+    notify: Notify,
+) -> tuple[engine.Quantization, Tuning]:
+    """What becomes of a first pass where the rounded model then learns."""
+    assert texts.calibration is not None, "a step that learns looks at text"
+    begun = rounded.Begun(
+        step,
+        frames,
+        texts.calibration.ids,
+        texts.windows,
+        done,
+        inputs.work / "rounded",
+        mark,
+        inputs.spec.seed,
+        schemes,
+        inputs.snapshot_seconds,
+        inputs.activation_bytes,
+    )
+    with clock.stage("training"):
+        model, tuning = rounded.learned_codes(begun, notify)
+    with clock.stage("compressing"):
+        return rounded.passed_again(begun, model, notify), tuning
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Everything that the end of a job needs: writes the directories, has them certified, tells the story."""
+
+    inputs: Inputs
+    team: Team
+    begun: _Begun
+    codes: _Codes
+    measured: Measured | None
+
+    def export(self, notify: Notify) -> dict[Format, Path]:
+        stored = self.begun.frames.turned or self.begun.source  # that which is not quantized is taken from
+        directories: dict[Format, Path] = {}
+        for name in self.inputs.spec.formats:
+            directories[name] = self.inputs.out / name
+            layout(name).write(stored, self.codes.model, directories[name], notify)
+        return directories
+
+    def certify(self, directories: dict[Format, Path], notify: Notify) -> list[Certificate]:
+        certificates, frame = [], self.begun.frames.result
+        for number, (name, directory) in enumerate(directories.items()):
+            certificates += certify(
+                directory,
+                name,
+                expected=self.measured.nll_after if self.measured else None,
+                windows=self.begun.texts.windows,
+                source_bytes=self.begun.source.weight_bytes,
+                dtype=frame.dtype,
+                device=frame.device.type,
+                consumers=self.inputs.consumers,
+                texts=tokenized(self.begun.tokenizer),
+                notify=notify,
+            )
+            notify.advance(number + 1, len(directories), "formats")
+        return certificates
+
+    def report(self, directories: dict[Format, Path], certificates: list[Certificate], clock: Clock) -> Report:
+        inputs, spec, begun, blocks = self.inputs, self.inputs.spec, self.begun, self.codes.blocks
+        frames, calibration = begun.frames, begun.texts.calibration
+        quality = self.measured.quality if self.measured else None
+        on_gpu = frames.reference.device.type == "cuda"
+        return Report(
+            job=inputs.job_id,
+            squeeze=__version__,
+            libraries=libraries(),
+            device=device_name(frames.reference.device, self.team.size),
+            source=source_part(inputs, begun.source),
+            recipe=[step.model_dump(mode="json") for step in spec.steps],
+            seed=spec.seed,
+            calibration=calibration.text if calibration else None,
+            quality=quality,
+            tuning=self.codes.tuning,
+            bits_per_weight=self.codes.model.bits_per_weight,
+            rotation=None if frames.turned is None else told(frames.turned, frames.reference, frames.result),
+            allocation=self.codes.allocation,
+            sizes=[size_part(name, directory, begun.source.weight_bytes) for name, directory in directories.items()],
+            blocks=blocks,
+            damping_escalations=sum(layer.damping_escalations for block in blocks for layer in block.layers),
+            certificates=certificates,
+            warnings=begun.warnings,
+            spent=Spent(
+                seconds=clock.seconds,
+                work=begun.work,
+                cpu_seconds=round(cpu_seconds(), 3),
+                gpu_seconds=round(clock.seconds["compressing"] * self.team.size, 3) if on_gpu else 0.0,
+                peak_host_bytes=max([peak_host_bytes(), *(block.peak_host_bytes for block in blocks)]),
+                peak_gpu_bytes=peak_gpu_bytes(),
+                certifier_peak_host_bytes=max((one.peak_host_bytes or 0 for one in certificates), default=0) or None,
+            ),
+        )
