@@ -24,6 +24,7 @@ from models.resources import (
     Clock,
     cpu_seconds,
     device_name,
+    freed_at_once,
     peak_gpu_bytes,
     peak_host_bytes,
     return_free_memory,
@@ -87,7 +88,8 @@ def trained(inputs: Inputs, step: Train, adapter: Path, whole: Path | None, cloc
     with clock.stage("training"):
         notify.stage(Stage.training)
         checkpoints = Checkpoints(inputs.work / "train", prepared.mark)
-        story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
+        with freed_at_once(step.activation_checkpointing):
+            story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
         losses = task.held_out_losses(accelerator)
         samples = {adapter: _sample(task.held_out, losses)}
     with clock.stage("exporting"):
