@@ -8,15 +8,13 @@ from api.service import Service
 from api.tensors import Tensor
 from jobs import history
 from squeeze.distillation import Distill
-from squeeze.memory import PROCESS_BYTES as QUANTIZING_BYTES
-from squeeze.memory import needed
+from squeeze.memory import PROCESS_BYTES, needed
 from squeeze.pace import duration
 from squeeze.shapes import Shape, shape_of
 from squeeze.specs import JobSpec
 from squeeze.steps import Format, Quantize
 from squeeze.trainable import Learned, learned
 from squeeze.training import Finetune
-from squeeze.training_memory import PROCESS_BYTES as TRAINING_BYTES
 from squeeze.training_memory import needed_to_train
 from squeeze.training_work import counted_training, tokens_to_train
 from squeeze.work import Count, counted
@@ -36,7 +34,7 @@ def cost_of(
     shape = shape_of_model(config, tensors, _ignored(spec))
     if not shape.blocks or any(isinstance(step, Distill) for step in spec.steps):
         return {}
-    whole = least = 0
+    whole = least = stays = 0
     counts: dict[str, Count] | None = {}
     for step in spec.steps:
         if isinstance(step, Finetune):
@@ -45,13 +43,13 @@ def cost_of(
             last = step is spec.steps[-1]
             memory = needed_to_train(own, spec, step, known, result_bytes if last else {}, text_bytes or 0)
             whole = least = memory.whole
+            stays = memory.process - PROCESS_BYTES  # what was imported, and the examples
             length = min(spec.data.sequence_length, own.positions or spec.data.sequence_length)
             tokens = tokens_to_train(spec, step, length, text_bytes)
             counts = None if tokens is None else counted_training(own, spec, step, known, tokens, last=last)
         elif isinstance(step, Quantize):
             more = needed(shape, spec, result_bytes)
-            imported = TRAINING_BYTES - QUANTIZING_BYTES if whole else 0  # which stays, once there
-            whole, least = max(whole, more.whole + imported), max(least, more.least + imported)
+            whole, least = max(whole, more.whole + stays), max(least, more.least + stays)
             counts = None if counts is None else _together(counts, counted(shape, spec))
     found: dict[str, Any] = {"host_bytes": whole, "least_host_bytes": least}
     if counts is not None:

@@ -125,7 +125,8 @@ def watch_command(command: list[str]) -> tuple[int, int, float]:
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 fields = (process / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == job.pid:  # the session
+                # Of its session; for a moment a new process looks like a second one of the size of its parent.
+                if int(fields[3]) == job.pid and (process.name == str(job.pid) or _begun(process, job.pid)):
                     status = (process / "status").read_text()
                     sizes.append(_kib(status, "VmRSS"))
                     largest = max(largest, _kib(status, "VmHWM"))
@@ -136,6 +137,11 @@ def watch_command(command: list[str]) -> tuple[int, int, float]:
     if job.returncode:
         raise SystemExit(f"the job ended with status {job.returncode}")
     return largest * 1024, together * 1024, time.monotonic() - began
+
+
+def _begun(process: Path, parent: int) -> bool:
+    """Whether it runs its own program by now."""
+    return (process / "cmdline").read_bytes() != Path(f"/proc/{parent}/cmdline").read_bytes()
 
 
 def _kib(status: str, field: str) -> int:

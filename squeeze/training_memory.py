@@ -7,6 +7,7 @@ what the backward pass needs of the forward one.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from squeeze.memory import PROCESS_BYTES
 from squeeze.shapes import Block, Group, Shape
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
@@ -14,13 +15,15 @@ from squeeze.trainable import Learned
 from squeeze.training import Finetune, LowRank
 
 FLOAT = 4
-PROCESS_BYTES = 625_000_000  # of a process that has imported what a training needs; measured, on a CPU
-CERTIFIER_BYTES = 565_000_000  # of a certifier's, with peft
+# Of processes that have imported what they need, the job's and the certifier's; measured, on a CPU.
+PEFT_BYTES, CERTIFIER_PEFT_BYTES = 625_000_000, 565_000_000
 CERTIFIER_LOGIT_BYTES, CERTIFIER_LOGIT_SLICES = 256 << 20, 2.5  # of one float32 slice of logits
 TEXT_SHARE = 3.0  # bytes that a byte of the examples takes: its token's id, whether it is learned, its record's hash
-# glibc keeps pieces up to this size in one heap, where aligned ones leave holes that no other fits into (until 2.38).
+# glibc keeps pieces up to this size in one heap, where freed ones leave holes that aligned ones don't fit into (until
+# 2.38). What lies there takes this many times its size; measured. Adapters free more beside each that is kept. Where
+# activations are checkpointed, nothing lies there (`models.resources.freed_at_once`).
 HEAP_BYTES = 32 << 20
-HOLES = 2.0  # by which what lies in the heap takes more than its size; measured
+HOLES, HOLES_WITH_ADAPTERS = 1.6, 2.0
 LOGIT_COPIES = 3  # float32: log-probabilities, and two gradients
 SCORED_COPIES = 2  # logits and log-probabilities, where nothing is learned
 
@@ -64,24 +67,24 @@ def needed_to_train(
         weights = (shape.elements - learned.rounded) * each + learned.rounded_bytes
     else:
         weights = (shape.elements - learned.parameters) * each + learned.parameters * FLOAT
-    kept = sorted((_kept(block, shape, step, learned, each, tokens, length) for block in shape.blocks), reverse=True)
-    through = kept[: learned.blocks]
+    passing = _Pass(shape, step, learned, each, tokens, length)
+    through = sorted(map(passing.kept, shape.blocks), reverse=True)[: learned.blocks]
     activations = sum(through)
     if step.activation_checkpointing and through:
-        activations = learned.blocks * _held(tokens, shape.hidden, each) + through[0]
+        activations = learned.blocks * passing.held(tokens, shape.hidden, each) + through[0]
     scored = min(tokens, spec.evaluation.samples * length)
-    passing = max(
-        _logits(shape, tokens, LOGIT_COPIES, each),
-        _logits(shape, scored, SCORED_COPIES, each) - activations,
-        _widest(shape, tokens, each),
-    )
-    certifier = CERTIFIER_BYTES + shape.elements * each + int(CERTIFIER_LOGIT_SLICES * _slice(shape, length))
+    process, certifying = (PEFT_BYTES, CERTIFIER_PEFT_BYTES) if learned.apart else (PROCESS_BYTES, PROCESS_BYTES)
+    certifier = certifying + shape.elements * each + int(CERTIFIER_LOGIT_SLICES * _slice(shape, length))
     return TrainingMemory(
-        process=PROCESS_BYTES + int(TEXT_SHARE * text_bytes),
+        process=process + int(TEXT_SHARE * text_bytes),
         weights=weights,
         learning=learned.bytes + _copies(step, learned),
         activations=activations,
-        passing=passing,
+        passing=max(
+            passing.logits(tokens, LOGIT_COPIES),
+            passing.logits(scored, SCORED_COPIES) - activations,
+            passing.gradients(),
+        ),
         certifier=certifier if formats else 0,
     )
 
@@ -91,24 +94,50 @@ def _copies(step: Finetune, learned: Learned) -> int:
     return FLOAT * learned.parameters * (learned.apart + (step.evaluate_every is not None) + (step.ema is not None))
 
 
-def _kept(block: Block, shape: Shape, step: Finetune, learned: Learned, each: int, tokens: int, length: int) -> int:
-    """What a block leaves for the backward pass: inputs of what learns, what attention read and made, what stands
-    around activation functions and norms, and its own copy of the mask that keeps packed examples apart. Scores of
-    attention are computed again, piece by piece (torch's scaled_dot_product_attention).
-    """
-    total = 2 * _held(tokens, shape.hidden, FLOAT)  # what both norms read, which compute in float32
-    if each < FLOAT:
-        total += 2 * _held(tokens, shape.hidden, each)
-    for group in block.groups:
-        if learned.linears:
-            total += _held(int(group.share * tokens), group.columns, each)
-        for width in _made(group, shape.hidden):
-            total += _held(int(group.share * tokens), width, each)
-        if learned.rank:
-            total += len(group.rows) * _held(int(group.share * tokens), learned.rank, each)
-    if isinstance(step, LowRank) and step.dropout:
-        total += sum(len(group.rows) * _held(tokens, group.columns, each) * 5 // 4 for group in block.groups)
-    return total + (_held(tokens, length, each) if step.packing else 0)
+@dataclass(frozen=True)
+class _Pass:
+    """One micro-batch on its way. each: bytes of a number as the model computes. tokens: of all its sequences."""
+
+    shape: Shape
+    step: Finetune
+    learned: Learned
+    each: int
+    tokens: int
+    length: int
+
+    def kept(self, block: Block) -> int:
+        """What a block leaves for the backward pass: inputs of what learns, what attention read and made, what stands
+        around activation functions and norms, and its own copy of the mask that keeps packed examples apart. Scores of
+        attention are computed again, piece by piece (torch's scaled_dot_product_attention).
+        """
+        each, tokens, hidden = self.each, self.tokens, self.shape.hidden
+        total = 2 * self.held(tokens, hidden, FLOAT)  # what both norms read, which compute in float32
+        if each < FLOAT:
+            total += 2 * self.held(tokens, hidden, each)
+        for group in block.groups:
+            some = int(group.share * tokens)
+            if self.learned.linears:
+                total += self.held(some, group.columns, each)
+            if isinstance(self.step, LowRank) and self.step.dropout:  # what is left of them, and which are left
+                total += len(group.rows) * self.held(some, group.columns, each + 1)
+            total += sum(self.held(some, width, each) for width in _made(group, hidden))
+            total += len(group.rows) * self.held(some, self.learned.rank, each)
+        return total + (self.held(tokens, self.length, each) if self.step.packing else 0)
+
+    def logits(self, tokens: int, copies: int) -> int:
+        own = self.held(tokens, self.shape.vocabulary, self.each) if self.each < FLOAT else 0
+        return own + copies * self.held(tokens, self.shape.vocabulary, FLOAT)
+
+    def gradients(self) -> int:
+        """Inside of a block."""
+        widest = max((max(group.rows) for block in self.shape.blocks for group in block.groups), default=0)
+        return 4 * self.held(self.tokens, widest, self.each)
+
+    def held(self, tokens: int, width: int, each: int) -> int:
+        size = tokens * width * each
+        if self.step.activation_checkpointing or size >= HEAP_BYTES:
+            return size
+        return int((HOLES_WITH_ADAPTERS if self.learned.apart else HOLES) * size)
 
 
 def _made(group: Group, hidden: int) -> tuple[int, ...]:
@@ -118,22 +147,6 @@ def _made(group: Group, hidden: int) -> tuple[int, ...]:
     if len(group.rows) >= 3:  # queries, keys and values, these repeated for every head
         return (max(group.rows),) * 3
     return (*group.rows, max(group.rows)) if len(group.rows) == 2 else group.rows  # a gate is activated
-
-
-def _held(tokens: int, width: int, each: int) -> int:
-    size = tokens * width * each
-    return int(HOLES * size) if size < HEAP_BYTES else size
-
-
-def _logits(shape: Shape, tokens: int, copies: int, each: int) -> int:
-    own = _held(tokens, shape.vocabulary, each) if each < FLOAT else 0
-    return own + copies * _held(tokens, shape.vocabulary, FLOAT)
-
-
-def _widest(shape: Shape, tokens: int, each: int) -> int:
-    """Gradients inside of a block."""
-    widest = max((max(group.rows) for block in shape.blocks for group in block.groups), default=0)
-    return 4 * _held(tokens, widest, each)
 
 
 def _slice(shape: Shape, length: int) -> int:

@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# gptqmodel 7.6 keeps an error of its own import for ever, and with it all frames that stood open then. peft would
+# import it while it wraps a model, which would then stay in memory for as long as the process lives.
+import gptqmodel  # noqa: F401
 import torch
 from peft import LoraConfig
 from torch import Tensor

@@ -24,6 +24,7 @@ from models.resources import (
     Clock,
     cpu_seconds,
     device_name,
+    freed_at_once,
     peak_gpu_bytes,
     peak_host_bytes,
     return_free_memory,
@@ -113,7 +114,8 @@ def _trained(
     with clock.stage("training"):
         notify.stage(Stage.training)
         checkpoints = Checkpoints(inputs.work / "train", prepared.mark, processes.team)
-        story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
+        with freed_at_once(step.activation_checkpointing):
+            story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
         losses = task.held_out_losses(accelerator)
         samples = {adapter: _sample(task.held_out, losses)}
     with clock.stage("exporting"):

@@ -1,0 +1,81 @@
+"""Predicted memory of trainings against what was measured, and what it depends on."""
+
+from typing import Any
+
+import pytest
+
+from squeeze.shapes import shape_of
+from squeeze.steps import Format
+from squeeze.trainable import learned
+from squeeze.training import Finetune
+from squeeze.training_memory import TrainingMemory, needed_to_train
+from tests.squeeze.making import config, tensors, training
+
+BOTH: dict[Format, int] = {"peft": 0}
+BF16, CHECKPOINTED = {"precision": "bf16"}, {"activation_checkpointing": True}
+
+# (width, blocks, vocabulary), tokens of a sequence, the step; the largest resident bytes of the job's process, and of
+# all of its processes at one moment where they were measured, in millions: by benchmarks/training_memory.py, on one
+# thread of a CPU.
+MEASURED: tuple[tuple[tuple[int, int, int], int, dict[str, Any], int, int | None], ...] = (
+    ((256, 5, 4096), 256, {"micro_batch_size": 4}, 944, 1232),
+    ((512, 4, 4096), 512, {"micro_batch_size": 1}, 948, 1344),
+    ((512, 4, 4096), 512, {"micro_batch_size": 4}, 1617, 1617),
+    ((512, 4, 32000), 512, {"micro_batch_size": 2}, 1552, 1581),
+    ((1024, 4, 32000), 256, {"micro_batch_size": 1}, 1292, None),
+    ((512, 4, 4096), 512, BF16 | {"micro_batch_size": 4}, 1271, 1306),
+    ((512, 4, 4096), 512, {"method": "full", "micro_batch_size": 2}, 1025, 1025),
+    ((1024, 8, 4096), 256, {"method": "last_layers", "micro_batch_size": 2}, 1372, 1436),
+)
+
+
+def needed(
+    size: tuple[int, int, int], length: int, step: dict[str, Any] | None = None, text_bytes: int = 0
+) -> TrainingMemory:
+    width, blocks, vocabulary = size
+    told = config(width, vocab_size=vocabulary, max_position_embeddings=2048)
+    sides = tensors(blocks, width, vocabulary=vocabulary)
+    spec = training(step, data={"source": "file-abcdefgh", "sequence_length": length})
+    (method,) = spec.steps
+    assert isinstance(method, Finetune)
+    return needed_to_train(shape_of(told, sides), spec, method, learned(method, told, sides), BOTH, text_bytes)
+
+
+@pytest.mark.parametrize(("size", "length", "step", "job", "together"), MEASURED)
+def test_predictions_are_near_what_was_measured(
+    size: tuple[int, int, int], length: int, step: dict[str, Any], job: int, together: int | None
+) -> None:
+    memory = needed(size, length, step)
+    assert 0.85 <= memory.job / job / 1e6 <= 1.15
+    if together is not None:
+        assert 0.85 <= memory.whole / together / 1e6 <= 1.15
+
+
+def test_a_parameter_that_learns_takes_sixteen_bytes_beside_the_weights_and_twelve_as_one_of_them() -> None:
+    size = (256, 4, 4096)
+    lora, full = needed(size, 64), needed(size, 64, {"method": "full"})
+    apart = 4 * 16 * (512 + 2 * 384 + 512 + 3 * 1024)
+    assert lora.learning == 20 * apart, "and four of what it began as"
+    assert full.weights == lora.weights and full.learning == 12 * full.weights // 4
+    looked_at = needed(size, 64, {"method": "full", "evaluate_every": 5})
+    assert looked_at.learning == 16 * full.weights // 4
+    half = needed(size, 64, BF16)
+    assert 2 * half.weights == lora.weights and half.learning == lora.learning
+
+
+def test_activations_grow_with_the_micro_batch_and_its_tokens_and_hardly_with_blocks_where_checkpointed() -> None:
+    one, four = (needed((512, 8, 4096), 128, {"micro_batch_size": n}) for n in (1, 4))
+    assert four.activations == 4 * one.activations and four.passing == 4 * one.passing
+    plain, checkpointed = (needed((512, 64, 4096), 512, {"micro_batch_size": 1} | more) for more in ({}, CHECKPOINTED))
+    assert checkpointed.activations < plain.activations / 8
+    few, many = (needed((512, blocks, 4096), 512, CHECKPOINTED).activations for blocks in (8, 16))
+    assert many - few == 8 * 8 * 512 * 512 * 4
+    last, full = (needed((512, 8, 4096), 128, {"method": name}).activations for name in ("last_layers", "full"))
+    assert 4 * last == full
+
+
+def test_a_large_vocabulary_and_many_examples_take_room() -> None:
+    small, large = (needed((512, 4, vocabulary), 512) for vocabulary in (4096, 128000))
+    assert large.passing == 3 * 8 * 512 * 128000 * 4 > 20 * small.passing
+    empty, full = (needed((512, 4, 4096), 512, text_bytes=size) for size in (0, 10**9))
+    assert full.process == empty.process + 3 * 10**9
