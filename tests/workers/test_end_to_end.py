@@ -199,6 +199,36 @@ def test_a_job_that_two_processes_share_gives_the_bytes_of_one_even_when_one_of_
 
 
 @pytest.mark.slow
+def test_a_training_that_two_processes_share_loses_what_one_does_even_when_one_is_killed_and_is_then_quantized_by_both(
+    place: Place, worker: Worker
+) -> None:
+    rows = [json.dumps({"text": f"line {n} says that {n} is followed by {n + 1}"}) for n in range(300)]
+    data = {"source": _upload(place, "\n".join(rows)), "sequence_length": 64, "samples": 48}
+    step = LORA | {"steps": 60, "merge": True, "learning_rate": 1e-3}
+    alone = place.submit(steps=[step], **SMALL | {"data": data})
+    assert worker.run_job(alone) == Status.succeeded, place.job(alone).error
+    steps = [step | {"sharding": "full"}, GPTQ]
+    shared = place.submit(steps=steps, formats=["gptq"], limits={"gpus": 2}, **SMALL | {"data": data})
+    running = Running(worker, shared)
+    work = place.scratch(shared) / "work" / "train"
+    eventually(lambda: work.is_dir() and any(work.glob("checkpoint-*[0-9]/state.json")), "a checkpoint is saved")
+    _kill_child(worker, "its second process")
+    assert running.status() == Status.queued
+    assert worker.run_job(shared) == Status.succeeded, place.job(shared).error
+    with place.database.read() as session:
+        expected, report = (listing.report(session, PROJECT, one) for one in (alone, shared))
+    one, two = expected["training"], report["training"]
+    assert (one["processes"], two["processes"], two["sharding"]) == (1, 2, "full") and two["resumed"]
+    losses = [[step["loss"] for step in each["curve"]] for each in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert two["loss_after"] == pytest.approx(one["loss_after"], abs=1e-5)
+    assert report["device"].startswith("2 × CPU") and report["bits_per_weight"] is not None
+    messages = [event.message for event in place.events(shared)]
+    for words in ("2 processes share the training", "2 processes share the calibration"):
+        assert any(message.startswith(words) for message in messages), messages
+
+
+@pytest.mark.slow
 def test_a_job_on_a_dataset_of_the_hub_reports_the_commit_and_split_that_it_read(
     place: Place, worker: Worker, hub: FaultyHub, tmp_path: Path
 ) -> None:
