@@ -3,6 +3,7 @@
 import json
 import types
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
@@ -56,11 +57,22 @@ def step_options(methods: Sequence[type[BaseModel]]) -> list[click.Option]:
     options = []
     for name in in_order:
         some = takers[name]
-        field = some[0].model_fields[name]
+        field = copy(some[0].model_fields[name])
         note = "" if len(some) == len(methods) else f"{', '.join(map(method_name, some))} only"
         alike = all(method.model_fields[name].annotation == field.annotation for method in some)
+        field.description = _described(name, some)
         options.append(option(name, field, note=note, kind=None if alike else Json()))
     return options
+
+
+def _described(name: str, methods: Sequence[type[BaseModel]]) -> str:
+    """What methods say of their parameter of one name; where they differ, each after its own."""
+    said: dict[str, list[str]] = {}
+    for method in methods:
+        said.setdefault(method.model_fields[name].description or "", []).append(method_name(method))
+    if len(said) == 1:
+        return next(iter(said))
+    return " ".join(f"{', '.join(names)}: {text}" for text, names in said.items())
 
 
 def method_name(method: type[BaseModel]) -> str:
