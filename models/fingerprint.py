@@ -63,7 +63,11 @@ def training_fingerprint(
         "data": data.model_dump(),
         "length": length,
         "device": device,
-        "versions": [__version__, torch.__version__, *map(version, ("transformers", "peft", "accelerate"))],
+        "versions": [
+            __version__,
+            torch.__version__,
+            *map(version, ("transformers", "peft", "accelerate", "bitsandbytes")),
+        ],
     }
     return _digest(parts)
 

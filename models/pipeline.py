@@ -39,6 +39,7 @@ from models.teamwork import follow as follow_quantizing
 from models.teamwork import frames_of, lead
 from models.train.job import added, for_what_follows, run_training, trained
 from models.train.job import follow as follow_training
+from models.train.optimizers import refuse_without_gpu
 from models.train.prepare import refuse_untrainable
 from squeeze import __version__
 from squeeze.architectures import HELD_BY, refuse_unrotatable
@@ -138,6 +139,7 @@ def _run(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
     if training is None:
         return _quantized(inputs, clock, notify, team)
     with _params_named(inputs.spec, training):
+        refuse_without_gpu(training, torch.device(inputs.device))
         if training is inputs.spec.steps[-1]:
             return run_training(inputs, training, notify, team)
         done = trained(inputs, training, inputs.work / "adapter", inputs.work / "whole", clock, notify, team)

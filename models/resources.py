@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
 
 @dataclass
 class Clock:
@@ -55,6 +57,17 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def map_large_memory() -> None:
+    """Has what is freed of 1 MiB and more go back to the system at once, from now on in this process.
+
+    glibc moves the bound up to 32 MiB as large pieces are freed, and keeps those below it. Loading a model of 210 M
+    parameters in nf4 took between 260 and 1,100 MB for 140 MB of codes; with a fixed bound 190.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def available_host_bytes() -> int:

@@ -225,7 +225,7 @@ class Training(Part):
     """What a step that trains did."""
 
     method: str
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
     trainable_parameters: int
     trained_modules: int = Field(description="Linear layers that were trained or have an adapter.")
     data: TrainingData
@@ -239,7 +239,10 @@ class Training(Part):
     planned_steps: int
     stopped: str | None = Field(None, description="Why it ended before the planned steps.")
     best_step: int = Field(description="After which the weights are that were kept.")
-    loss_before: float = Field(description="Held-out, of the model as it came; of a distillation, of the student.")
+    loss_before: float = Field(
+        description="Held-out, of the model as it came (with qlora, as it was rounded); of a distillation, of the "
+        "student."
+    )
     loss_after: float = Field(description="Held-out, of what was kept.")
     loss_written: float | None = Field(None, description="Held-out, of the whole model as it is stored, if one is.")
     loss_quantized: dict[str, float] = Field(

@@ -14,7 +14,7 @@ from squeeze.distillation import Distill, Hidden, OnPolicy
 from squeeze.formats import holders
 from squeeze.names import names_a_model
 from squeeze.steps import Format, Quantize, Step
-from squeeze.training import Adapters, Finetune, Train
+from squeeze.training import Adapters, Finetune, QLoRA, Train
 from squeeze.wire import Wire
 
 SELF = "self"  # the model samples its own text
@@ -136,6 +136,9 @@ class Limits(Wire):
 def _refuse_unshared(step: Train, gpus: int) -> None:
     if gpus <= 1 and step.sharding != "auto":
         raise ValueError(f"sharding {step.sharding!r} says what several GPUs hold: set limits.gpus to 2 or more")
+    if gpus > 1 and (step.optimizer != "adamw" or step.precision == "fp16" or isinstance(step, QLoRA)):
+        what = "qlora" if isinstance(step, QLoRA) else step.optimizer if step.optimizer != "adamw" else "fp16"
+        raise ValueError(f"{what} is computed on one GPU alone: set limits.gpus to 1")
     if gpus > 1 and isinstance(step, Hidden | OnPolicy):
         raise ValueError(f"{step.method} runs on one GPU: set limits.gpus to 1, or take the method logits")
     if gpus > step.batch_size:

@@ -4,7 +4,7 @@ As with the other steps, `kind` and `method` are the folder and the file in `mod
 (`finetune`, `lora` -> `models/finetune/lora.py`). A new method adds its class here and that file, nothing else.
 """
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,7 +12,8 @@ from squeeze.sharding import Sharding
 from squeeze.wire import Wire
 
 Schedule = Literal["cosine", "linear", "constant"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "galore", "badam"]
 USUAL_EPOCHS = 1.0
 
 
@@ -63,7 +64,27 @@ class Train(Wire):
     precision: Precision = Field(
         "auto",
         description="Of the computation. What is trained, and the optimizer's state, is float32 in any case. `auto`: "
-        "bf16 on a GPU that can, else fp32.",
+        "bf16 on a GPU that can, else fp32. `fp16`: with a scaled loss, on a GPU.",
+    )
+    optimizer: Optimizer = Field(
+        "adamw",
+        description="`adamw`: 8 bytes for every number that learns. `adamw8bit`: 2 (arXiv 2110.02861); "
+        "`paged_adamw8bit`: in host memory where the GPU's is full. `galore`: AdamW on a projection of the gradients "
+        "of the decoder blocks' matrices (arXiv 2403.03507). `badam`: one decoder block at a time, with gradients and "
+        "state for this alone (arXiv 2404.02827).",
+    )
+    projection_rank: int = Field(128, ge=1, le=8192, description="Of `galore`: of the projection.")
+    projection_refresh: int = Field(200, ge=1, le=100_000, description="Of `galore`: steps between two projections.")
+    projection_scale: float = Field(
+        0.25, gt=0, le=100, description="Of `galore`: what the learning rate of projected gradients is multiplied by."
+    )
+    block_steps: int = Field(50, ge=1, le=100_000, description="Of `badam`: steps until the next block's turn.")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Keep a moving average of what learns, in which the average so far counts this much after each "
+        "step (less in the first ones); it is what is evaluated and kept. For example 0.999.",
     )
     activation_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: less memory, a third more time."
@@ -153,10 +174,9 @@ class Adapters(Finetune):
 Patterns = tuple[Annotated[str, Field(min_length=1, max_length=200)], ...]
 
 
-class LoRA(Adapters):
-    """Learns a product of two narrow matrices beside each linear layer, whose own weights stay (arXiv 2106.09685)."""
+class LowRank(Adapters):
+    """Learns a product of two narrow matrices beside each linear layer, whose own weights stay."""
 
-    method: Literal["lora"]
     rank: int = Field(16, ge=1, le=4096, description="Columns of the narrow matrices.")
     alpha: float = Field(
         32.0,
@@ -174,6 +194,12 @@ class LoRA(Adapters):
     dora: bool = Field(
         False, description="Learn the length of each row of the weights apart from its direction (arXiv 2402.09353)."
     )
+
+
+class LoRA(LowRank):
+    """Learns a product of two narrow matrices beside each linear layer, whose own weights stay (arXiv 2106.09685)."""
+
+    method: Literal["lora"]
     init: Literal["default", "pissa"] = Field(
         "default",
         description="Where the narrow matrices start. `default`: their product is nothing. `pissa`: at the largest "
@@ -186,6 +212,52 @@ class LoRA(Adapters):
         if self.init == "pissa" and self.dora:
             raise ValueError("init `pissa` changes the weights whose rows `dora` measures: take one of them")
         return self
+
+
+class QLoRA(LowRank):
+    """LoRA beside weights that are rounded while they are loaded, and stay so: a quarter or half of the memory
+    (arXiv 2305.14314). Merged, what was learned is added to the weights as they came.
+    """
+
+    method: Literal["qlora"]
+    base: Literal["nf4", "int8"] = Field(
+        "nf4",
+        description="What the weights are rounded to: 4 bits with a scale for 64 weights, or 8 bits with one for each "
+        "output row, where inputs are rounded too (LLM.int8(), arXiv 2208.07339). Embeddings, norms and the output "
+        "head keep 16 bits or more.",
+    )
+    double_quantization: bool = Field(True, description="Of nf4: keep the scales themselves in 8 bits.")
+    init: Literal["default", "loftq"] = Field(
+        "default",
+        description="Where the narrow matrices start. `default`: their product is nothing. `loftq`: at the largest "
+        "singular vectors of what nf4 loses (arXiv 2310.08659, one round); can't be merged.",
+    )
+
+    @model_validator(mode="after")
+    def _makes_up_for_its_base(self) -> Self:
+        if self.init == "loftq" and self.base != "nf4":
+            raise ValueError("init `loftq` makes up for what nf4 loses: set base to nf4, or init to default")
+        if self.init == "loftq" and self.dora:
+            raise ValueError("init `loftq` changes the rows that `dora` measures: take one of them")
+        if self.init == "loftq" and self.merge:
+            raise ValueError(
+                "init `loftq` makes up for what nf4 loses, and the weights that it would be merged into lost nothing: "
+                "take init default, or leave `merge` out"
+            )
+        return self
+
+    def base_settings(self, dtype: str) -> dict[str, Any]:
+        """What transformers' BitsAndBytesConfig is told, so that the same base comes of it. dtype: of the computation,
+        as torch calls it.
+        """
+        if self.base == "int8":
+            return {"load_in_8bit": True}
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": self.double_quantization,
+            "bnb_4bit_compute_dtype": dtype,
+        }
 
 
 class IA3(Adapters):
@@ -268,4 +340,4 @@ class LastLayers(Finetune):
     layers: int = Field(2, ge=1, le=1000, description="Decoder blocks that are trained, counted from the end.")
 
 
-TRAINING_METHODS: tuple[type[Train], ...] = (LoRA, IA3, Prompt, Prefix, Full, LastLayers)
+TRAINING_METHODS: tuple[type[Train], ...] = (LoRA, QLoRA, IA3, Prompt, Prefix, Full, LastLayers)

@@ -115,23 +115,6 @@ def _piece(name: str, tensor: Tensor) -> Piece:
     return Piece({name: (tensor.dtype, tuple(tensor.shape))}, lambda: {name: whole(tensor)})
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimizer, by its parameters' numbers."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{n}.{name}": value for n, each in state.items() for name, value in each.items()}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    described = optimizer.state_dict()
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        kind, _, rest = key.partition(".")
-        if kind == "optimizer":
-            number, _, name = rest.partition(".")
-            state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
-
-
 def random_tensors(device: torch.device) -> dict[str, Tensor]:
     """Where the random numbers of this process stand."""
     found = {"random.cpu": torch.get_rng_state()}

@@ -5,9 +5,8 @@ import json
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor
 
 from models.card import write_card
@@ -44,7 +43,7 @@ from squeeze.objects import Stage
 from squeeze.report import Certificate, Report, Spent, Training
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
-from squeeze.training import Adapters, Train
+from squeeze.training import Adapters, QLoRA, Train
 
 LIBRARIES = ("peft", "accelerate")
 
@@ -167,11 +166,13 @@ def run_training(inputs: Inputs, step: Train, notify: Notify, team: Team = SOLO)
 
 
 def _certified(inputs: Inputs, done: Trained, name: Format, directory: Path, notify: Notify) -> list[Certificate]:
+    step, dtype = done.prepared.step, str(done.prepared.dtype).removeprefix("torch.")
     return certify(
         directory,
         name,
         sample=done.samples[directory],
         base=inputs.model if name == "peft" else None,
+        base_settings=step.base_settings(dtype) if isinstance(step, QLoRA) else None,
         source_bytes=done.source.weight_bytes,
         dtype=done.prepared.dtype,
         device=done.prepared.device.type,
@@ -222,7 +223,7 @@ def _training(prepared: Prepared, task: Task, story: Story, after: float) -> Tra
     held_out = task.held_out
     return Training(
         method=step.method,
-        precision="bf16" if prepared.dtype == torch.bfloat16 else "fp32",
+        precision=cast(Literal["fp32", "bf16", "fp16"], prepared.precision),
         trainable_parameters=sum(one.numel() for one in task.learning.values()),
         trained_modules=len(prepared.sites),
         data=prepared.split.data,

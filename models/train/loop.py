@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from models.progress import Notify
 from models.resources import peak_gpu_bytes, peak_host_bytes
+from models.train.averages import Averages, copied, put
 from models.train.checkpoints import (
     Checkpoints,
     Story,
-    optimizer_tensors,
     random_tensors,
-    restore_optimizer,
     restore_random,
 )
 from models.train.examples import Examples
+from models.train.optimizers import BAdam, optimizer_of, optimizer_tensors, restore_optimizer
 from models.train.packing import Batch, Plan, Row
 from models.train.processes import ALONE, Processes, whole
 from models.train.schedule import learning_rate, warmup_steps
@@ -40,7 +40,7 @@ from squeeze.training import Train
 
 SNAPSHOT_SHARE = 0.1  # of the time that may go into checkpoints before `snapshot_seconds` are over
 TOLD_SECONDS = 1.0  # between two events
-BETAS, EPSILON = (0.9, 0.999), 1e-8
+SMALLEST_SCALE = 1.0  # of a loss in fp16; a gradient that is too large even so is no matter of precision
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,8 @@ class _Run:
         self._task, self._accelerator, self._checkpoints, self._notify = task, accelerator, checkpoints, notify
         self._learning, self._called = task.learning, task.processes.called(task.model)
         step = task.step
-        self._optimizer = torch.optim.AdamW(
-            self._learning.values(),
-            lr=step.learning_rate,
-            betas=BETAS,
-            eps=EPSILON,
-            weight_decay=step.weight_decay,
-        )
+        self._optimizer = optimizer_of(step, self._learning)
+        self._averages = Averages(self._learning, step.ema)
         self._warmup = warmup_steps(step.warmup, task.plan.steps)
         self._best: dict[str, Tensor] = {}
         self._random = random_tensors(task.device)
@@ -159,6 +154,13 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self._learning.items():
                 parameter.copy_(tensors[f"learned.{name}"])
+        for name, average in self._averages.tensors.items():
+            average.copy_(tensors[f"averaged.{name}"])
+        if (scaler := self._accelerator.scaler) is not None:
+            scaler.load_state_dict(
+                scaler.state_dict()
+                | {"scale": float(tensors["scale"]), "_growth_tracker": int(tensors["scale.tracker"])}
+            )
         self._best = {name: tensors[f"best.{name}"] for name in self._learning if f"best.{name}" in tensors}
         restore_optimizer(self._optimizer, tensors)
         restore_random(tensors, self._task.device)
@@ -178,20 +180,44 @@ class _Run:
         processes.draw(task.plan.seed, number)
         parts = processes.batches(task.examples, task.plan.batch(number), task.step.micro_batch_size)
         learned, tokens = processes.total(sum(one.learned for one in parts), sum(one.tokens for one in parts))
+        if isinstance(self._optimizer, BAdam):
+            self._optimizer.turn_to(number)
         task.model.train()
-        self._optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for n, part in enumerate(parts, start=1):
-            if processes.agree(asked):
+        while True:
+            share = self._gradient_of(parts, learned, asked)
+            if share is None:
                 return False
-            total += self._part(part.to(task.device), learned, last=n == len(parts))
-        (total,) = processes.total(total)
-        self._refuse_no_number(total, "loss")
-        limit = math.inf if task.step.clip_norm is None else task.step.clip_norm
-        norm = float(whole(self._accelerator.clip_grad_norm_([*self._learning.values()], limit)))
+            (total,) = processes.total(share)
+            self._refuse_no_number(total, "loss")
+            self._accelerator.unscale_gradients(self._optimizer)
+            limit = math.inf if task.step.clip_norm is None else task.step.clip_norm
+            norm = float(whole(self._accelerator.clip_grad_norm_([*self._learning.values()], limit)))
+            if math.isfinite(norm) or not self._scale_down():
+                break
         self._refuse_no_number(norm, "gradient's norm")
         self._now = {"loss": total, "norm": norm, "tokens": tokens, "began": began}
         return not processes.agree(asked)
+
+    def _gradient_of(self, parts: Sequence[Batch], learned: float, asked: threading.Event) -> float | None:
+        """This process's share of the loss of a batch, whose gradient is there then; None where we are asked to end."""
+        self._optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for n, part in enumerate(parts, start=1):
+            if self._task.processes.agree(asked):
+                return None
+            total += self._part(part.to(self._task.device), learned, last=n == len(parts))
+        return total
+
+    def _scale_down(self) -> bool:
+        """After a gradient that fp16 can't hold: a smaller scale of the loss, and the same batch once more, with the
+        same random numbers. False where there is no smaller one.
+        """
+        scaler = self._accelerator.scaler
+        if scaler is None or scaler.get_scale() < SMALLEST_SCALE:
+            return False
+        scaler.update()
+        restore_random(self._random, self._task.device)
+        return True
 
     def _part(self, batch: Batch, learned: float, *, last: bool) -> float:
         """Adds the gradient of a part of a batch that has so many learned tokens in all; its share of the loss."""
@@ -210,7 +236,7 @@ class _Run:
         rate = learning_rate(step.learning_rate, step.schedule, number, task.plan.steps, self._warmup)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
+        self._take_step()
         self._optimizer.zero_grad(set_to_none=True)
         self.story.curve.append(
             TrainingStep(
@@ -231,15 +257,25 @@ class _Run:
             self.look()
             self._stop_where_it_falls_no_more()
 
+    def _take_step(self) -> None:
+        scaler = self._accelerator.scaler
+        if scaler is None:
+            self._optimizer.step()
+        else:
+            scaler.step(self._optimizer)
+            scaler.update()
+        self._averages.add(self.story.done + 1)
+
     def look(self) -> None:
-        """Measures the held-out loss."""
-        with nullcontext() if self.story.done else without_virtual_tokens(self._task.model):  # at first as it came
+        """Measures the held-out loss, with averaged weights where they are averaged."""
+        came = nullcontext() if self.story.done else without_virtual_tokens(self._task.model)
+        with self._averages.in_place(), came:
             sums, counts = self._task.held_out_losses(self._accelerator)
         found = HeldOutLoss(step=self.story.done, loss=float(sums.sum() / counts.sum()))
         best = self.story.best
         self.story.held_out.append(found)
         if self._task.step.evaluate_every is not None and found.step and (best is None or found.loss < best.loss):
-            self._best = {name: one.detach().clone() for name, one in self._learning.items()}
+            self._best = copied(self._learning if not self._averages.tensors else self._averages.tensors)
         self._notify.event(
             "info", f"held-out loss after {found.step} steps: {found.loss:.4f}", step=found.step, loss=found.loss
         )
@@ -259,14 +295,23 @@ class _Run:
             self.story,
             {f"learned.{name}": one for name, one in self._learning.items()}
             | {f"best.{name}": one for name, one in self._best.items()}
+            | {f"averaged.{name}": one for name, one in self._averages.tensors.items()}
             | optimizer_tensors(self._optimizer)
+            | self._scale_tensors()
             | self._random,
         )
 
+    def _scale_tensors(self) -> dict[str, Tensor]:
+        """Of the loss, with fp16."""
+        if self._accelerator.scaler is None:
+            return {}
+        state = self._accelerator.scaler.state_dict()
+        return {"scale": torch.tensor(state["scale"]), "scale.tracker": torch.tensor(state["_growth_tracker"])}
+
     def keep_the_best(self) -> None:
-        with torch.no_grad():
-            for name, best in self._best.items():
-                self._learning[name].copy_(best)
+        if isinstance(self._optimizer, BAdam):
+            self._optimizer.release()
+        put(self._learning, self._best or self._averages.tensors)
 
     def tell(self, *, whole: bool = False) -> None:
         """Events of the steps since the last one, not more often than once a second."""

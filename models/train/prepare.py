@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from models.architectures import architecture_of
 from models.checkpoint import SourceModel, open_or_convert
@@ -30,9 +31,9 @@ from models.train.texts import examples_of
 from models.train.whole import load_whole
 from squeeze.distillation import Distill, Sequence
 from squeeze.errors import DataUnusable, ModelMalformed
-from squeeze.training import Adapters, Precision, Train, VirtualTokens
+from squeeze.training import Adapters, Precision, QLoRA, Train, VirtualTokens
 
-TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -172,11 +173,18 @@ def prepare(inputs: Inputs, step: Train, notify: Notify | None = None) -> Prepar
 def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
     """(the training before its first step, adapters as they begin, warnings)."""
     step, warnings, processes = prepared.step, list(prepared.split.warnings), prepared.processes
+    method = method_of(step)
     with processes.loading():
-        model = prepared.load(prepared.source.path, prepared.first_device)
+        if isinstance(step, QLoRA):
+            transformers_logging.disable_progress_bar()
+            model = method.load(prepared.source.path, step, prepared.dtype, prepared.device)
+        else:
+            model = prepared.load(prepared.source.path, prepared.first_device)
         torch.manual_seed(prepared.seed)
-        model = method_of(step).finetune(model, step, [site.name for site in prepared.sites])
-        initial = method_of(step).adapter_of(model) if isinstance(step, Adapters) else {}
+        model = method.finetune(model, step, [site.name for site in prepared.sites])
+        if isinstance(step, QLoRA) and step.init == "loftq":
+            method.start_at_what_is_lost(model, step, prepared.source, prepared.sites)
+        initial = method.adapter_of(model) if isinstance(step, Adapters) else {}
         if step.activation_checkpointing:
             own(model).activation_checkpointing_enable({"use_reentrant": False})
         prepared.share(model)
