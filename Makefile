@@ -12,7 +12,7 @@ LOCKS := $(wildcard requirements/*.lock requirements/*.txt)
 PACKAGES := squeeze storage jobs models api workers
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test test-long test-chaos check format fuzz bench-service bench-memory bench-quality bench-calibration bench-wide bench-speed bench-training bench-pace table test-kills clean
+.PHONY: help install quickstart serve test test-long test-chaos check format fuzz bench-service bench-memory bench-quality bench-calibration bench-wide bench-speed bench-training bench-distill bench-pace table test-kills clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -80,6 +80,9 @@ bench-wide: $(INSTALLED) ## three blocks of a 70B-shaped model: seconds and memo
 
 bench-training: $(INSTALLED) ## LoRA against peft and transformers' Trainer: the same curve, tokens a second packed and not
 	$(BIN)/python benchmarks/training.py
+
+bench-distill: $(INSTALLED) ## a student of half the depth: logits against cross-entropy alone, three seeds
+	$(BIN)/python benchmarks/distillation.py
 
 bench-pace: $(INSTALLED) ## operations a second of each method and stage: the speeds that plans rest on
 	$(BIN)/python benchmarks/pace.py

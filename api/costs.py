@@ -79,7 +79,7 @@ def kept_bytes(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]
         return 0
     known = learned_of(step, config, tensors)
     whole = 2 * sum(tensor.elements for tensor in tensors.values()) if step is not spec.steps[-1] else 0
-    return 2 * known.parameters * (4 + known.optimizer_bytes) + whole
+    return 2 * (4 * known.parameters + known.state_bytes) + whole
 
 
 def _ignored(spec: JobSpec) -> list[str]:

@@ -11,6 +11,7 @@ from jobs import files
 from jobs.records import FileRecord
 from squeeze.documents import PARQUET, grain_for, rows_in
 from squeeze.errors import ArtifactNotFound, DataUnusable, FileNotFound
+from squeeze.names import OWN_ID
 from squeeze.records import (
     DATA,
     EVALUATION,
@@ -21,7 +22,7 @@ from squeeze.records import (
     refuse_nothing_held_out,
     refuse_too_few,
 )
-from squeeze.specs import OWN_ID, JobSpec
+from squeeze.specs import JobSpec
 from squeeze.training import Train
 
 CHECKED_BYTES = 16 << 20  # of a file; the worker looks at the rest before it fetches a model

@@ -11,6 +11,7 @@ from api.sources import Files, files_of, refuse_absent_dataset
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
 from jobs import files as uploads
 from squeeze.architectures import ARCHITECTURES, HELD_BY, refuse_unrotatable
+from squeeze.distillation import Distill
 from squeeze.errors import (
     ArchitectureUnsupported,
     DataUnusable,
@@ -25,6 +26,7 @@ from squeeze.errors import (
 )
 from squeeze.formats import refuse_unfit
 from squeeze.objects import Obstacle, Plan
+from squeeze.shapes import BLOCK
 from squeeze.specs import SELF, JobSpec, hub_text
 from squeeze.steps import Format, Grouped, Quantize
 from squeeze.training import Adapters, LoRA, Train
@@ -121,6 +123,12 @@ def _in_the_model(
     if not tensors and not _weight_bytes(files):
         yield ModelMalformed("The model has no weights: neither safetensors nor .bin files.", param="model")
     for number, step in enumerate(spec.steps):
+        if isinstance(step, Distill) and step.student.layers is not None and 0 < _depth(tensors) <= step.student.layers:
+            yield ModelMalformed(
+                f"The teacher has {_depth(tensors)} decoder blocks; a student that is cut from it has fewer, not "
+                f"{step.student.layers}.",
+                param=f"steps.{number}.student.layers",
+            )
         if not isinstance(step, Quantize):
             continue
         if step.rotation is not None and kind in ARCHITECTURES:
@@ -177,12 +185,29 @@ def _result_bytes(
 def _trained_bytes(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[Format, int]:
     """What was learned beside the weights in 32 bits, and a whole model in 16."""
     step = spec.steps[-1]
+    if isinstance(step, Distill):
+        return _student_bytes(step, spec, tensors)
     beside = 4 * learned_of(step, config, tensors).parameters if isinstance(step, Adapters) else 0
     sizes: dict[Format, int] = {
         "peft": beside * (2 if isinstance(step, LoRA) and step.init == "pissa" else 1),
         "safetensors": 2 * sum(tensor.elements for tensor in tensors.values()),
     }
     return {name: sizes[name] for name in spec.formats if name in sizes}
+
+
+def _student_bytes(step: Distill, spec: JobSpec, tensors: dict[str, Tensor]) -> dict[Format, int]:
+    """Of a student that is cut from the teacher, whose blocks are taken to be alike; of another nothing is known."""
+    if step.student.layers is None:
+        return {}
+    inside = sum(tensor.elements for name, tensor in tensors.items() if BLOCK.search(name))
+    whole = sum(tensor.elements for tensor in tensors.values())
+    kept = inside * step.student.layers // max(1, _depth(tensors))
+    return dict.fromkeys(spec.formats, 2 * (whole - inside + kept))
+
+
+def _depth(tensors: dict[str, Tensor]) -> int:
+    """Decoder blocks."""
+    return len({found[1] for name in tensors if (found := BLOCK.search(name))})
 
 
 def _estimates(spec: JobSpec, step: Quantize, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[Format, int]:

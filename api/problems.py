@@ -71,6 +71,7 @@ STATUS: dict[str, int] = {
     "architecture_unsupported": 422,
     "group_size_indivisible": 422,
     "data_unusable": 422,
+    "vocabularies_differ": 422,
     "not_finite": 422,
     "factorisation_failed": 422,
     "disk_full": 507,

@@ -31,8 +31,9 @@ from squeeze.errors import (
     ModelNotFound,
     SpecInvalid,
 )
+from squeeze.names import HUB_ID, OWN_ID
 from squeeze.objects import Status
-from squeeze.specs import HUB_ID, OWN_ID, HubText
+from squeeze.specs import HubText
 
 HUB_SECONDS = 10.0
 

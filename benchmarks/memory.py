@@ -20,13 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from squeeze.memory import Memory, needed
 from squeeze.specs import JobSpec
 
-# Every method that looks at text. AutoRound at its default of 200 iterations would take hours; its memory is the same.
+# Every method that looks at text. AutoRound's iterations and QAT's steps are few: more take no more memory.
 STEPS = (
     {"method": "gptq", "bits": 4},
     {"method": "gptq", "bits": 4, "asymmetric_calibration": True},
     {"method": "gptq", "bits": "auto", "target_bits": 3.5},
     {"method": "awq", "bits": 4},
     {"method": "autoround", "bits": 4, "iterations": 10},
+    {"method": "qat", "steps": 3},
+    {"method": "qat", "steps": 3, "train": "weights"},
     {"method": "smoothquant"},
     {"method": "fp8", "activations": "static"},
     {"method": "kquant"},

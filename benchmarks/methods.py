@@ -27,9 +27,10 @@ from scripts.quickstart import running, service_environment, wait_until_ready  #
 from scripts.serve import address  # noqa: E402
 from squeeze import Client  # noqa: E402
 from squeeze.architectures import HELD_BY  # noqa: E402
-from squeeze.errors import SqueezeError  # noqa: E402
-from squeeze.formats import CAPACITIES, misfit  # noqa: E402
+from squeeze.errors import FormatUnfit, SqueezeError  # noqa: E402
+from squeeze.formats import CAPACITIES, refuse_unfit  # noqa: E402
 from squeeze.specs import JobSpec  # noqa: E402
+from squeeze.steps import Format  # noqa: E402
 from tests.models.tiny import FAMILIES  # noqa: E402
 
 ROWS = ROOT / "benchmarks/results/methods.jsonl"
@@ -150,8 +151,7 @@ def one_job(client: Client, directory: Path, model: str, step: Step) -> dict[str
     }
     spec = JobSpec.model_validate(asked)
     family = "llama" if model == BUNDLED else model
-    scheme = spec.steps[0].scheme()
-    able = [name for name in CAPACITIES if name in HELD_BY[family] and not misfit(name, scheme)]
+    able = [name for name in CAPACITIES if name in HELD_BY[family] and fits(spec, name)]
     asked["formats"] = able if model == BUNDLED else able[:1]
     if not able:
         return {"refused": f"no format holds what it makes of a {family} model"}
@@ -193,6 +193,15 @@ def one_job(client: Client, directory: Path, model: str, step: Step) -> dict[str
         ],
         "device": report.device,
     }
+
+
+def fits(spec: JobSpec, name: Format) -> bool:
+    """Whether a format can hold what the steps make."""
+    try:
+        refuse_unfit(spec.steps, [name])
+    except FormatUnfit:
+        return False
+    return True
 
 
 def loads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from squeeze.steps import METHODS, tag_of
 from squeeze.work import counted
 
 # AutoRound's iterations and AWQ's grid are as they are by default, but for fewer of them: both grow linearly.
-SETTINGS: dict[str, dict[str, Any]] = {"autoround": {"iterations": 10}, "awq": {"grid": 6}}
+SETTINGS: dict[str, dict[str, Any]] = {"autoround": {"iterations": 10}, "awq": {"grid": 6}, "qat": {"steps": 5}}
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""Quality side by side: our GPTQ and RTN against llm-compressor's and GPTQModel's GPTQ, same model, tokens, bits.
+"""Quality side by side: our GPTQ, RTN and QAT against llm-compressor's and GPTQModel's GPTQ, same model, tokens, bits.
 
-    python benchmarks/quality.py [--model DIR] [--draws 3] [--bits 4 3 2] [--llmcompressor-python PYTHON]
+    python benchmarks/quality.py [--model DIR] [--draws 3] [--bits 4 3 2] [--methods qat …]
+        [--llmcompressor-python PYTHON] [--autoround-python PYTHON]
 
 Every directory that comes out is judged alike: loaded by transformers, its logits compared with the original's on
 held-out windows. llm-compressor lives in an environment of its own (`pip install llmcompressor==0.14.0.1`, its
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="calibration and evaluation text; default: the generic text")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--methods", nargs="+", help="rows of these alone: rtn, gptq, qat, qat-weights, awq, autoround")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
@@ -78,12 +80,15 @@ def main() -> None:
     print("bits  engine              perplexity          divergence (nats)   seconds  [median (min – max) of draws]")
     for bits in options.bits:
         peers = [("rtn", "squeeze", sys.executable), ("gptq", "squeeze", sys.executable)]
-        peers.append(("gptq", "gptqmodel", sys.executable))
+        peers += [("gptq", "gptqmodel", sys.executable), ("qat", "squeeze", sys.executable)]
+        peers.append(("qat-weights", "squeeze", sys.executable))
         if options.autoround_python:
             peers += [("awq", "squeeze", sys.executable), ("awq", "autoround", options.autoround_python)]
             peers += [("autoround", "squeeze", sys.executable), ("autoround", "autoround", options.autoround_python)]
         if options.llmcompressor_python and bits == 4:
             peers.append(("gptq", "llmcompressor", options.llmcompressor_python))
+        if options.methods:
+            peers = [one for one in peers if one[0] in options.methods]
         rows: dict[str, list[tuple[float, float, float]]] = {}
         for draw in range(options.draws):
             ids = calibration_batches(tokenizer, options.text, None, options.samples, options.length, draw).ids
@@ -99,7 +104,8 @@ def main() -> None:
                         "out": f"{folder}/out",
                         "bits": bits,
                         "group_size": options.group_size,
-                        "method": method,
+                        "method": method.partition("-")[0],
+                        "options": {"train": "weights"} if method == "qat-weights" else {},
                         "format": "compressed-tensors",
                     }
                     seconds = quantize(peer, python, job)

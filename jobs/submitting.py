@@ -11,8 +11,9 @@ from jobs.moves import add_event
 from jobs.queue import queue_of
 from jobs.records import FileRecord, JobRecord, LabelRecord, StepRecord, UseRecord, new_id, now
 from squeeze.errors import IdempotencyMismatch, SpecInvalid
+from squeeze.names import OWN_ID
 from squeeze.objects import Status
-from squeeze.specs import OWN_ID, JobSpec
+from squeeze.specs import JobSpec
 
 
 def submit(

@@ -77,7 +77,7 @@ class BlockJob:
 
     schemes: of every linear to compress, in the model's order. memory_bytes: what the calibration inputs of all batches
     may take at once; None: half of what is free. compares: the evaluation windows' original stream runs through this
-    block too.
+    block too. method: what finds the codes; None: the step's own module.
 
     team: the processes that have a share of the calibration set and of the windows each. Statistics are summed over
     all; then the leader alone compresses, and hands the weights out: so all go on with the same, to the bit, which each
@@ -95,11 +95,12 @@ class BlockJob:
         compares: bool,
         memory_bytes: int | None = None,
         team: Team = SOLO,
+        method: Any = None,
     ) -> None:
         self.team = team
         self.frame, self.step, self.index, self.calls, self.compares = frame, step, index, calls, compares
         self.memory_bytes = memory_bytes
-        self.method = method_of(step)
+        self.method = method_of(step) if method is None else method
         self.sites = {site.name: site for site in frame.sites(index) if site.name in schemes}
         self.schemes = {name: schemes[name] for name in self.sites}
         self.linears = {name: frame.module(site) for name, site in self.sites.items()}

@@ -7,6 +7,7 @@ from typing import Any
 from models.disk import write_whole
 from squeeze.report import Quality, Report, Text
 from squeeze.steps import Format
+from squeeze.training import QLoRA
 
 LOADING = {
     "compressed-tensors": "pip install transformers compressed-tensors",
@@ -92,6 +93,10 @@ def _recipe(report: Report) -> str:
             f"{report.training.steps:,} steps, with seed {report.seed}.",
             "",
         ]
+    if report.tuning is not None:
+        start = report.tuning.divergence_start
+        before = "" if start is None else f", from a divergence of {start:.3g} nats a token"
+        lines += [f"Then its {report.tuning.trained} learned in {report.tuning.steps:,} steps{before}.", ""]
     if report.damping_escalations:
         lines += [f"{report.damping_escalations} factorisations needed more damping than asked for.", ""]
     return "\n".join(lines)
@@ -133,7 +138,8 @@ def _quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
 
 
 def _loading(directory: Path, format_name: Format, report: Report) -> str:
-    lines = ["## Loading", "", f"```sh\n{LOADING[format_name]}\n```", ""]
+    more = " accelerate bitsandbytes" if format_name == "peft" and report.recipe[-1]["method"] == "qlora" else ""
+    lines = ["## Loading", "", f"```sh\n{LOADING[format_name]}{more}\n```", ""]
     if format_name != "gguf":
         program = ONNX_LINES if format_name == "onnx" else _transformers_lines(directory, format_name, report)
         lines += ["```python", *program, "```", ""]
@@ -150,15 +156,7 @@ def _loading(directory: Path, format_name: Format, report: Report) -> str:
 
 def _transformers_lines(directory: Path, format_name: Format, report: Report) -> list[str]:
     if format_name == "peft":
-        return [
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'directory = "…"  # where this file lies',
-            f'base = AutoModelForCausalLM.from_pretrained("{_public_name(report)}", dtype="auto")',
-            "model = PeftModel.from_pretrained(base, directory)",
-            "tokenizer = AutoTokenizer.from_pretrained(directory)",
-        ]
+        return _peft_lines(report)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     dtype = config.get("dtype") or config.get("torch_dtype")
     return [
@@ -166,6 +164,29 @@ def _transformers_lines(directory: Path, format_name: Format, report: Report) ->
         "",
         'directory = "…"  # where this file lies',
         f'model = AutoModelForCausalLM.from_pretrained(directory, dtype="{dtype}")',
+        "tokenizer = AutoTokenizer.from_pretrained(directory)",
+    ]
+
+
+def _peft_lines(report: Report) -> list[str]:
+    step, name = report.recipe[-1], _public_name(report)
+    rounded, how = [], 'dtype="auto"'
+    if step["method"] == "qlora":
+        assert report.training is not None, "it was trained"
+        dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[report.training.precision]
+        settings = QLoRA.model_validate(step).base_settings(dtype)
+        told = ", ".join(
+            f"{key}={json.dumps(value) if isinstance(value, str) else value}" for key, value in settings.items()
+        )
+        rounded, how = [f"rounding = BitsAndBytesConfig({told})"], f'dtype="{dtype}", quantization_config=rounding'
+    return [
+        "from peft import PeftModel",
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if rounded else ''}",
+        "",
+        'directory = "…"  # where this file lies',
+        *rounded,
+        f'base = AutoModelForCausalLM.from_pretrained("{name}", {how})',
+        "model = PeftModel.from_pretrained(base, directory)",
         "tokenizer = AutoTokenizer.from_pretrained(directory)",
     ]
 

@@ -85,6 +85,7 @@ def certify(
     windows: Windows | None = None,
     sample: Sample | None = None,
     base: Path | None = None,
+    base_settings: Mapping[str, Any] | None = None,
     source_bytes: int,
     dtype: torch.dtype,
     device: str,
@@ -97,7 +98,8 @@ def certify(
 
     expected: mean negative log-likelihood of each window's scored tokens as the engine measured it, nats; None where
     nothing was measured: then the directory only has to load and to generate.
-    sample: what is scored, where that isn't windows. base: the model that an adapter goes with.
+    sample: what is scored, where that isn't windows. base: the model that an adapter goes with. base_settings: of
+    bitsandbytes, where that is rounded while it is loaded.
     dtype: in which the engine computed. consumers: Pythons of the environments that the operator has for other
     consumers than transformers, by the consumer's name. texts: with the numbers of their tokens, for those that make
     their own. memory_limit_bytes: host memory that a certifying process may take; where the
@@ -119,7 +121,7 @@ def certify(
     if "transformers" in able:
         certificates.append(_transformers(directory, format_name, sample, dtype, device, limit))
     if base is not None:
-        certificates.append(_peft(directory, base, sample, dtype, device))
+        certificates.append(_peft(directory, base, base_settings, sample, dtype, device))
     foreign = sample if sample.learned is None else Sample.of(None, None)  # they score whole windows
     for name, consumer in FOREIGN.items():
         if name in able:
@@ -187,12 +189,20 @@ def _transformers(
     return certificate.model_copy(update={"detail": f"loaded by AutoModelForCausalLM{how}; {certificate.detail}"})
 
 
-def _peft(directory: Path, base: Path, sample: Sample, dtype: torch.dtype, device: str) -> Certificate:
+def _peft(
+    directory: Path,
+    base: Path,
+    base_settings: Mapping[str, Any] | None,
+    sample: Sample,
+    dtype: torch.dtype,
+    device: str,
+) -> Certificate:
     """Of an adapter, on the model that it goes with."""
     with tempfile.TemporaryDirectory(prefix=".certify-", dir=directory.parent) as scratch:
         request = sample.request() | {
             "directory": str(directory),
             "base": str(base),
+            "base_settings": base_settings,
             "format": "peft",
             "dtype": str(dtype).removeprefix("torch."),
             "device": device,
@@ -201,11 +211,12 @@ def _peft(directory: Path, base: Path, sample: Sample, dtype: torch.dtype, devic
         }
         command = [sys.executable, "-m", "models.certify_process"]
         ended = run_program(command, request, Path(scratch), environment(scratch) | {"PYTHONPATH": str(ROOT)}, None)
-    exact = dtype == torch.float32 and device == "cpu"
+    exact = dtype == torch.float32 and device == "cpu" and base_settings is None
     certificate = judge("peft", "peft", sample, ended, TOLERANCE_EXACT if exact else sample.tolerance)
     if certificate.outcome == "failed":
         raise _failure(certificate, ended)
-    detail = f"loaded by PeftModel on the model that it was trained on; {certificate.detail}"
+    rounded = "" if base_settings is None else ", rounded by bitsandbytes as it was then"
+    detail = f"loaded by PeftModel on the model that it was trained on{rounded}; {certificate.detail}"
     return certificate.model_copy(update={"detail": detail})
 
 

@@ -54,6 +54,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
         request.get("base") or directory,
         dtype=getattr(torch, request["dtype"]),
         trust_remote_code=False,
+        **rounding_of(request),
         **placement(request),
     ).eval()
     if request["offload"] and request["format"] == "compressed-tensors":
@@ -76,6 +77,15 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
         ]
         sample = generate(model, tokenizer, request, device)
     return {"nll": nll, "sample": sample}
+
+
+def rounding_of(request: dict[str, Any]) -> dict[str, Any]:
+    """How the model that an adapter goes with is rounded while it is loaded, where it is."""
+    if not request.get("base_settings"):
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    return {"quantization_config": BitsAndBytesConfig(**request["base_settings"])}
 
 
 def placement(request: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,12 @@ def says_full(message: str) -> bool:
     return any(os.strerror(number) in message for number in FULL)
 
 
+def write_once(path: Path, text: str) -> None:
+    """As `write_whole`, unless that is what stands there: others may be reading it."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, text)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file that takes its place in one step."""
     part = path.with_name(f".{path.name}.part")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,7 @@ def quantize(
     reference: Frame | None = None,
     memory_bytes: int | None = None,
     team: Team = SOLO,
+    method: Any = None,
 ) -> Quantization:
     """Quantizes every block, resuming where an earlier attempt with the same fingerprint stopped.
 
@@ -96,6 +97,7 @@ def quantize(
     is written is the leader's, and what it returns is whole; the others return their share of the activations. The
     result is that of one process, to the bit, as long as there is a whole batch for each and the calibration inputs of
     a block fit in memory; where they don't, statistics are summed in another order, in float32.
+    method: what finds the codes; None: the step's own module.
     """
     _refuse_unsharable(step, calibration, team)
     schemes = dict(schemes_of(frame, step) if schemes is None else schemes)
@@ -135,7 +137,15 @@ def quantize(
             with reference.block(index) as module, torch.no_grad():
                 reference_calls.forward(index, module, activations.original)
         job = BlockJob(
-            frame, step, schemes, index, calls, compares=reference is frame, memory_bytes=memory_bytes, team=team
+            frame,
+            step,
+            schemes,
+            index,
+            calls,
+            compares=reference is frame,
+            memory_bytes=memory_bytes,
+            team=team,
+            method=method,
         )
         blocks.append(job.run(activations, kept.directory))
         del job

@@ -41,17 +41,49 @@ def fingerprint(
 
 
 def training_fingerprint(
-    step: Train, seed: int, revision: str | None, device: str, source: SourceModel, data: TrainingData, length: int
+    step: Train,
+    seed: int,
+    revision: str | None,
+    device: str,
+    source: SourceModel,
+    data: TrainingData,
+    length: int,
+    student: tuple[SourceModel, str | None] | None = None,
 ) -> str:
-    """As `fingerprint`, of what a step that trains leaves. length: of a sequence, in tokens."""
+    """As `fingerprint`, of what a step that trains leaves. length: of a sequence, in tokens. student: with its
+    revision, where another model learns.
+
+    Any number of processes goes on from it, whatever each of them holds.
+    """
     parts = {
-        "step": step.model_dump(mode="json"),
+        "step": step.model_dump(mode="json", exclude={"sharding"}),
         "seed": seed,
         **_of_model(source, revision),
+        "student": None if student is None else _of_model(*student),
         "data": data.model_dump(),
         "length": length,
         "device": device,
-        "versions": [__version__, torch.__version__, *map(version, ("transformers", "peft", "accelerate"))],
+        "versions": [
+            __version__,
+            torch.__version__,
+            *map(version, ("transformers", "peft", "accelerate", "bitsandbytes")),
+        ],
+    }
+    return _digest(parts)
+
+
+def writing_fingerprint(
+    step: Train, seed: int, revision: str | None, device: str, teacher: SourceModel, records: str, length: int
+) -> str:
+    """As `fingerprint`, of what a teacher writes. records: a digest of those that it ends."""
+    parts = {
+        "step": step.model_dump(mode="json"),
+        "seed": seed,
+        **_of_model(teacher, revision),
+        "records": records,
+        "length": length,
+        "device": device,
+        "versions": [__version__, torch.__version__, version("transformers")],
     }
     return _digest(parts)
 

@@ -7,7 +7,7 @@ needs code of its own for that. Experts of a mixture are unfused, so that each o
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -26,8 +26,9 @@ from models.finite import all_finite
 from models.plain import saturated
 from models.quantized import Site
 from models.quoting import quoted
-from models.safetensors_file import Entry
+from models.safetensors_file import DTYPE_NAMES, Entry
 from squeeze.errors import ArchitectureUnsupported, ModelAlreadyCompressed, ModelMalformed, NotFinite
+from squeeze.shapes import Shape, shape_of
 
 COMPUTABLE = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -112,6 +113,15 @@ class Frame:
         around: int = sum(one.numel() for name, one in self.model.named_parameters() if name not in self._ties)
         return around + sum(one.numel() for block in self._skeletons for one in block.parameters())
 
+    def shape(self, ignored: Sequence[str] = ()) -> Shape:
+        """As `SourceModel.shape`, from the config alone."""
+        tensors = {name: tuple(one.shape) for name, one in self.model.named_parameters() if name not in self._ties}
+        for index, block in enumerate(self._skeletons):
+            own = block.named_parameters(prefix=f"{self.blocks_path}.{index}")
+            tensors |= {name: tuple(one.shape) for name, one in own}
+        stored = self.model.config.dtype
+        return shape_of(self.source.config, tensors, DTYPE_NAMES.get(stored, "BF16"), ignored)
+
     @property
     def max_positions(self) -> int | None:
         """Tokens that a sequence may have; None where the config sets no bound."""
@@ -162,6 +172,22 @@ class Frame:
             yield
         finally:
             _empty(self.model)
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The model with all its blocks, and all weights loaded; at exit they are freed, and the blocks hollow again.
+
+        It runs like any model of transformers; its experts stay unfused.
+        """
+        parent, _, leaf = self.blocks_path.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        setattr(owner, leaf, nn.ModuleList(self._skeletons))
+        try:
+            self._fill(self.model, "")
+            yield self.model
+        finally:
+            _empty(self.model)
+            setattr(owner, leaf, nn.ModuleList(self._hollows))
 
     def refuse_misfits(self) -> None:
         """Compares what the config asks for with the headers of the weight files, before any tensor is read."""

@@ -34,6 +34,7 @@ class Inputs:
     calibration_text, evaluation_text: JSONL, plain text or parquet, or a directory of such files; None: the generic
     text, or a held-out part of calibration_text. Their origins: what the report calls them, where the request's own
     words say too little. model_name: as the user named it, without anything private.
+    student: of the model that learns from this one, where the job names it; its name and its revision as the model's.
     consumers: Pythons of environments that results are loaded in, by the consumer's name. activation_bytes: see
     `engine.quantize`.
     """
@@ -52,6 +53,9 @@ class Inputs:
     job_id: str
     snapshot_seconds: float = SNAPSHOT_SECONDS
     activation_bytes: int | None = None
+    student: Path | None = None
+    student_name: str | None = None
+    student_revision: str | None = None
     calibration_origin: str | None = None
     evaluation_origin: str | None = None
 

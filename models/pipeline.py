@@ -35,18 +35,22 @@ from models.quantized import QuantizedModel
 from models.resources import Clock, cpu_seconds, device_name, peak_gpu_bytes, peak_host_bytes
 from models.rotation import told
 from models.team import SOLO, Team
-from models.teamwork import frames_of, lead
+from models.teamwork import Frames, frames_of, lead
+from models.teamwork import follow as follow_quantizing
+from models.train import rounded
 from models.train.job import added, for_what_follows, run_training, trained
+from models.train.job import follow as follow_training
+from models.train.optimizers import refuse_without_gpu
 from models.train.prepare import refuse_untrainable
 from squeeze import __version__
 from squeeze.architectures import HELD_BY, refuse_unrotatable
 from squeeze.errors import FormatUnfit, ModelMalformed, SqueezeError
 from squeeze.formats import candidates
 from squeeze.objects import Stage
-from squeeze.report import Allocation, Block, Certificate, Report, Rotation, Spent
+from squeeze.report import Allocation, Block, Certificate, Report, Rotation, Spent, Tuning
 from squeeze.schemes import Scheme
 from squeeze.specs import JobSpec
-from squeeze.steps import Format, Grouped, Quantize, Step
+from squeeze.steps import QAT, Format, Grouped, Quantize, Step
 from squeeze.training import Train
 from squeeze.work import counted
 
@@ -68,14 +72,25 @@ def check(spec: JobSpec, model: Path) -> Facts:
     if training is not None:
         with _params_named(spec, training):
             count = refuse_untrainable(training, frame)
-        if training is spec.steps[-1]:
+        if training is spec.steps[-1] or len(spec.models) > 1:  # another model goes on to the next step
             return Facts(config["model_type"], frame.count, count)
     return _check_quantizable(spec, config, frame)
+
+
+def check_student(spec: JobSpec, model: Path) -> Facts:
+    """As `check`, of the model that learns from the job's own and goes on to the next step."""
+    config = read_config(model)
+    frame = Frame(SourceModel(model, config, {}, architecture_of(config)), torch.float32, torch.device("cpu"))
+    if isinstance(spec.steps[-1], Quantize):
+        return _check_quantizable(spec, config, frame)
+    return Facts(config["model_type"], frame.count, sum(len(frame.sites(n)) for n in range(frame.count)))
 
 
 def _check_quantizable(spec: JobSpec, config: dict[str, Any], frame: Frame) -> Facts:
     step = _quantize_step(spec)
     refuse_too_large_for_self(spec, step, frame)
+    if isinstance(step, QAT):
+        rounded.refuse_too_large_to_train(spec, step, frame)
     if step.rotation is not None:
         refuse_unrotatable(config["model_type"], _param(spec, "rotation"))
     schemes = engine.schemes_of(frame, step)
@@ -102,22 +117,35 @@ def _check_quantizable(spec: JobSpec, config: dict[str, Any], frame: Frame) -> F
 def run(inputs: Inputs, notify: Notify, team: Team = SOLO) -> Outcome:
     """Runs all steps of a job. Raises a SqueezeError that says what to do; anything else is a bug.
 
-    team: the leader's; the others are in `teamwork.follow`.
+    team: the leader's; the others are in `follow`.
     """
     with disk_faults():
         return _run(inputs, notify, team)
+
+
+def follow(spec: JobSpec, team: Team) -> None:
+    """What another process of the team than its leader does: its share of each step, as the leader comes to it."""
+    for step in spec.steps:
+        if isinstance(step, Train):
+            follow_training(team, spec, step)
+        elif isinstance(step, Quantize):
+            follow_quantizing(team, step)
 
 
 def _run(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
     notify.stage(Stage.planning)
     torch.manual_seed(inputs.spec.seed)
     check(inputs.spec, inputs.model)
+    if inputs.student is not None:
+        check_student(inputs.spec, inputs.student)
     training, clock = training_step(inputs.spec), Clock()
     if training is None:
         return _quantized(inputs, clock, notify, team)
-    if training is inputs.spec.steps[-1]:
-        return run_training(inputs, training, notify)
-    done = trained(inputs, training, inputs.work / "adapter", inputs.work / "whole", clock, notify)
+    with _params_named(inputs.spec, training):
+        refuse_without_gpu(training, torch.device(inputs.device))
+        if training is inputs.spec.steps[-1]:
+            return run_training(inputs, training, notify, team)
+        done = trained(inputs, training, inputs.work / "adapter", inputs.work / "whole", clock, notify, team)
     following = for_what_follows(inputs, done)
     return _quantized(following, clock, notify, team, lambda report: added(report, inputs, done))
 
@@ -141,6 +169,8 @@ def _quantized(
             refuse_source(source)
         device = torch.device(inputs.device)
         frames = frames_of(source, step, device)
+        if isinstance(step, QAT):
+            rounded.refuse_too_large_to_train(spec, step, frames.result, device)
         frame, result, turned, target = frames.reference, frames.result, frames.turned, frames.target
         losses = None if target is None else casts.losses(source, target)
         tokenizer = read_tokenizer(inputs.model)
@@ -164,6 +194,7 @@ def _quantized(
     if isinstance(step, Grouped) and allots(step):
         with clock.stage("allotting"):
             schemes, allocation = _allot(inputs, result, step, texts, notify)
+    mark = fingerprint(spec, inputs.revision, inputs.device, source, texts, schemes)
     with clock.stage("compressing"):
         done = lead(
             team,
@@ -172,12 +203,15 @@ def _quantized(
             texts.calibration.ids if texts.calibration and step.reads_inputs else None,
             texts.windows,
             inputs.work / "quantize",
-            fingerprint(spec, inputs.revision, inputs.device, source, texts, schemes),
+            mark,
             notify,
             snapshot_seconds=inputs.snapshot_seconds,
             memory_bytes=inputs.activation_bytes,
             schemes=schemes,
         )
+    tuning: Tuning | None = None
+    if isinstance(step, QAT):
+        done, tuning = _learned(inputs, step, frames, texts, schemes, done, mark, clock, notify)
     blocks = done.blocks if losses is None else casts.noted(done.blocks, losses, source)
     measured: Measured | None = None
     if texts.windows is not None:
@@ -200,6 +234,7 @@ def _quantized(
         warnings,
         rotation,
         allocation,
+        tuning,
     )
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
@@ -249,6 +284,38 @@ def _allot(
         return allot(frame, step, spec.formats, ids, directory, mark, notify, inputs.activation_bytes)
 
 
+def _learned(
+    inputs: Inputs,
+    step: QAT,
+    frames: Frames,
+    texts: Material,
+    schemes: dict[str, Scheme] | None,
+    done: engine.Quantization,
+    mark: str,
+    clock: Clock,
+    notify: Notify,
+) -> tuple[engine.Quantization, Tuning]:
+    """What becomes of a first pass where the rounded model then learns."""
+    assert texts.calibration is not None, "a step that learns looks at text"
+    begun = rounded.Begun(
+        step,
+        frames,
+        texts.calibration.ids,
+        texts.windows,
+        done,
+        inputs.work / "rounded",
+        mark,
+        inputs.spec.seed,
+        schemes,
+        inputs.snapshot_seconds,
+        inputs.activation_bytes,
+    )
+    with clock.stage("training"):
+        model, tuning = rounded.learned_codes(begun, notify)
+    with clock.stage("compressing"):
+        return rounded.passed_again(begun, model, notify), tuning
+
+
 @dataclass(frozen=True)
 class _Written:
     """Everything that the end of a job needs: writes the directories, has them certified, tells the story.
@@ -268,6 +335,7 @@ class _Written:
     warnings: list[str]
     rotation: Rotation | None
     allocation: Allocation | None
+    tuning: Tuning | None
 
     def export(self, notify: Notify) -> dict[Format, Path]:
         directories: dict[Format, Path] = {}
@@ -315,6 +383,7 @@ class _Written:
             seed=spec.seed,
             calibration=self.texts.calibration.text if self.texts.calibration else None,
             quality=quality,
+            tuning=self.tuning,
             bits_per_weight=self.model.bits_per_weight,
             rotation=self.rotation,
             allocation=self.allocation,

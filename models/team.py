@@ -1,4 +1,4 @@
-"""The processes of one host that share one quantization: what they say to each other, and how that can fail.
+"""The processes of one host that share one step of a job: what they say to each other, and how that can fail.
 
 Each has a rank; rank 0 leads. Tensors are summed over all or handed out by one, everything else goes as JSON. All of
 them call the same operations in the same order; `meet` makes sure that they do. Tensors of the host go through gloo,
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from squeeze.errors import ProcessKilled
@@ -49,7 +49,7 @@ class Team:
         answer_seconds: float = ANSWER_SECONDS,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device or torch.device("cpu")
-        self._store, self._answer = store, timedelta(seconds=answer_seconds)
+        self._store, self._answer, self._met = store, timedelta(seconds=answer_seconds), 0
 
     @classmethod
     def meeting_at(
@@ -81,17 +81,19 @@ class Team:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Meanwhile all are connected. The others wait here until the leader comes.
+        """Meanwhile all are connected. The others wait here until the leader comes. They may come together again.
 
         After an error nothing is undone, for that might wait for a process that no longer answers: this one has to end.
         """
         if self._store is None:
             yield
             return
+        self._met += 1
+        store = PrefixStore(str(self._met), self._store)
         if self.leads:
-            self._store.set(BEGUN, "")
+            store.set(BEGUN, "")
         else:
-            self._store.wait([BEGUN], timedelta(seconds=BEGIN_SECONDS))
+            store.wait([BEGUN], timedelta(seconds=BEGIN_SECONDS))
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
         on_gpu = self.device.type == "cuda"
@@ -100,7 +102,7 @@ class Team:
         with self._answered():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                store=self._store,
+                store=store,
                 rank=self.rank,
                 world_size=self.size,
                 timeout=self._answer,

@@ -3,10 +3,11 @@
 `kind` and `method` are the folder and the file in `models/` (`distill`, `logits` -> `models/distill/logits.py`).
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from squeeze.names import names_a_model
 from squeeze.training import Train
 from squeeze.wire import Wire
 
@@ -14,7 +15,7 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 class Student(Wire):
-    """What learns: a shape that the teacher is cut to."""
+    """What learns: a shape that the teacher is cut to, or a model."""
 
     layers: int | None = Field(
         None,
@@ -24,10 +25,18 @@ class Student(Wire):
         "among them; embeddings, norms and the output head are the teacher's.",
     )
 
+    model: Annotated[str, AfterValidator(names_a_model)] | None = Field(
+        None,
+        min_length=1,
+        max_length=4096,
+        description="A Hub id, an earlier job (a pruned model, for example) or a directory, as the job's own `model`; "
+        "of the same vocabulary as the teacher, but for what fills the table of embeddings up.",
+    )
+
     @model_validator(mode="after")
     def _says_who(self) -> Self:
-        if self.layers is None:
-            raise ValueError("say who learns: `layers`, so many blocks of the teacher")
+        if (self.layers is None) == (self.model is None):
+            raise ValueError("say who learns: either `layers`, so many blocks of the teacher, or `model`")
         return self
 
 
@@ -87,4 +96,55 @@ class Logits(Diverging):
         return self
 
 
-DISTILLING_METHODS: tuple[type[Distill], ...] = (Logits,)
+class Hidden(Diverging):
+    """Learns what the teacher's blocks put out, or how its attention relates tokens, beside its distributions.
+
+    The whole teacher stands in memory beside the student and reads every batch. Block n of the student's N learns from
+    the last of the teacher's blocks that make up the same share of its depth; where the teacher is wider, through a
+    matrix that is learned too and left behind.
+    """
+
+    method: Literal["hidden"]
+    match: Literal["mse", "cosine", "relations"] = Field(
+        "mse",
+        description="`mse`: squared distance of the hidden states over the squared length of the teacher's. `cosine`: "
+        "1 − their cosine. `relations`: of the last block alone, KL between softmaxed products of queries with "
+        "queries, keys with keys and values with values (arXiv 2012.15828); takes no matrix, whatever the widths.",
+    )
+    weight: float = Field(1.0, gt=0, le=1000, description="By which that is multiplied before it is added to the loss.")
+
+
+class Sequence(Distill):
+    """Learns the text that the teacher writes after each prompt of the examples (arXiv 1606.07947).
+
+    The teacher, whole in memory before the student is, goes on from the prompt, from a chat up to the assistant's last
+    turn, or from the first `prompt_tokens` of a text. What it wrote is kept, so that another attempt doesn't write it
+    again. Its vocabulary may be another than the student's. Losses are measured on the examples as they are.
+    """
+
+    method: Literal["sequence"]
+    new_tokens: int = Field(256, ge=1, le=32768, description="That the teacher writes at most after a prompt.")
+    prompt_tokens: int = Field(16, ge=1, le=32768, description="Of a text, from which the teacher goes on.")
+    temperature: float = Field(
+        1.0, ge=0, le=100, description="Of the teacher's sampling. 0: always what it finds likeliest."
+    )
+
+
+class OnPolicy(Diverging):
+    """Learns what the teacher says of text that the student wrote itself (arXiv 2306.13649, section 3).
+
+    For each batch the student goes on from its examples' prompts, and both models' distributions over what it wrote are
+    compared; so it learns to get out of the mistakes that it makes. The whole teacher stands in memory beside it.
+    """
+
+    method: Literal["on_policy"]
+    objective: Divergence = Field("jsd", description=Diverging.model_fields["objective"].description)
+    alpha: float = Field(1.0, ge=0, le=1, description=Diverging.model_fields["alpha"].description)
+    own_share: float = Field(
+        1.0, gt=0, le=1, description="Of the batches, in which the student writes; in the others both read the text."
+    )
+    new_tokens: int = Field(64, ge=1, le=32768, description="That the student writes at most after a prompt.")
+    prompt_tokens: int = Field(16, ge=1, le=32768, description="Of a text, from which the student goes on.")
+
+
+DISTILLING_METHODS: tuple[type[Distill], ...] = (Logits, Hidden, Sequence, OnPolicy)

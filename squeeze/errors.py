@@ -281,6 +281,11 @@ class DataUnusable(JobFailure):
     title = "The text can't be used"
 
 
+class VocabulariesDiffer(JobFailure):
+    code = "vocabularies_differ"
+    title = "Teacher and student don't share a vocabulary"
+
+
 class NotFinite(JobFailure):
     code = "not_finite"
     title = "NaN or infinity in the model"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from squeeze.formats import CAPACITIES
 from squeeze.shapes import Block, Group, Shape
 from squeeze.specs import SELF, JobSpec
-from squeeze.steps import Format, Quantize, SmoothQuant
+from squeeze.steps import QAT, Format, Quantize, SmoothQuant
 from squeeze.work import LEARNED_SEQUENCES, SAMPLED_ROWS, Tokens
 
 PIECES = 1.1  # what is freed in pieces between others, and not given back at once
@@ -22,6 +22,8 @@ BAND_WEIGHTS = 1 << 22  # that are rounded together, errors fed back
 LOADING_SHARE, SAMPLING_BYTES = 1.1, (1 << 30) + (512 << 20)  # of a model that samples: loading; keys, values, logits
 CERTIFIER_LEAST_BYTES = 600_000_000
 CERTIFIER_LOGIT_BYTES, CERTIFIER_LOGIT_SLICES = 256 << 20, 3
+LEARNED_SCALE_BYTES = 24  # of a group: scale and zero point at the start, what learns, its gradient and moments
+TRAINED_LOGITS = 5  # float32 copies of all logits of a batch: both models' and what is made of them
 KERNEL_BYTES = 2.0  # of a weight in what gptqmodel's CPU kernels make of its codes
 MOVABLE = frozenset({"compressed-tensors", "safetensors"})  # formats whose certifier leaves weights on disk
 
@@ -32,7 +34,8 @@ class Memory:
 
     method: what the method holds beside, of the linears where that is the most. activations: between two blocks.
     half_way: what all calibration batches hold inside of a block. ends: embedding, head and logits, before and after
-    the blocks. sampling: a model that makes its own text, whole. certifier: its process.
+    the blocks. sampling: a model that makes its own text, whole. training: a model that learns (`qat`), whole.
+    certifier: its process.
     """
 
     process: int
@@ -42,6 +45,7 @@ class Memory:
     half_way: int
     ends: int
     sampling: int
+    training: int
     certifier: int
 
     @property
@@ -52,7 +56,7 @@ class Memory:
     @property
     def job_least(self) -> int:
         """As `job`, with activations on disk and each block gone through several times."""
-        return self.process + _pieced(max(self._inside, self.ends, self.sampling))
+        return self.process + _pieced(max(self._inside, self.ends, self.sampling, self.training))
 
     @property
     def whole(self) -> int:
@@ -69,7 +73,7 @@ class Memory:
 
     @property
     def _before_and_after(self) -> int:
-        return max(self.ends + self.activations, self.sampling)
+        return max(self.ends + self.activations, self.sampling, self.training)
 
 
 def needed(shape: Shape, spec: JobSpec, result_bytes: Mapping[Format, int] | None = None) -> Memory:
@@ -92,6 +96,7 @@ def needed(shape: Shape, spec: JobSpec, result_bytes: Mapping[Format, int] | Non
         half_way=largest.half_way,
         ends=_ends(shape, step, tokens),
         sampling=whole,
+        training=_training(shape, step, tokens) if isinstance(step, QAT) else 0,
         certifier=0,
     )
     certifier = max(
@@ -130,6 +135,7 @@ class _Inside:
 def _solving(group: Group, step: Quantize) -> int:
     """The joined weights of all linears that read one input, their statistics, and what the method makes of them."""
     weights, square = group.weights, FLOAT * group.columns**2
+    step = step.begun if isinstance(step, QAT) else step
     gptq = step.method == "gptq" or (isinstance(step, SmoothQuant) and step.rounding == "gptq")
     rounding = 2 * square + (FLOAT + 2) * weights + 4 * FLOAT * min(weights, BAND_WEIGHTS)
     if gptq:
@@ -159,6 +165,24 @@ def _learning(block: Block, shape: Shape, tokens: Tokens) -> int:
     kept = sum(group.share * (group.columns + 2 * sum(group.rows)) for group in block.groups)
     passed = int(seen * (kept * each + 6 * FLOAT * shape.hidden))
     return (3 * FLOAT + 2 * each) * block.weights + 7 * FLOAT * linear + passed
+
+
+def _training(shape: Shape, step: QAT, tokens: Tokens) -> int:
+    """QAT: the original; the model, of whose linears there are codes, or weights with gradients and two moments; what
+    a forward pass leaves for the backward one; logits.
+    """
+    each = 2 if step.precision == "bf16" else FLOAT  # `auto` on a CPU
+    kept = (4 * FLOAT if step.train == "weights" else 1) * shape.weights
+    groups = [group for block in shape.blocks for group in block.groups]
+    scales = sum(group.weights // step.scheme().columns(group.columns) for group in groups)
+    whole = shape.elements * shape.computed_bytes * step.distill + (shape.elements - shape.weights) * each + kept
+    seen = (step.micro_batch_size or step.batch_size) * tokens.length
+    passed = [sum(g.share * (g.columns + 2 * sum(g.rows)) for g in block.groups) for block in shape.blocks]
+    if step.activation_checkpointing:
+        passed = [max(passed, default=0), shape.hidden * len(shape.blocks)]
+    largest = max((max(group.rows) * group.columns for group in groups), default=0)
+    work = int(seen * each * sum(passed)) + TRAINED_LOGITS * FLOAT * seen * shape.vocabulary + 4 * FLOAT * largest
+    return whole + LEARNED_SCALE_BYTES * scales + work
 
 
 def _ends(shape: Shape, step: Quantize, tokens: Tokens) -> int:

@@ -27,6 +27,7 @@ REFERENCE_METHODS: dict[str, float] = {  # of the stages that compress
     "gptq": 1.4e11,
     "awq": 1.1e11,
     "autoround": 1.7e11,
+    "qat": 1.4e11,
     "hqq": 1.6e11,
     "smoothquant": 1.3e11,
     "fp8": 4.8e10,

@@ -133,6 +133,17 @@ def record_of(record: object, column: str | None, where: str) -> Record | None:
     return Text(_whole(value))
 
 
+def row_of(record: Record) -> dict[str, Any]:
+    """What `record_of` makes the record of."""
+    if isinstance(record, Text):
+        return {"text": record.text}
+    if isinstance(record, Exchange):
+        return {"prompt": record.prompt, "completion": record.completion}
+    first = record.learned_from or 0
+    messages = list(record.messages)
+    return {"prompt": messages[:first], "completion": messages[first:]} if first else {"messages": messages}
+
+
 def _exchange(given: Mapping[str, Any], where: str) -> Record:
     missing = [name for name in ("prompt", "completion") if name not in given]
     if missing:

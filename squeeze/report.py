@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from squeeze.sharding import Way
+
 
 class Part(BaseModel):
     model_config = ConfigDict(frozen=True, protected_namespaces=())
@@ -204,23 +206,26 @@ class Distillation(Part):
     student_parameters: int
     student_bytes: int = Field(description="Of its weights, as it began.")
     teacher_parameters: int
-    vocabulary: int = Field(description="Tokens that both know; what fills a table up is left out.")
+    vocabulary: int | None = Field(
+        description="Tokens that both know; what fills a table up is left out. Null, as all comparisons are, where "
+        "they are of different tokenizers."
+    )
     stored_bytes_per_token: int | None = Field(
         description="Kept of what the teacher says of a learned token; null where it was asked anew each time."
     )
     stored_bytes: int | None
-    loss_teacher: float
-    divergence_before: float
-    divergence_after: float
-    agreement_before: float = Field(description="Share of the tokens where both find the same one likeliest.")
-    agreement_after: float
+    loss_teacher: float | None
+    divergence_before: float | None
+    divergence_after: float | None
+    agreement_before: float | None = Field(description="Share of the tokens where both find the same one likeliest.")
+    agreement_after: float | None
 
 
 class Training(Part):
     """What a step that trains did."""
 
     method: str
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
     trainable_parameters: int
     trained_modules: int = Field(description="Linear layers that were trained or have an adapter.")
     data: TrainingData
@@ -234,7 +239,10 @@ class Training(Part):
     planned_steps: int
     stopped: str | None = Field(None, description="Why it ended before the planned steps.")
     best_step: int = Field(description="After which the weights are that were kept.")
-    loss_before: float = Field(description="Held-out, of the model as it came; of a distillation, of the student.")
+    loss_before: float = Field(
+        description="Held-out, of the model as it came (with qlora, as it was rounded); of a distillation, of the "
+        "student."
+    )
     loss_after: float = Field(description="Held-out, of what was kept.")
     loss_written: float | None = Field(None, description="Held-out, of the whole model as it is stored, if one is.")
     loss_quantized: dict[str, float] = Field(
@@ -246,6 +254,25 @@ class Training(Part):
     tokens_per_second: float = Field(description="Through the model and back, while it trained.")
     resumed: list[int] = Field(default_factory=list, description="Steps after which another attempt went on.")
     distillation: Distillation | None = Field(None, description="Of a step that distills alone.")
+    processes: int = Field(1, description="That shared the batches.")
+    sharding: Way | None = Field(None, description="Where they were several: what each of them held of the model.")
+
+
+class Tuning(Part):
+    """What training the rounded weights did (method `qat`)."""
+
+    trained: Literal["scales", "weights"]
+    precision: Literal["fp32", "bf16"]
+    trainable_parameters: int
+    sequences: int = Field(description="Of the calibration text, which it learns from.")
+    steps: int
+    perplexity_start: float | None = Field(description="Of the codes that it started from, on the evaluation text.")
+    divergence_start: float | None = Field(description="Of the same, nats a token from the original.")
+    curve: list[TrainingStep] = Field(
+        description="`loss` is the divergence from the original, or without it the negative log-likelihood."
+    )
+    tokens_per_second: float = Field(description="Through the model and back, while it trained.")
+    resumed: list[int] = Field(default_factory=list, description="Steps after which another attempt went on.")
 
 
 class Spent(Part):
@@ -277,6 +304,7 @@ class Report(Part):
     calibration: Text | None
     quality: Quality | None
     training: Training | None = Field(None, description="Of a step that trains alone.")
+    tuning: Tuning | None = Field(None, description="Of `qat` alone.")
     bits_per_weight: float | None = Field(description="Null where no step quantizes.")
     rotation: Rotation | None = Field(None, description="Of `rotation` alone.")
     allocation: Allocation | None = Field(None, description="Of bits `auto` alone.")

@@ -10,14 +10,12 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, field_validator, model_validator
 
-from squeeze.distillation import Distill
+from squeeze.distillation import Distill, Hidden, OnPolicy
 from squeeze.formats import holders
-from squeeze.steps import Format, Quantize, Step
-from squeeze.training import Adapters, Finetune, Train
+from squeeze.names import names_a_model
+from squeeze.steps import QAT, Format, Quantize, Step
+from squeeze.training import Adapters, Finetune, QLoRA, Train
 from squeeze.wire import Wire
-
-HUB_ID = re.compile(r"^(?P<repo>[\w.-]{1,96}/[\w.-]{1,96}|[\w.-]{1,96})(@(?P<revision>[\w./-]{1,128}))?$", re.ASCII)
-OWN_ID = re.compile(r"^(job|file)-[0-9a-z]{8,64}$")
 
 SELF = "self"  # the model samples its own text
 _FILE = r"file-[0-9a-z]{8,64}"
@@ -130,9 +128,23 @@ class Limits(Wire):
         ge=0,
         le=16,
         description="0: whatever the worker has (a GPU, or the CPU). 1: a GPU only. More: as many GPUs of one machine "
-        "share the calibration and the evaluation text; the result is the same. The operator has to have set up a "
-        "worker with so many.",
+        "share the batches of a training (see its `sharding`), the calibration and the evaluation text; the result is "
+        "the same. The operator has to have set up a worker with so many.",
     )
+
+
+def _refuse_unshared(step: Train, gpus: int) -> None:
+    if gpus <= 1 and step.sharding != "auto":
+        raise ValueError(f"sharding {step.sharding!r} says what several GPUs hold: set limits.gpus to 2 or more")
+    if gpus > 1 and (step.optimizer != "adamw" or step.precision == "fp16" or isinstance(step, QLoRA)):
+        what = "qlora" if isinstance(step, QLoRA) else step.optimizer if step.optimizer != "adamw" else "fp16"
+        raise ValueError(f"{what} is computed on one GPU alone: set limits.gpus to 1")
+    if gpus > 1 and isinstance(step, Hidden | OnPolicy):
+        raise ValueError(f"{step.method} runs on one GPU: set limits.gpus to 1, or take the method logits")
+    if gpus > step.batch_size:
+        raise ValueError(f"a batch of {step.batch_size} sequences can't be dealt out to {gpus} GPUs: make it larger")
+    if step.sharding == "hybrid" and gpus % 2:
+        raise ValueError(f"sharding `hybrid` makes two groups of equal size: {gpus} GPUs can't be halved")
 
 
 def _default_formats(fields: dict[str, Any]) -> tuple[Format, ...]:
@@ -168,22 +180,19 @@ class JobSpec(Wire):
     priority: int = Field(0, ge=-3, le=6, description="Larger runs first; jobs of equal priority in order of arrival.")
     metadata: Metadata = Field(default_factory=dict, max_length=16, description="Yours; lists can be filtered by it.")
 
+    @property
+    def models(self) -> dict[str, str]:
+        """Every model that has to be there, by the field that names it."""
+        named = {"model": self.model}
+        for number, step in enumerate(self.steps):
+            if isinstance(step, Distill) and step.student.model is not None:
+                named[f"steps.{number}.student.model"] = step.student.model
+        return named
+
     @field_validator("model")
     @classmethod
     def _names_a_model(cls, value: str) -> str:
-        if value.startswith("/"):
-            if "\0" in value:
-                raise ValueError("a directory's name can't hold a zero byte")
-            return value
-        if OWN_ID.match(value):
-            if value.startswith("file-"):
-                raise ValueError("uploaded models are not taken yet; name a Hub id, a job or a directory")
-            return value
-        if not HUB_ID.match(value) or ".." in value:
-            raise ValueError(
-                "name a Hub id (org/name or org/name@revision), an earlier job (job-…) or an absolute directory"
-            )
-        return value
+        return names_a_model(value)
 
     @field_validator("formats")
     @classmethod
@@ -211,6 +220,8 @@ class JobSpec(Wire):
         for step in self.steps:
             if isinstance(step, Quantize) and step.by_block and self.limits.gpus > 1:
                 raise ValueError(f"{step.method} works on whole blocks, which GPUs can't share: set limits.gpus to 1")
+            if isinstance(step, QAT) and self.limits.gpus > 1:
+                raise ValueError(f"{step.method} trains on one GPU: set limits.gpus to 1")
         return self
 
     @model_validator(mode="after")
@@ -232,8 +243,7 @@ class JobSpec(Wire):
                 raise ValueError("a student learns from text that is there: name a file or a dataset as data.source")
             if step is not self.steps[-1] and not step.whole:
                 raise ValueError(f"the step after {step.method} goes on with a whole model: set its `merge` to true")
-            if self.limits.gpus > 1:
-                raise ValueError(f"{step.method} trains on one GPU: set limits.gpus to 1")
+            _refuse_unshared(step, self.limits.gpus)
         return self
 
     @model_validator(mode="after")

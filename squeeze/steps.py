@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from squeeze.distillation import DISTILLING_METHODS
 from squeeze.schemes import Activations, Scheme
-from squeeze.training import TRAINING_METHODS, Train
+from squeeze.training import TRAINING_METHODS, Rounded, Train
 from squeeze.wire import Wire
 
 Kind = Literal["quantize", "finetune", "distill"]
@@ -173,6 +173,27 @@ class AutoRound(Grouped):
     by_block = True
 
 
+class QAT(Grouped, Rounded):
+    """Trains the whole model with its weights rounded, from the codes of another method on, to give what the original
+    gives (quantization-aware training). Model and original are in memory whole, unlike with other methods.
+    """
+
+    method: Literal["qat"]
+
+    def wanted(self) -> frozenset[Statistic]:
+        return self.begun.wanted()
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    @property
+    def begun(self) -> Grouped:
+        """The step that makes what the training starts from."""
+        shared = {name: getattr(self, name) for name in Grouped.model_fields if name != "method"}
+        return GPTQ(method="gptq", **shared) if self.start == "gptq" else RTN(method="rtn", **shared)
+
+
 class HQQ(Grouped):
     """Rounds to nearest on a grid whose zero points a half-quadratic solver fits to the bulk of the weights (Badri and
     Shaji 2023). A symmetric grid has none to fit, and is that of `rtn`: set `symmetric` to false. No data.
@@ -326,11 +347,13 @@ class KQuant(Quantize):
         return Scheme("ggml", bits, group, symmetric, ggml=f"q{bits}_k")
 
 
-METHODS: tuple[type[Quantize], ...] = (  # that quantize
+# That quantize.
+METHODS: tuple[type[Quantize], ...] = (
     RTN,
     GPTQ,
     AWQ,
     AutoRound,
+    QAT,
     HQQ,
     SmoothQuant,
     FP8,

@@ -8,12 +8,15 @@ from math import prod
 from typing import Any
 
 from squeeze.shapes import BLOCK, linear_of, number_of
-from squeeze.training import IA3, Adapters, Finetune, LastLayers, LoRA, Prefix, Prompt
+from squeeze.training import IA3, Adapters, Finetune, LastLayers, LowRank, Prefix, Prompt, QLoRA, Train
 
 EMBEDDING = re.compile(r"(?:^|\.)(?:embed_|wte|wpe|word_embeddings)")
 KEYS_AND_VALUES = ("k_proj", "v_proj", "kv_b_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
 LAST_OF_FEED_FORWARD = ("down_proj", "dense_4h_to_h", "fc_out", "fc2", "mlp.c_proj")
 ADAM_BYTES = 8  # two moments in float32
+CODED_BYTES = 2 + 8 / 256  # the same in 8 bits, with a scale for 256 of them each (bitsandbytes)
+NF4_BYTES = (4 + 32 / 64) / 8  # of a weight, with a scale for 64 of them
+NF4_NESTED_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # whose scales are in 8 bits, with a scale for 256 of these
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Learned:
     """What learns, in float32. parameters: their number. apart: they stand beside the weights, which stay as they are.
 
     linears: those whose inputs are needed for the gradient, as (rows, columns). rank: of what stands beside them.
-    blocks: decoder blocks that gradients go through. optimizer_bytes: of the state of each parameter.
+    blocks: decoder blocks that gradients go through. gradient_bytes, state_bytes: of gradients, and of the
+    optimizer. rounded: weights that are rounded while they are loaded; rounded_bytes: what these then take.
     """
 
     parameters: int
@@ -29,18 +33,21 @@ class Learned:
     linears: tuple[tuple[int, int], ...] = ()
     rank: int = 0
     blocks: int = 0
-    optimizer_bytes: int = ADAM_BYTES
+    gradient_bytes: int = 0
+    state_bytes: int = 0
+    rounded: int = 0
+    rounded_bytes: int = 0
 
     @property
     def bytes(self) -> int:
         """Of gradients and the optimizer's state, and of the parameters where they stand apart."""
-        return self.parameters * (4 * self.apart + 4 + self.optimizer_bytes)
+        return self.parameters * 4 * self.apart + self.gradient_bytes + self.state_bytes
 
 
 def learned(step: Finetune, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> Learned:
     """tensors: shapes by name, as in the files."""
     blocks = {int(found[1]) for name in tensors if (found := BLOCK.search(name))}
-    if isinstance(step, LoRA):
+    if isinstance(step, LowRank):
         wanted = step.target_modules or ("*",)
         chosen = [
             sides
@@ -48,9 +55,21 @@ def learned(step: Finetune, config: Mapping[str, Any], tensors: Mapping[str, tup
             if ".experts." not in name and any(fnmatchcase(name, pattern) for pattern in wanted)
         ]
         count = sum(step.rank * (rows + columns) + rows * step.dora for rows, columns in chosen)
-        return Learned(count, True, tuple(chosen), step.rank, len(blocks))
+        rounded, rounded_bytes = _rounded(step, config, tensors) if isinstance(step, QLoRA) else (0, 0)
+        return Learned(
+            count,
+            True,
+            tuple(chosen),
+            step.rank,
+            len(blocks),
+            *_update_bytes(step, _evenly(count, len(blocks))),
+            rounded,
+            rounded_bytes,
+        )
     if isinstance(step, Adapters):
-        return Learned(_beside(step, config, tensors, len(blocks)), True, blocks=len(blocks))
+        count = _beside(step, config, tensors, len(blocks))
+        update = _update_bytes(step, _evenly(count, len(blocks)))
+        return Learned(count, True, (), 0, len(blocks), *update)
     first = max(blocks, default=-1) + 1 - step.layers if isinstance(step, LastLayers) else 0
 
     def learns(name: str) -> bool:
@@ -59,12 +78,53 @@ def learned(step: Finetune, config: Mapping[str, Any], tensors: Mapping[str, tup
             return int(found[1]) >= first
         return not isinstance(step, LastLayers) or not EMBEDDING.search(name)
 
+    sides = {name: each for name, each in tensors.items() if learns(name)}
     return Learned(
-        sum(prod(sides) for name, sides in tensors.items() if learns(name)),
+        sum(map(prod, sides.values())),
         False,
-        tuple(sides for name, sides in _linears(config, tensors) if learns(name)),
-        blocks=min(len(blocks), step.layers) if isinstance(step, LastLayers) else len(blocks),
+        tuple(each for name, each in _linears(config, tensors) if learns(name)),
+        0,
+        min(len(blocks), step.layers) if isinstance(step, LastLayers) else len(blocks),
+        *_update_bytes(step, sides),
     )
+
+
+def _update_bytes(step: Train, sides: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """(of gradients, float32, of the optimizer's state). sides: of what learns, by name."""
+    count = sum(map(prod, sides.values()))
+    if step.optimizer in ("adamw8bit", "paged_adamw8bit"):
+        return 4 * count, int(CODED_BYTES * count)
+    if step.optimizer == "badam":  # of the largest block, or what stands outside of them
+        by_block: dict[str | None, int] = {}
+        for name, each in sides.items():
+            found = BLOCK.search(name)
+            block = found and found[1]
+            by_block[block] = by_block.get(block, 0) + prod(each)
+        largest = max(by_block.values(), default=0)
+        return 4 * largest, ADAM_BYTES * largest
+    if step.optimizer == "galore":
+        rank = step.projection_rank
+        return 4 * count, sum(
+            4 * rank * (2 * max(each) + min(each))
+            if BLOCK.search(name) and len(each) == 2 and min(each) > rank
+            else ADAM_BYTES * prod(each)
+            for name, each in sides.items()
+        )
+    return 4 * count, ADAM_BYTES * count
+
+
+def _evenly(count: int, blocks: int) -> dict[str, tuple[int, ...]]:
+    """What stands beside the weights, by block."""
+    return {f"layers.{n}.": (count // blocks,) for n in range(blocks)} if blocks else {"": (count,)}
+
+
+def _rounded(step: QLoRA, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """(weights that are rounded, bytes that they then take)."""
+    shapes = [sides for name, sides in _linears(config, tensors) if ".experts." not in name]
+    count = sum(map(prod, shapes))
+    if step.base == "int8":
+        return count, count + sum(4 * rows for rows, _ in shapes)
+    return count, int(count * (NF4_NESTED_BYTES if step.double_quantization else NF4_BYTES))
 
 
 def _beside(step: Adapters, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], blocks: int) -> int:

@@ -4,31 +4,26 @@ As with the other steps, `kind` and `method` are the folder and the file in `mod
 (`finetune`, `lora` -> `models/finetune/lora.py`). A new method adds its class here and that file, nothing else.
 """
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from squeeze.sharding import Sharding
 from squeeze.wire import Wire
 
 Schedule = Literal["cosine", "linear", "constant"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "galore", "badam"]
 USUAL_EPOCHS = 1.0
 
 
-class Train(Wire):
-    """What every step that trains shares.
+class Descent(Wire):
+    """What everything shares that goes down a gradient.
 
-    How long it goes on is said by one of `steps`, `epochs` and `tokens`. A batch is what one step of the optimizer
-    looks at; it goes through the model in micro-batches, whose gradients are added up, each token with the same weight.
+    A batch is what one step of the optimizer looks at; it goes through the model in micro-batches, whose gradients are
+    added up, each token with the same weight.
     """
 
-    kind: Literal["finetune", "distill"] = "finetune"
-    method: str
-    steps: int | None = Field(None, ge=1, le=10_000_000, description="Steps of the optimizer.")
-    epochs: float | None = Field(
-        None, gt=0, le=1000, description="How often each example is seen. Left out, with `steps` and `tokens`: once."
-    )
-    tokens: int | None = Field(None, ge=1, description="Tokens to train on; ends with the step that reaches them.")
     learning_rate: float = Field(2e-4, gt=0, le=10, description="At its highest.")
     schedule: Schedule = Field(
         "cosine",
@@ -50,11 +45,6 @@ class Train(Wire):
         description="Sequences that go through the model together: less memory, the same result but for rounding. Left "
         "out: all of a batch.",
     )
-    packing: bool = Field(
-        True,
-        description="Put several short examples into one sequence. They don't see each other, and positions count from "
-        "the start of each.",
-    )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled, of AdamW (arXiv 1711.05101).")
     clip_norm: float | None = Field(
         1.0, gt=0, description="The most that the norm of a step's whole gradient may be. Null: whatever it is."
@@ -62,10 +52,58 @@ class Train(Wire):
     precision: Precision = Field(
         "auto",
         description="Of the computation. What is trained, and the optimizer's state, is float32 in any case. `auto`: "
-        "bf16 on a GPU that can, else fp32.",
+        "bf16 on a GPU that can, else fp32. `fp16`: with a scaled loss, on a GPU.",
     )
     activation_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: less memory, a third more time."
+    )
+
+    @model_validator(mode="after")
+    def _micro_batches_make_a_batch(self) -> Self:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size is {self.micro_batch_size}, more than a batch of {self.batch_size} has sequences"
+            )
+        return self
+
+
+class Train(Descent):
+    """What every step that trains shares.
+
+    How long it goes on is said by one of `steps`, `epochs` and `tokens`.
+    """
+
+    kind: Literal["finetune", "distill"] = "finetune"
+    method: str
+    steps: int | None = Field(None, ge=1, le=10_000_000, description="Steps of the optimizer.")
+    epochs: float | None = Field(
+        None, gt=0, le=1000, description="How often each example is seen. Left out, with `steps` and `tokens`: once."
+    )
+    tokens: int | None = Field(None, ge=1, description="Tokens to train on; ends with the step that reaches them.")
+    optimizer: Optimizer = Field(
+        "adamw",
+        description="`adamw`: 8 bytes for every number that learns. `adamw8bit`: 2 (arXiv 2110.02861); "
+        "`paged_adamw8bit`: in host memory where the GPU's is full. `galore`: AdamW on a projection of the gradients "
+        "of the decoder blocks' matrices (arXiv 2403.03507). `badam`: one decoder block at a time, with gradients and "
+        "state for this alone (arXiv 2404.02827).",
+    )
+    projection_rank: int = Field(128, ge=1, le=8192, description="Of `galore`: of the projection.")
+    projection_refresh: int = Field(200, ge=1, le=100_000, description="Of `galore`: steps between two projections.")
+    projection_scale: float = Field(
+        0.25, gt=0, le=100, description="Of `galore`: what the learning rate of projected gradients is multiplied by."
+    )
+    block_steps: int = Field(50, ge=1, le=100_000, description="Of `badam`: steps until the next block's turn.")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Keep a moving average of what learns, in which the average so far counts this much after each "
+        "step (less in the first ones); it is what is evaluated and kept. For example 0.999.",
+    )
+    packing: bool = Field(
+        True,
+        description="Put several short examples into one sequence. They don't see each other, and positions count from "
+        "the start of each.",
     )
     evaluate_every: int | None = Field(
         None,
@@ -77,6 +115,14 @@ class Train(Wire):
         None,
         ge=1,
         description="With `evaluate_every`: stop after so many looks in a row that found no lower held-out loss.",
+    )
+    sharding: Sharding = Field(
+        "auto",
+        description="With `limits.gpus` above 1, what each GPU holds. `ddp`: all weights. `full`: a part of the "
+        "weights, gradients and optimizer state, put together block by block. `hybrid`: the same in two groups, each "
+        "of which holds everything. `offload`: as `full`, and what is not at work lies in host memory. `auto`: `ddp` "
+        "where weights and state take no more than half of a GPU's free memory, else `full`, or `offload` where the "
+        "parts don't fit either. The losses are the same.",
     )
     by_block: ClassVar[bool] = False
 
@@ -91,10 +137,6 @@ class Train(Wire):
     def _fits_together(self) -> Self:
         if self.patience is not None and self.evaluate_every is None:
             raise ValueError("patience counts looks at the held-out loss: say `evaluate_every` too")
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(
-                f"micro_batch_size is {self.micro_batch_size}, more than a batch of {self.batch_size} has sequences"
-            )
         return self
 
     @property
@@ -144,10 +186,9 @@ class Adapters(Finetune):
 Patterns = tuple[Annotated[str, Field(min_length=1, max_length=200)], ...]
 
 
-class LoRA(Adapters):
-    """Learns a product of two narrow matrices beside each linear layer, whose own weights stay (arXiv 2106.09685)."""
+class LowRank(Adapters):
+    """Learns a product of two narrow matrices beside each linear layer, whose own weights stay."""
 
-    method: Literal["lora"]
     rank: int = Field(16, ge=1, le=4096, description="Columns of the narrow matrices.")
     alpha: float = Field(
         32.0,
@@ -165,6 +206,12 @@ class LoRA(Adapters):
     dora: bool = Field(
         False, description="Learn the length of each row of the weights apart from its direction (arXiv 2402.09353)."
     )
+
+
+class LoRA(LowRank):
+    """Learns a product of two narrow matrices beside each linear layer, whose own weights stay (arXiv 2106.09685)."""
+
+    method: Literal["lora"]
     init: Literal["default", "pissa"] = Field(
         "default",
         description="Where the narrow matrices start. `default`: their product is nothing. `pissa`: at the largest "
@@ -177,6 +224,52 @@ class LoRA(Adapters):
         if self.init == "pissa" and self.dora:
             raise ValueError("init `pissa` changes the weights whose rows `dora` measures: take one of them")
         return self
+
+
+class QLoRA(LowRank):
+    """LoRA beside weights that are rounded while they are loaded, and stay so: a quarter or half of the memory
+    (arXiv 2305.14314). Merged, what was learned is added to the weights as they came.
+    """
+
+    method: Literal["qlora"]
+    base: Literal["nf4", "int8"] = Field(
+        "nf4",
+        description="What the weights are rounded to: 4 bits with a scale for 64 weights, or 8 bits with one for each "
+        "output row, where inputs are rounded too (LLM.int8(), arXiv 2208.07339). Embeddings, norms and the output "
+        "head keep 16 bits or more.",
+    )
+    double_quantization: bool = Field(True, description="Of nf4: keep the scales themselves in 8 bits.")
+    init: Literal["default", "loftq"] = Field(
+        "default",
+        description="Where the narrow matrices start. `default`: their product is nothing. `loftq`: at the largest "
+        "singular vectors of what nf4 loses (arXiv 2310.08659, one round); can't be merged.",
+    )
+
+    @model_validator(mode="after")
+    def _makes_up_for_its_base(self) -> Self:
+        if self.init == "loftq" and self.base != "nf4":
+            raise ValueError("init `loftq` makes up for what nf4 loses: set base to nf4, or init to default")
+        if self.init == "loftq" and self.dora:
+            raise ValueError("init `loftq` changes the rows that `dora` measures: take one of them")
+        if self.init == "loftq" and self.merge:
+            raise ValueError(
+                "init `loftq` makes up for what nf4 loses, and the weights that it would be merged into lost nothing: "
+                "take init default, or leave `merge` out"
+            )
+        return self
+
+    def base_settings(self, dtype: str) -> dict[str, Any]:
+        """What transformers' BitsAndBytesConfig is told, so that the same base comes of it. dtype: of the computation,
+        as torch calls it.
+        """
+        if self.base == "int8":
+            return {"load_in_8bit": True}
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": self.double_quantization,
+            "bnb_4bit_compute_dtype": dtype,
+        }
 
 
 class IA3(Adapters):
@@ -259,4 +352,36 @@ class LastLayers(Finetune):
     layers: int = Field(2, ge=1, le=1000, description="Decoder blocks that are trained, counted from the end.")
 
 
-TRAINING_METHODS: tuple[type[Train], ...] = (LoRA, IA3, Prompt, Prefix, Full, LastLayers)
+class Rounded(Descent):
+    """What training a model with rounded weights takes, beside the grid that they are rounded to."""
+
+    start: Literal["gptq", "rtn"] = Field("gptq", description="Whose codes the training starts from.")
+    train: Literal["scales", "weights"] = Field(
+        "scales",
+        description="`scales`: of every group; the codes stay, and the training takes a byte a weight (as arXiv "
+        "2407.11062). `weights`: the weights too, with straight-through gradients (LSQ, arXiv 1902.08153): 16 bytes a "
+        "weight.",
+    )
+    distill: bool = Field(
+        True,
+        description="Learn what the original predicts for each token of the text (its divergence falls); false: the "
+        "text itself, without the original in memory.",
+    )
+    steps: int = Field(100, ge=1, le=1_000_000, description="Steps of the optimizer.")
+    batch_size: int = Field(4, ge=1, le=65536, description="Sequences of a step of the optimizer.")
+    learning_rate: float = Field(
+        0.02,
+        gt=0,
+        le=1,
+        description="At its highest: by how much of its distance to the next one a step may move the last point of a "
+        "group's grid.",
+    )
+
+    @property
+    def descent(self) -> Train:
+        """The training, as its loop takes it."""
+        shared = {name: getattr(self, name) for name in Descent.model_fields}
+        return Train(method="qat", steps=self.steps, **shared)
+
+
+TRAINING_METHODS: tuple[type[Train], ...] = (LoRA, QLoRA, IA3, Prompt, Prefix, Full, LastLayers)

@@ -12,7 +12,7 @@ from squeeze.shapes import Block, Group, Shape
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
 from squeeze.trainable import Learned
-from squeeze.training import Finetune, LoRA
+from squeeze.training import Finetune, LowRank, QLoRA
 
 FLOAT = 4
 # Of processes that have imported what they need, the job's and the certifier's; measured, on a CPU.
@@ -20,8 +20,8 @@ PEFT_BYTES, CERTIFIER_PEFT_BYTES = 625_000_000, 565_000_000
 CERTIFIER_LOGIT_BYTES, CERTIFIER_LOGIT_SLICES = 256 << 20, 2.5  # of one float32 slice of logits
 TEXT_SHARE = 3.0  # bytes that a byte of the examples takes: its token's id, whether it is learned, its record's hash
 # glibc keeps pieces up to this size in one heap, where freed ones leave holes that aligned ones don't fit into (until
-# 2.38). What lies there takes this many times its size; measured. Adapters free more beside each that is kept. Where
-# activations are checkpointed, nothing lies there (`models.resources.freed_at_once`).
+# 2.38). What lies there takes this many times its size; measured. Adapters free more beside each that is kept. With
+# checkpointed activations and rounded weights nothing lies there (`models.resources.map_large_memory`).
 HEAP_BYTES = 32 << 20
 HOLES, HOLES_WITH_ADAPTERS = 1.6, 2.0
 LOGIT_COPIES = 3  # float32: log-probabilities, and two gradients
@@ -60,11 +60,11 @@ def needed_to_train(
     """The memory of a step that trains. formats: of its results, with the bytes of their weight files; none: no
     certifier is counted. text_bytes: of the examples, where that is known.
     """
-    each = 2 if step.precision == "bf16" else FLOAT
+    each = 2 if step.precision in ("bf16", "fp16") else FLOAT
     length = min(spec.data.sequence_length, shape.positions or spec.data.sequence_length)
     tokens = (step.micro_batch_size or step.batch_size) * length
     if learned.apart:
-        weights = shape.elements * each
+        weights = (shape.elements - learned.rounded) * each + learned.rounded_bytes
     else:
         weights = (shape.elements - learned.parameters) * each + learned.parameters * FLOAT
     passing = _Pass(shape, step, learned, each, tokens, length)
@@ -90,8 +90,8 @@ def needed_to_train(
 
 
 def _copies(step: Finetune, learned: Learned) -> int:
-    """Of what learns: as it began, where it stands apart, and at its best, where that is looked for."""
-    return FLOAT * learned.parameters * (learned.apart + (step.evaluate_every is not None))
+    """Of what learns: as it began, where it stands apart, at its best, where that is looked for, and its average."""
+    return FLOAT * learned.parameters * (learned.apart + (step.evaluate_every is not None) + (step.ema is not None))
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class _Pass:
             some = int(group.share * tokens)
             if self.learned.linears:
                 total += self.held(some, group.columns, each)
-            if isinstance(self.step, LoRA) and self.step.dropout:  # what is left of them, and which are left
+            if isinstance(self.step, LowRank) and self.step.dropout:  # what is left of them, and which are left
                 total += len(group.rows) * self.held(some, group.columns, each + 1)
             total += sum(self.held(some, width, each) for width in _made(group, hidden))
             total += len(group.rows) * self.held(some, self.learned.rank, each)
@@ -131,11 +131,14 @@ class _Pass:
     def gradients(self) -> int:
         """Inside of a block."""
         widest = max((max(group.rows) for block in self.shape.blocks for group in block.groups), default=0)
-        return 4 * self.held(self.tokens, widest, self.each)
+        restored = max((rows * columns for rows, columns in self.learned.linears), default=0) * bool(
+            self.learned.rounded
+        )
+        return 4 * self.held(self.tokens, widest, self.each) + 2 * restored * self.each
 
     def held(self, tokens: int, width: int, each: int) -> int:
         size = tokens * width * each
-        if self.step.activation_checkpointing or size >= HEAP_BYTES:
+        if size >= HEAP_BYTES or self.step.activation_checkpointing or isinstance(self.step, QLoRA):
             return size
         return int((HOLES_WITH_ADAPTERS if self.learned.apart else HOLES) * size)
 

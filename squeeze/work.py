@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from squeeze.formats import CAPACITIES, candidates
 from squeeze.shapes import Block, Group, Shape
 from squeeze.specs import SELF, JobSpec
-from squeeze.steps import AWQ, GPTQ, HQQ, AutoRound, Grouped, KQuant, Quantize, SmoothQuant
+from squeeze.steps import AWQ, GPTQ, HQQ, QAT, AutoRound, Grouped, KQuant, Quantize, SmoothQuant
 
 # In which a core of the reference machine does 40 operations of a product of two bfloat16 matrices of usual size.
 VISIT = 40.0
@@ -61,6 +61,8 @@ def counted(shape: Shape, spec: JobSpec) -> dict[str, Count]:
     if isinstance(step, Grouped) and step.bits == "auto":
         stages["allotting"] = _allotting(shape, spec, step, tokens)
     stages["compressing"] = _compressing(shape, step, tokens)
+    if isinstance(step, QAT):
+        stages["training"] = _training(shape, step, tokens)
     if tokens.windows:
         stages["evaluating"] = _evaluating(shape, tokens)
     stages["exporting"] = _exporting(shape, spec, step)
@@ -118,7 +120,20 @@ def _allotting(shape: Shape, spec: JobSpec, step: Grouped, tokens: Tokens) -> Co
 
 def _compressing(shape: Shape, step: Quantize, tokens: Tokens) -> Count:
     fixed = shape.outside * shape.stored_bytes * BYTE + (tokens.calibration + tokens.windows) * shape.hidden * VISIT
-    return Count(fixed, sum(of_block(block, shape, step, tokens) for block in shape.blocks))
+    passes = 2 if isinstance(step, QAT) else 1  # before and after it learns
+    return Count(passes * fixed, passes * sum(of_block(block, shape, step, tokens) for block in shape.blocks))
+
+
+def _training(shape: Shape, step: QAT, tokens: Tokens) -> Count:
+    """Forwards and backwards, which costs twice as much, and forwards through the original; every weight is rounded
+    twice a part of a batch. The ends are multiplied backwards once, since they don't learn.
+    """
+    seen = step.steps * step.batch_size * tokens.length
+    parts = step.steps * -(-step.batch_size // (step.micro_batch_size or step.batch_size))
+    passes = 3 + step.distill + step.activation_checkpointing
+    blocks = sum(passes * seen * of_token(block, shape, tokens.length) for block in shape.blocks)
+    blocks += parts * LEARN_VISITS * VISIT * shape.weights
+    return Count((2 + step.distill) * seen * of_head(shape), blocks)
 
 
 def of_block(block: Block, shape: Shape, step: Quantize, tokens: Tokens) -> float:
@@ -164,7 +179,8 @@ def _gathering(group: Group, step: Quantize, tokens: int) -> float:
 
 def _solving(group: Group, step: Quantize) -> float:
     """From weights and statistics to codes: of all linears that read one input."""
-    return SOLVERS.get(type(step), _to_nearest)(group, step)
+    begun = step.begun if isinstance(step, QAT) else step
+    return SOLVERS.get(type(begun), _to_nearest)(group, begun)
 
 
 def _to_nearest(group: Group, step: Quantize) -> float:

@@ -18,19 +18,17 @@ from models import pipeline
 from models.job import Inputs
 from models.snapshots import SNAPSHOT_SECONDS
 from models.team import Team
-from models.teamwork import follow
 from models.train.examples import check_records
 from squeeze.errors import ProcessKilled
 from squeeze.specs import JobSpec
-from squeeze.steps import Quantize
 from squeeze.training import Train
-from storage import open_storage
+from storage import Storage, open_storage
 from workers.alone import take
 from workers.channel import Channel, Message, Teller
 from workers.crew import Crew
 from workers.failures import meaning
 from workers.processors import count
-from workers.pull import pull
+from workers.pull import Pulled, Wanted, pull
 from workers.request import Request
 from workers.results import REPORT, upload
 from workers.texts import Located, Texts
@@ -68,7 +66,7 @@ def _share(request: Request, rank: int, channel: Channel) -> int:
         spec = request.parsed()
         _settle(spec, request)
         _go_offline()
-        follow(_team(request, rank), next(step for step in spec.steps if isinstance(step, Quantize)))
+        pipeline.follow(spec, _team(request, rank))
     except BaseException as error:  # noqa: BLE001 - as in `attempt`
         channel.send(_failure(error, request, began))
         return 1
@@ -94,6 +92,7 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
     if fetched is not None and fetched[0] is not None:  # a line that is wrong is told before any weight is fetched
         _check_examples(spec, fetched[0], fetched[1])
     pulled = pull(request, spec, storage, lambda directory: pipeline.check(spec, directory), teller)
+    student = _student(request, spec, storage, teller)
     calibration, evaluation = fetched or texts.fetch(storage)
     _go_offline()
     outcome = pipeline.run(
@@ -111,6 +110,9 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
             out=_emptied(request.scratch_path / "out"),
             device=request.device,
             consumers={name: Path(python) for name, python in request.consumers.items()},
+            student=student.directory if student else None,
+            student_name=student.name if student else None,
+            student_revision=student.revision if student else None,
             activation_bytes=request.activation_bytes,
             job_id=request.job_id,
             snapshot_seconds=snapshot_seconds,
@@ -124,6 +126,15 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
         "result": outcome.result.model_dump(mode="json"),
         "report": outcome.report.model_dump(mode="json"),
     }
+
+
+def _student(request: Request, spec: JobSpec, storage: Storage, teller: Teller) -> Pulled | None:
+    """The model that learns from the job's own, where the job names one."""
+    for param, name in spec.models.items():
+        if param != "model":
+            wanted = Wanted(name, param, "student", request.student)
+            return pull(request, spec, storage, lambda path: pipeline.check_student(spec, path), teller, wanted)
+    return None
 
 
 def _check_examples(spec: JobSpec, data: Located, held_out: Located | None) -> None:

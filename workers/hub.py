@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 
 from squeeze.errors import DataUnusable, HubUnavailable, ModelGated, ModelMalformed, ModelNotFound, SqueezeError
-from squeeze.specs import HUB_ID
+from squeeze.names import HUB_ID
 
 TIMEOUT_SECONDS = 30.0
 _DIGEST = re.compile(r"[0-9A-Za-z]{8,128}")

@@ -5,18 +5,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from squeeze.errors import SqueezeError
+from squeeze.names import OWN_ID
 from squeeze.objects import Stage
-from squeeze.specs import OWN_ID, JobSpec
+from squeeze.specs import JobSpec
 from storage import Storage
 from workers.channel import Teller
 from workers.download import Snapshot
 from workers.hub import Repo, resolve
-from workers.request import Request
+from workers.request import Request, StoredFile
 from workers.room import demand
 from workers.sources import directory, earlier_job
 from workers.weights import CONFIG, SMALL_BYTES_MAX, choose, refuse_code, weight_files
 
 Check = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A model that a job names. param: the field that does. files: of the earlier job that it is. revision: that an
+    earlier attempt resolved its id to. folder: of the scratch directory.
+    """
+
+    name: str
+    param: str
+    folder: str
+    files: tuple[StoredFile, ...] = ()
+    revision: str | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether it is the job's own, of whose size the result is reckoned."""
+        return self.param == "model"
 
 
 @dataclass(frozen=True)
@@ -29,37 +49,47 @@ class Pulled:
     license: str | None = None
 
 
-def pull(request: Request, spec: JobSpec, storage: Storage, check: Check, teller: Teller) -> Pulled:
-    """The job's model on local disk.
+def pull(
+    request: Request, spec: JobSpec, storage: Storage, check: Check, teller: Teller, wanted: Wanted | None = None
+) -> Pulled:
+    """A model that a job names, its own by default, on local disk.
 
     check: is called with the directory as soon as `config.json` is in it, before any weights; raises to refuse it.
     """
     teller.stage(Stage.pulling)
-    if spec.model.startswith("/"):
-        path = directory(spec.model, request.model_roots)
+    wanted = wanted or Wanted(spec.model, "model", "source", request.source, request.revision)
+    try:
+        return _pulled(request, spec, storage, check, teller, wanted)
+    except SqueezeError as error:
+        error.param = wanted.param if error.param == "model" else error.param
+        raise
+
+
+def _pulled(request: Request, spec: JobSpec, storage: Storage, check: Check, teller: Teller, wanted: Wanted) -> Pulled:
+    if wanted.name.startswith("/"):
+        path = directory(wanted.name, request.model_roots)
         check(path)
         weights = sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
-        _demand(request, spec, weights, 0)
+        _demand(request, spec, wanted, weights, 0)
         return Pulled(path, path.name)
-    if OWN_ID.match(spec.model):
-        into = request.scratch_path / "source"
-        size_bytes = sum(file.size_bytes for file in request.source)
-        _demand(request, spec, size_bytes, 0 if into.exists() else size_bytes)
-        path = earlier_job(
-            request.source, into, storage, check, lambda done, total: teller.advance(done, total, "bytes")
-        )
-        return Pulled(path, spec.model)
-    return _from_hub(request, spec, check, teller)
+    if OWN_ID.match(wanted.name):
+        into = request.scratch_path / wanted.folder
+        size_bytes = sum(file.size_bytes for file in wanted.files)
+        _demand(request, spec, wanted, size_bytes, 0 if into.exists() else size_bytes)
+        path = earlier_job(wanted.files, into, storage, check, lambda done, total: teller.advance(done, total, "bytes"))
+        return Pulled(path, wanted.name)
+    return _from_hub(request, spec, check, teller, wanted)
 
 
-def _from_hub(request: Request, spec: JobSpec, check: Check, teller: Teller) -> Pulled:
+def _from_hub(request: Request, spec: JobSpec, check: Check, teller: Teller, wanted: Wanted) -> Pulled:
     # A branch may move between two attempts of a job; what the first one resolved holds for all of them.
-    note = request.scratch_path / "source.json"
+    note = request.scratch_path / f"{wanted.folder}.json"
     repo = Repo.load(note)
     if repo is None:
-        repo = resolve(spec.model, request.revision)
+        repo = resolve(wanted.name, wanted.revision)
         repo.save(note)
-    teller.revision(repo.commit)
+    if wanted.own:
+        teller.revision(repo.commit)
     names = [file.name for file in repo.files]
     sizes = {file.name: file.size_bytes for file in repo.files}
     snapshot = Snapshot(Path(request.cache), repo)
@@ -69,10 +99,10 @@ def _from_hub(request: Request, spec: JobSpec, check: Check, teller: Teller) -> 
     check(snapshot.path)
     weights = weight_files(names, snapshot.path)
     small = [name for name in choice.small if sizes[name] <= SMALL_BYTES_MAX]
-    _demand(request, spec, snapshot.size_bytes(weights), snapshot.missing_bytes([*weights, *small]))
-    wanted = [*small, *weights]
-    meter = _Meter(teller, snapshot.size_bytes(wanted))
-    snapshot.fetch(wanted, meter)
+    _demand(request, spec, wanted, snapshot.size_bytes(weights), snapshot.missing_bytes([*weights, *small]))
+    files = [*small, *weights]
+    meter = _Meter(teller, snapshot.size_bytes(files))
+    snapshot.fetch(files, meter)
     return Pulled(snapshot.path, repo.id, repo.commit, repo.license)
 
 
@@ -95,10 +125,10 @@ def _ignore(size_bytes: int) -> None:
     """A few kilobytes of configuration are not worth telling of."""
 
 
-def _demand(request: Request, spec: JobSpec, source_bytes: int, missing_bytes: int) -> None:
+def _demand(request: Request, spec: JobSpec, wanted: Wanted, source_bytes: int, missing_bytes: int) -> None:
     demand(
         spec,
-        source_bytes=source_bytes,
+        source_bytes=source_bytes if wanted.own else 0,
         missing_bytes=missing_bytes,
         cache=Path(request.cache),
         scratch=request.scratch_path,

@@ -9,8 +9,9 @@ from pathlib import Path
 from models.data import CHARACTERS_PER_TOKEN
 from models.text import HELD_OUT_SHARE
 from squeeze.errors import DataUnusable
+from squeeze.names import OWN_ID
 from squeeze.objects import Stage
-from squeeze.specs import OWN_ID, JobSpec, hub_text
+from squeeze.specs import JobSpec, hub_text
 from squeeze.training import Train
 from storage import Storage
 from workers import shards

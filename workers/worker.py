@@ -28,9 +28,9 @@ from squeeze.errors import (
     ServiceUnavailable,
     SqueezeError,
 )
+from squeeze.names import OWN_ID
 from squeeze.objects import Status
 from squeeze.pace import Past
-from squeeze.specs import OWN_ID
 from storage import Storage
 from workers.ending import clear, settle
 from workers.groups import Ledger
@@ -143,7 +143,9 @@ class Worker:
         device, *others = devices_of(self._device, spec.limits.gpus)
         with self._database.read() as session:
             record = listing.find(session, claim.project, claim.job_id)
-            source = _source(session, claim) if OWN_ID.match(spec.model) else ()
+            models = {
+                param: _source(session, claim, name, param) for param, name in spec.models.items() if OWN_ID.match(name)
+            }
             data = {
                 name: _data(session, claim, name, param)
                 for name, param in ((spec.data.source, "data.source"), (spec.evaluation.source, "evaluation.source"))
@@ -168,7 +170,8 @@ class Worker:
             consumers={name: str(python) for name, python in self._settings.consumers.items()},
             activation_bytes=self._settings.activation_bytes,
             revision=record.model_revision,
-            source=source,
+            source=models.pop("model", ()),
+            student=next(iter(models.values()), ()),
             data=data,
         )
 
@@ -202,16 +205,15 @@ def _unwritable(error: OSError) -> SqueezeError:
     return kind(f"The worker can't write to its data directory ({error.strerror}). Look at its disk, then retry.")
 
 
-def _source(session: Session, claim: Claim) -> tuple[StoredFile, ...]:
-    """The first format's files of an earlier job of the same project."""
-    name = claim.spec.model
+def _source(session: Session, claim: Claim, name: str, param: str) -> tuple[StoredFile, ...]:
+    """The first format's files of an earlier job of the same project. param: the field that names it."""
     try:
         record = listing.find(session, claim.project, name)
     except JobNotFound as error:
-        raise ModelNotFound(f"there is no job {name} whose result could be compressed", param="model") from error
+        raise ModelNotFound(f"there is no job {name} whose result could be compressed", param=param) from error
     if record.status != Status.succeeded:
         raise ModelNotFound(
-            f"{name} is {record.status}, so there is no result to compress; wait until it has succeeded", param="model"
+            f"{name} is {record.status}, so there is no result to compress; wait until it has succeeded", param=param
         )
     kind = record.spec["formats"][0]
     return tuple(

@@ -91,7 +91,8 @@ def submit(
     refused.
     """
     refuse_unfit(spec.steps, spec.formats)
-    directory_of(spec.model, service.settings.model_roots)
+    for param, name in spec.models.items():
+        directory_of(name, service.settings.model_roots, param)
     refuse_unusable(service, project, spec)
     body_hash = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
     with service.database.write() as session:

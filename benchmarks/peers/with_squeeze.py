@@ -13,24 +13,28 @@ from usage import Usage
 from models import engine
 from models.checkpoint import open_model
 from models.formats import layout
-from models.frame import Frame
 from models.progress import Silent
-from squeeze.steps import METHODS, tag_of
+from models.teamwork import frames_of
+from models.train.rounded import Begun, learned_codes, passed_again
+from squeeze.steps import METHODS, QAT, tag_of
 
 
 def main(job: dict) -> None:
     torch.set_num_threads(1)
     usage = Usage()
     source = open_model(Path(job["model"]))
-    frame = Frame(source, source.dtype, torch.device("cpu"))
     method = next(one for one in METHODS if tag_of(one) == f"quantize.{job['method']}")
-    step = method(method=job["method"], bits=job["bits"], group_size=job["group_size"])
+    options = job.get("options", {})
+    step = method(method=job["method"], bits=job["bits"], group_size=job["group_size"], **options)
+    frames = frames_of(source, step, torch.device("cpu"))
     ids = load_file(job["tokens"])["ids"]
     out = Path(job["out"])
+    work = out.with_suffix(".work")
     usage.start()
-    done = engine.quantize(
-        frame, step, ids if step.needs_calibration else None, None, out.with_suffix(".work"), "", Silent()
-    )
+    done = engine.quantize(frames.result, step, ids if step.reads_inputs else None, None, work, "", Silent())
+    if isinstance(step, QAT):
+        begun = Begun(step, frames, ids, None, done, work / "rounded", "")
+        done = passed_again(begun, learned_codes(begun, Silent())[0], Silent())
     usage.stop()
     layout(job["format"]).write(source, done.model, out, Silent())
     usage.report()

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from models.distill.divergence import diverged, in_buckets
-from models.distill.lesson import Taught, Teaching
 from models.distill.stored import Shape, Stored, asked
+from models.distill.teaching import Taught, Teaching
 from models.train.packing import Batch
 from models.train.scoring import against_text, learned_logits
 from squeeze.distillation import Diverging, Logits

@@ -16,12 +16,12 @@ from models.finetune import peft_adapter
 from models.finetune.peft_adapter import adapter_of
 from models.frame import Frame
 from models.quantized import Site
-from squeeze.training import LoRA
+from squeeze.training import LoRA, LowRank
 
-__all__ = ["Merged", "adapter_of", "finetune", "sites_of", "write"]
+__all__ = ["Merged", "adapter_of", "beside", "finetune", "sites_of", "write"]
 
 
-def sites_of(frame: Frame, step: LoRA) -> list[Site]:
+def sites_of(frame: Frame, step: LowRank) -> list[Site]:
     """The layers that get an adapter, in the model's order; raises ModelMalformed where there are none of a pattern."""
     return peft_adapter.chosen(frame, step.target_modules, lambda _: True)
 
@@ -31,13 +31,18 @@ def finetune(model: Any, step: LoRA, names: Sequence[str]) -> Any:
 
     With init `pissa` the model's own weights give their largest singular vectors to the adapters.
     """
+    return beside(model, step, names, "pissa" if step.init == "pissa" else True)
+
+
+def beside(model: Any, step: LowRank, names: Sequence[str], init: bool | str) -> Any:
+    """As `finetune`. init: what peft calls it."""
     config = LoraConfig(
         r=step.rank,
         lora_alpha=step.alpha,
         lora_dropout=step.dropout,
         use_rslora=step.rslora,
         use_dora=step.dora,
-        init_lora_weights="pissa" if step.init == "pissa" else True,
+        init_lora_weights=init,
         target_modules=peft_adapter.short(model, names),
         fan_in_fan_out=peft_adapter.transposed(model, names),
         bias="none",

@@ -47,9 +47,8 @@ def chosen(frame: Frame, patterns: Sequence[str], usual: Callable[[Site], bool])
 
 def short(model: nn.Module, names: Sequence[str]) -> list[str]:
     """How peft is told of linears: by their last names where these mean them and no others, else by whole ones."""
-    able = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     lasts = {last(name) for name in names}
-    meant = {name for name in able if last(name) in lasts}
+    meant = {name for name, _ in model.named_modules() if last(name) in lasts}
     return sorted(lasts if meant == set(names) else names)
 
 

@@ -50,17 +50,23 @@ def write_shards(out: Path, pieces: Sequence[Piece], notify: Notify, shard_bytes
     done_bytes = 0
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with (out / name).open("wb") as file:
-            offsets = _write_header(file, shard)
-            for piece in shard:
-                _write_piece(file, piece, offsets)
-                places.update(dict.fromkeys(piece.shapes, name))
-                done_bytes += piece.size_bytes
-                notify.advance(done_bytes, total_bytes, "bytes")
+        for piece in write_pieces(out / name, shard):
+            places.update(dict.fromkeys(piece.shapes, name))
+            done_bytes += piece.size_bytes
+            notify.advance(done_bytes, total_bytes, "bytes")
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(places.items()))}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return total_bytes
+
+
+def write_pieces(path: Path, pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """Writes them into one file, and gives each back once it is written."""
+    with path.open("wb") as file:
+        offsets = _write_header(file, pieces)
+        for piece in pieces:
+            _write_piece(file, piece, offsets)
+            yield piece
 
 
 def _cut(pieces: Sequence[Piece], shard_bytes: int) -> Iterator[list[Piece]]:

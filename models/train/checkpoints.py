@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from models.formats.shards import Piece, write_pieces
+from models.team import SOLO, Team
+from models.train.processes import whole
 from squeeze.report import HeldOutLoss, TrainingStep
 
 TENSORS, STORY = "state.safetensors", "state.json"
@@ -40,11 +43,14 @@ class Story:
 class Checkpoints:
     """The work directory of one training; what another one left in it is deleted.
 
-    fingerprint: of all that decides the result.
+    fingerprint: of all that decides the result. team: of the processes that share it. The leader writes whole tensors,
+    so that as many or fewer or more can go on from them.
     """
 
-    def __init__(self, directory: Path, fingerprint: str) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, fingerprint: str, team: Team = SOLO) -> None:
+        self.directory, self._team = directory, team
+        if not team.leads:
+            return
         mark = directory / "fingerprint"
         if directory.exists() and (not mark.is_file() or mark.read_text() != fingerprint):
             shutil.rmtree(directory)
@@ -52,12 +58,18 @@ class Checkpoints:
         mark.write_text(fingerprint)
 
     def save(self, story: Story, tensors: Mapping[str, Tensor]) -> None:
-        """The new one is complete before the old one goes."""
+        """The new one is complete before the old one goes. One tensor at a time is put together from its parts."""
+        if not self._team.leads:
+            for tensor in tensors.values():
+                whole(tensor.detach())
+            self._team.meet("the checkpoint")
+            return
         target = self.directory / f"checkpoint-{story.done:08d}"
         part = self.directory / "checkpoint.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part / TENSORS)
+        for _ in write_pieces(part / TENSORS, [_piece(name, tensor.detach()) for name, tensor in tensors.items()]):
+            pass
         told = {
             "curve": [one.model_dump() for one in story.curve],
             "held_out": [one.model_dump() for one in story.held_out],
@@ -68,21 +80,24 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
         self._forget_but(target)
+        self._team.meet("the checkpoint")
 
     def latest(self) -> tuple[Story, dict[str, Tensor]] | None:
         """What was saved last; None where nothing was."""
-        found = sorted(self.directory.glob("checkpoint-*[0-9]"))
-        if not found:
+        name = self._team.tell(max((path.name for path in self.directory.glob("checkpoint-*[0-9]")), default=None))
+        if name is None:
             return None
-        self._forget_but(found[-1])
-        told = json.loads((found[-1] / STORY).read_text(encoding="utf-8"))
+        found = self.directory / name
+        if self._team.leads:
+            self._forget_but(found)
+        told = json.loads((found / STORY).read_text(encoding="utf-8"))
         story = Story(
             [TrainingStep.model_validate(one) for one in told["curve"]],
             [HeldOutLoss.model_validate(one) for one in told["held_out"]],
             told["resumed"],
             told["stopped"],
         )
-        return story, load_file(found[-1] / TENSORS)
+        return story, load_file(found / TENSORS)
 
     @property
     def last_step(self) -> int | None:
@@ -96,21 +111,8 @@ class Checkpoints:
                 shutil.rmtree(old)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimizer, by its parameters' numbers."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{n}.{name}": value for n, each in state.items() for name, value in each.items()}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    described = optimizer.state_dict()
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        kind, _, rest = key.partition(".")
-        if kind == "optimizer":
-            number, _, name = rest.partition(".")
-            state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
+def _piece(name: str, tensor: Tensor) -> Piece:
+    return Piece({name: (tensor.dtype, tuple(tensor.shape))}, lambda: {name: whole(tensor)})
 
 
 def random_tensors(device: torch.device) -> dict[str, Tensor]:

@@ -103,16 +103,9 @@ def read_examples(
     record is none, with its line, or where nothing is left to learn on either side.
     """
     train, held_out = _Side(tokenizer, length), _Side(tokenizer, length)
-    marks = [_mark(record) for _, record in _records(source, DATA, columns[0])]
-    refuse_too_few(len(marks), apart=evaluation is not None)
-    chosen = set() if evaluation is not None else _held_out(marks)
-    for number, (where, record) in enumerate(_records(source, DATA, columns[0])):
-        with blamed(DATA):
-            (held_out if number in chosen else train).add(record, where)
-    if evaluation is not None:
-        for where, record in _records(evaluation, EVALUATION, columns[1]):
-            with blamed(EVALUATION):
-                held_out.add(record, where)
+    for apart, where, record in divided(source, evaluation, columns):
+        with blamed(DATA if evaluation is None or not apart else EVALUATION):
+            (held_out if apart else train).add(record, where)
     for side, param in ((train, DATA), (held_out, DATA if evaluation is None else EVALUATION)):
         side.refuse_nothing(param)
     told = TrainingData(
@@ -128,6 +121,22 @@ def read_examples(
         held_out_sha256=held_out.examples.digest,
     )
     return Split(train.examples, held_out.examples, told, _warnings(length, train, held_out))
+
+
+def divided(
+    source: Path, evaluation: Path | None, columns: tuple[str | None, str | None] = (None, None)
+) -> Iterator[tuple[bool, str, Record]]:
+    """(whether it is held out, where it stands, itself) of every record; what `evaluation` holds is held out instead
+    of a part of the source, and comes last.
+    """
+    marks = [_mark(record) for _, record in _records(source, DATA, columns[0])]
+    refuse_too_few(len(marks), apart=evaluation is not None)
+    chosen = set() if evaluation is not None else _held_out(marks)
+    for number, (where, record) in enumerate(_records(source, DATA, columns[0])):
+        yield number in chosen, where, record
+    if evaluation is not None:
+        for where, record in _records(evaluation, EVALUATION, columns[1]):
+            yield True, where, record
 
 
 class _Side:

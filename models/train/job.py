@@ -5,9 +5,8 @@ import json
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor
 
 from models.card import write_card
@@ -19,29 +18,33 @@ from models.distill.lesson import Lesson
 from models.formats.directory import write_companions, written_whole
 from models.job import Inputs, Outcome, libraries, result_of, size_part, source_part
 from models.material import read_tokenizer
-from models.progress import Notify
+from models.plain import saturated
+from models.progress import Notify, Silent
 from models.resources import (
     Clock,
     cpu_seconds,
     device_name,
-    freed_at_once,
+    map_large_memory,
     peak_gpu_bytes,
     peak_host_bytes,
     return_free_memory,
 )
+from models.team import SOLO, Team
 from models.train.checkpoints import Checkpoints, Story
 from models.train.counting import ahead, summed, work_of
 from models.train.examples import Examples
+from models.train.leading import lead, told
 from models.train.loop import Task, accelerator_of, train
-from models.train.merging import write_merged
+from models.train.merging import stored_dtype, write_merged
 from models.train.prepare import Prepared, begun, method_of, prepare
 from models.train.whole import write_trained
 from squeeze import __version__
 from squeeze.distillation import Distill
 from squeeze.objects import Stage
 from squeeze.report import Certificate, Report, Spent, Training
+from squeeze.specs import JobSpec
 from squeeze.steps import Format
-from squeeze.training import Adapters, Train
+from squeeze.training import Adapters, QLoRA, Train
 
 LIBRARIES = ("peft", "accelerate")
 
@@ -65,19 +68,44 @@ class Trained:
         return self.prepared.teacher or self.prepared.source
 
 
-def trained(inputs: Inputs, step: Train, adapter: Path, whole: Path | None, clock: Clock, notify: Notify) -> Trained:
+def trained(
+    inputs: Inputs, step: Train, adapter: Path, whole: Path | None, clock: Clock, notify: Notify, team: Team = SOLO
+) -> Trained:
     """Trains, resuming where an earlier attempt stopped, writes what was learned, and measures what was written.
 
     adapter: the directory to write what adapters learned to. whole: that of the whole model, left as it is where this
-    training wrote it before.
+    training wrote it before. team: the leader's; the others are in `follow`.
     """
     with clock.stage("loading"):
         notify.stage(Stage.loading)
-        prepared = prepare(inputs, step)
+        prepared = prepare(inputs, step, notify)
+    with team.together():
+        processes = lead(team, prepared, inputs, [adapter, whole], notify)
+        return _trained(replace(prepared, processes=processes), inputs, adapter, whole, clock, notify)
+
+
+def follow(team: Team, spec: JobSpec, step: Train) -> None:
+    """Waits for the leader, and has a part in the training. The result is the leader's."""
+    with team.together():
+        heard = told(team, spec)
+        adapter, whole = heard.places
+        assert adapter is not None, "the leader says where adapters go"
+        prepared = replace(prepare(heard.inputs, step), processes=heard.processes, mark=heard.mark)
+        _trained(prepared, heard.inputs, adapter, whole, Clock(), Silent())
+
+
+def _trained(
+    prepared: Prepared, inputs: Inputs, adapter: Path, whole: Path | None, clock: Clock, notify: Notify
+) -> Trained:
+    """As `trained`, of each process that shares it."""
+    step, processes = prepared.step, prepared.processes
+    if step.activation_checkpointing:
+        map_large_memory()  # memory would otherwise hardly be less
+    with clock.stage("loading"):
         accelerator = accelerator_of(prepared.precision, prepared.device)
     lesson, before = None, None
     if isinstance(step, Distill):
-        with clock.stage("teaching"):
+        with clock.stage("teaching"), processes.leader_first():
             lesson = Lesson(prepared, inputs, notify)
     with clock.stage("loading"):
         task, initial, warnings = begun(prepared)
@@ -87,28 +115,33 @@ def trained(inputs: Inputs, step: Train, adapter: Path, whole: Path | None, cloc
             task, before = lesson.given(task), lesson.apart(task, accelerator)
     with clock.stage("training"):
         notify.stage(Stage.training)
-        checkpoints = Checkpoints(inputs.work / "train", prepared.mark)
-        with freed_at_once(step.activation_checkpointing):
-            story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
+        checkpoints = Checkpoints(inputs.work / "train", prepared.mark, processes.team)
+        story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
         losses = task.held_out_losses(accelerator)
         samples = {adapter: _sample(task.held_out, losses)}
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
         training = _training(prepared, task, story, _mean(losses))
-        if lesson is not None and before is not None:
-            told = lesson.told(before, lesson.apart(task, accelerator))
-            training = training.model_copy(update={"distillation": told})
+        if lesson is not None:
+            taught = lesson.told(before, lesson.apart(task, accelerator))
+            training = training.model_copy(update={"distillation": taught})
         del lesson
         packed = task.packed
-        _write(prepared, task.model, initial, inputs, adapter, whole, notify)
+        _gather(prepared, task.model)
+        if processes.team.leads:
+            _write(prepared, task.model, initial, inputs, adapter, whole, notify)
+        processes.team.meet("what was written")
         del task, initial
         _give_back()
         if whole is not None:
-            plain = prepared.task(prepared.load(whole), packed=packed)
+            with processes.loading():
+                model = prepared.load(whole, prepared.first_device)
+                prepared.share(model)
+            plain = prepared.task(model, packed=packed)
             losses = plain.held_out_losses(accelerator)
             samples[whole] = _sample(plain.held_out, losses)
             training = training.model_copy(update={"loss_written": _mean(losses)})
-            del plain
+            del plain, model
             _give_back()
     warnings += _warnings(training)
     for warning in warnings:
@@ -116,12 +149,12 @@ def trained(inputs: Inputs, step: Train, adapter: Path, whole: Path | None, cloc
     return Trained(prepared, whole, training, warnings, samples, work)
 
 
-def run_training(inputs: Inputs, step: Train, notify: Notify) -> Outcome:
+def run_training(inputs: Inputs, step: Train, notify: Notify, team: Team = SOLO) -> Outcome:
     """A job that ends with training."""
     clock, formats = Clock(), inputs.spec.formats
     places: dict[Format, Path] = {name: inputs.out / name for name in formats}
     adapter, whole = places.get("peft", inputs.work / "adapter"), places.get("safetensors")
-    done = trained(inputs, step, adapter, whole, clock, notify)
+    done = trained(inputs, step, adapter, whole, clock, notify, team)
     with clock.stage("certifying"):
         notify.stage(Stage.certifying)
         certificates = []
@@ -136,17 +169,29 @@ def run_training(inputs: Inputs, step: Train, notify: Notify) -> Outcome:
 
 
 def _certified(inputs: Inputs, done: Trained, name: Format, directory: Path, notify: Notify) -> list[Certificate]:
+    step, dtype = done.prepared.step, str(done.prepared.dtype).removeprefix("torch.")
     return certify(
         directory,
         name,
         sample=done.samples[directory],
         base=inputs.model if name == "peft" else None,
+        base_settings=step.base_settings(dtype) if isinstance(step, QLoRA) else None,
         source_bytes=done.source.weight_bytes,
         dtype=done.prepared.dtype,
         device=done.prepared.device.type,
         consumers=inputs.consumers,
         notify=notify,
     )
+
+
+def _gather(prepared: Prepared, model: Any) -> None:
+    """Puts together what was learned where each process holds a part: of a model that is written whole all weights,
+    already in the type that they are stored in.
+    """
+    alone = isinstance(prepared.step, Adapters)
+    dtype = stored_dtype(prepared.source)
+    each = (lambda one: one) if alone else (lambda one: saturated(one, dtype))
+    prepared.processes.gather(model, each, entire=not alone)
 
 
 def _write(
@@ -181,7 +226,7 @@ def _training(prepared: Prepared, task: Task, story: Story, after: float) -> Tra
     held_out = task.held_out
     return Training(
         method=step.method,
-        precision="bf16" if prepared.dtype == torch.bfloat16 else "fp32",
+        precision=cast(Literal["fp32", "bf16", "fp16"], prepared.precision),
         trainable_parameters=sum(one.numel() for one in task.learning.values()),
         trained_modules=len(prepared.sites),
         data=prepared.split.data,
@@ -201,6 +246,8 @@ def _training(prepared: Prepared, task: Task, story: Story, after: float) -> Tra
         held_out=story.held_out,
         tokens_per_second=round(places / max(seconds, 1e-9), 1),
         resumed=story.resumed,
+        processes=prepared.processes.size,
+        sharding=prepared.processes.way if prepared.processes.size > 1 else None,
     )
 
 
@@ -212,7 +259,7 @@ def _warnings(training: Training) -> list[str]:
             "that holds for other examples. Take a lower learning_rate, fewer epochs, or more examples."
         )
     told = training.distillation
-    if told is not None and told.loss_teacher >= training.loss_before:
+    if told is not None and told.loss_teacher is not None and told.loss_teacher >= training.loss_before:
         found.append(
             f"the teacher's held-out loss is {told.loss_teacher:.4f}, no better than the student's "
             f"{training.loss_before:.4f} before it learned: on this text there is nothing to learn from it"
@@ -255,7 +302,7 @@ def _report(
         job=inputs.job_id,
         squeeze=__version__,
         libraries=libraries(*LIBRARIES),
-        device=device_name(device),
+        device=device_name(device, done.training.processes),
         source=source_part(inputs, done.source),
         recipe=[step.model_dump(mode="json") for step in spec.steps],
         seed=spec.seed,
@@ -272,7 +319,7 @@ def _report(
             seconds=clock.seconds,
             work=done.work,
             cpu_seconds=round(cpu_seconds(), 3),
-            gpu_seconds=round(clock.seconds["training"], 3) if device.type == "cuda" else 0.0,
+            gpu_seconds=round(clock.seconds["training"] * done.training.processes, 3) if device.type == "cuda" else 0.0,
             peak_host_bytes=peak_host_bytes(),
             peak_gpu_bytes=peak_gpu_bytes(),
             certifier_peak_host_bytes=max((one.peak_host_bytes or 0 for one in certificates), default=0) or None,
@@ -285,7 +332,7 @@ def for_what_follows(inputs: Inputs, done: Trained) -> Inputs:
     was held out from training is held out from calibration too.
     """
     assert done.whole is not None, "a step that goes on needs a whole model"
-    tokenizer, split = read_tokenizer(inputs.model), done.prepared.split
+    tokenizer, split = read_tokenizer(done.prepared.source.path), done.prepared.split
     files = {}
     for name, side, column in (
         ("learned", split.train, inputs.spec.data.column),

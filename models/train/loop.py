@@ -21,16 +21,17 @@ from torch import Tensor, nn
 
 from models.progress import Notify
 from models.resources import peak_gpu_bytes, peak_host_bytes
+from models.train.averages import Averages, copied, put
 from models.train.checkpoints import (
     Checkpoints,
     Story,
-    optimizer_tensors,
     random_tensors,
-    restore_optimizer,
     restore_random,
 )
 from models.train.examples import Examples
-from models.train.packing import Batch, Plan, Row, batch_of, micro_batches
+from models.train.optimizers import BAdam, optimizer_of, optimizer_tensors, restore_optimizer
+from models.train.packing import Batch, Plan, Row
+from models.train.processes import ALONE, Processes, whole
 from models.train.schedule import learning_rate, warmup_steps
 from models.train.scoring import Objective, example_losses, learned_losses, without_virtual_tokens
 from squeeze.errors import NotFinite
@@ -39,14 +40,14 @@ from squeeze.training import Train
 
 SNAPSHOT_SHARE = 0.1  # of the time that may go into checkpoints before `snapshot_seconds` are over
 TOLD_SECONDS = 1.0  # between two events
-BETAS, EPSILON = (0.9, 0.999), 1e-8
+SMALLEST_SCALE = 1.0  # of a loss in fp16; a gradient that is too large even so is no matter of precision
 
 
 @dataclass(frozen=True)
 class Task:
-    """model: on its device, with what is to learn in float32. packed: rows hold several examples each. objective: what
-    falls; the held-out loss is the negative log-likelihood whatever it is. beside: learns too, and is worth nothing
-    once the training is over.
+    """model: on its device, with what is to learn in float32. held_out: empty where nobody looks at their loss.
+    packed: rows hold several examples each. objective: what falls; the held-out loss is the negative log-likelihood
+    whatever it is. beside: learns too, and is worth nothing once the training is over. processes: that share the work.
     """
 
     model: Any
@@ -59,6 +60,7 @@ class Task:
     device: torch.device
     objective: Objective = learned_losses
     beside: nn.Module | None = None
+    processes: Processes = ALONE
 
     @property
     def learning(self) -> dict[str, nn.Parameter]:
@@ -76,11 +78,12 @@ class Task:
                 packed=self.packed,
                 size=self.step.micro_batch_size or self.step.batch_size,
                 device=self.device,
+                processes=self.processes,
             )
 
 
 def accelerator_of(precision: str, device: torch.device) -> Accelerator:
-    """For one process on one device. Its state is the process's: a job that trains twice sets it anew."""
+    """For one process on one device, alone or not. Its state is the process's: a job that trains twice sets it anew."""
     AcceleratorState._reset_state(reset_partial_state=True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -92,12 +95,12 @@ def train(
     task: Task, accelerator: Accelerator, checkpoints: Checkpoints, notify: Notify, snapshot_seconds: float
 ) -> Story:
     """Trains the model in place and leaves in it the weights that are to be kept: where looks at the held-out loss were
-    asked for those of the lowest, else the last.
+    asked for those of the lowest, else the last. Of several processes each has its part.
 
     A checkpoint is saved every `snapshot_seconds` at the latest, and when the process is asked to end (SIGTERM), which
     it then does. Raises NotFinite, naming the step, where the loss or the gradient is no number.
     """
-    run = _Run(task, accelerator, checkpoints, notify)
+    run, processes = _Run(task, accelerator, checkpoints, notify), task.processes
     run.resume()
     if not run.story.held_out:
         run.look()
@@ -108,7 +111,8 @@ def train(
             finished = run.gradient(asked)
             began = time.monotonic()
             # Only weights that have given a finite loss are kept: those from before the step.
-            if not finished or began - saved_at >= min(snapshot_seconds, cost / SNAPSHOT_SHARE):
+            due = began - saved_at >= min(snapshot_seconds, cost / SNAPSHOT_SHARE)
+            if not finished or processes.leader_says(due):
                 run.save()
                 saved_at, cost = time.monotonic(), time.monotonic() - began
             if not finished:
@@ -118,7 +122,7 @@ def train(
     if ends:
         os.kill(os.getpid(), signal.SIGTERM)  # what was to happen before we asked for a moment
         raise SystemExit(128 + signal.SIGTERM)
-    if run.story.held_out[-1].step != run.story.done:
+    if run.story.held_out and run.story.held_out[-1].step != run.story.done:
         run.look()
     run.save()
     run.keep_the_best()
@@ -131,15 +135,10 @@ class _Run:
 
     def __init__(self, task: Task, accelerator: Accelerator, checkpoints: Checkpoints, notify: Notify) -> None:
         self._task, self._accelerator, self._checkpoints, self._notify = task, accelerator, checkpoints, notify
-        self._learning = task.learning
+        self._learning, self._called = task.learning, task.processes.called(task.model)
         step = task.step
-        self._optimizer = torch.optim.AdamW(
-            self._learning.values(),
-            lr=step.learning_rate,
-            betas=BETAS,
-            eps=EPSILON,
-            weight_decay=step.weight_decay,
-        )
+        self._optimizer = optimizer_of(step, self._learning)
+        self._averages = Averages(self._learning, step.ema)
         self._warmup = warmup_steps(step.warmup, task.plan.steps)
         self._best: dict[str, Tensor] = {}
         self._random = random_tensors(task.device)
@@ -151,10 +150,17 @@ class _Run:
         found = self._checkpoints.latest()
         if found is None:
             return
-        self.story, tensors = found
+        self.story, tensors = found[0], self._task.processes.spread(found[1], self._learning)
         with torch.no_grad():
             for name, parameter in self._learning.items():
                 parameter.copy_(tensors[f"learned.{name}"])
+        for name, average in self._averages.tensors.items():
+            average.copy_(tensors[f"averaged.{name}"])
+        if (scaler := self._accelerator.scaler) is not None:
+            scaler.load_state_dict(
+                scaler.state_dict()
+                | {"scale": float(tensors["scale"]), "_growth_tracker": int(tensors["scale.tracker"])}
+            )
         self._best = {name: tensors[f"best.{name}"] for name in self._learning if f"best.{name}" in tensors}
         restore_optimizer(self._optimizer, tensors)
         restore_random(tensors, self._task.device)
@@ -169,35 +175,58 @@ class _Run:
 
     def gradient(self, asked: threading.Event) -> bool:
         """Forward and backward of the next batch; False where we are asked to end half way. Raises NotFinite."""
-        task, number = self._task, self.story.done
+        task, number, processes = self._task, self.story.done, self._task.processes
         began, self._random = time.monotonic(), random_tensors(task.device)
-        parts = [
-            batch_of(task.examples, rows) for rows in micro_batches(task.plan.batch(number), task.step.micro_batch_size)
-        ]
-        learned = sum(part.learned for part in parts)
+        processes.draw(task.plan.seed, number)
+        parts = processes.batches(task.examples, task.plan.batch(number), task.step.micro_batch_size)
+        learned, tokens = processes.total(sum(one.learned for one in parts), sum(one.tokens for one in parts))
+        if isinstance(self._optimizer, BAdam):
+            self._optimizer.turn_to(number)
         task.model.train()
+        while True:
+            share = self._gradient_of(parts, learned, asked)
+            if share is None:
+                return False
+            (total,) = processes.total(share)
+            self._refuse_no_number(total, "loss")
+            self._accelerator.unscale_gradients(self._optimizer)
+            limit = math.inf if task.step.clip_norm is None else task.step.clip_norm
+            norm = float(whole(self._accelerator.clip_grad_norm_([*self._learning.values()], limit)))
+            if math.isfinite(norm) or not self._scale_down():
+                break
+        self._refuse_no_number(norm, "gradient's norm")
+        self._now = {"loss": total, "norm": norm, "tokens": tokens, "began": began}
+        return not processes.agree(asked)
+
+    def _gradient_of(self, parts: Sequence[Batch], learned: float, asked: threading.Event) -> float | None:
+        """This process's share of the loss of a batch, whose gradient is there then; None where we are asked to end."""
         self._optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for n, part in enumerate(parts, start=1):
-            if asked.is_set():
-                return False
-            total += self._part(part.to(task.device), learned, last=n == len(parts))
-        self._refuse_no_number(total, "loss")
-        limit = math.inf if task.step.clip_norm is None else task.step.clip_norm
-        norm = float(self._accelerator.clip_grad_norm_([*self._learning.values()], limit))
-        self._refuse_no_number(norm, "gradient's norm")
-        tokens = sum(int((part.owners >= 0).sum()) for part in parts)
-        self._now = {"loss": total, "norm": norm, "tokens": tokens, "began": began}
-        return not asked.is_set()
+            if self._task.processes.agree(asked):
+                return None
+            total += self._part(part.to(self._task.device), learned, last=n == len(parts))
+        return total
 
-    def _part(self, batch: Batch, learned: int, *, last: bool) -> float:
+    def _scale_down(self) -> bool:
+        """After a gradient that fp16 can't hold: a smaller scale of the loss, and the same batch once more, with the
+        same random numbers. False where there is no smaller one.
+        """
+        scaler = self._accelerator.scaler
+        if scaler is None or scaler.get_scale() < SMALLEST_SCALE:
+            return False
+        scaler.update()
+        restore_random(self._random, self._task.device)
+        return True
+
+    def _part(self, batch: Batch, learned: float, *, last: bool) -> float:
         """Adds the gradient of a part of a batch that has so many learned tokens in all; its share of the loss."""
-        model, accelerator = self._task.model, self._accelerator
-        with nullcontext() if last else accelerator.no_sync(model):
+        accelerator, processes = self._accelerator, self._task.processes
+        with processes.adding_up(self._called, last=last):
             with accelerator.autocast():
-                losses = self._task.objective(model, batch, packed=self._task.packed)
+                losses = self._task.objective(self._called, batch, packed=self._task.packed)
             loss = losses.sum() / learned
-            accelerator.backward(loss)
+            accelerator.backward(loss * processes.size)  # the average of which is taken
         return float(loss.detach())
 
     def descend(self) -> None:
@@ -207,7 +236,7 @@ class _Run:
         rate = learning_rate(step.learning_rate, step.schedule, number, task.plan.steps, self._warmup)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
+        self._take_step()
         self._optimizer.zero_grad(set_to_none=True)
         self.story.curve.append(
             TrainingStep(
@@ -228,15 +257,27 @@ class _Run:
             self.look()
             self._stop_where_it_falls_no_more()
 
+    def _take_step(self) -> None:
+        scaler = self._accelerator.scaler
+        if scaler is None:
+            self._optimizer.step()
+        else:
+            scaler.step(self._optimizer)
+            scaler.update()
+        self._averages.add(self.story.done + 1)
+
     def look(self) -> None:
-        """Measures the held-out loss."""
-        with nullcontext() if self.story.done else without_virtual_tokens(self._task.model):  # at first as it came
+        """Measures the held-out loss, if there are examples for that; with averaged weights where they are averaged."""
+        if not len(self._task.held_out):
+            return
+        came = nullcontext() if self.story.done else without_virtual_tokens(self._task.model)
+        with self._averages.in_place(), came:
             sums, counts = self._task.held_out_losses(self._accelerator)
         found = HeldOutLoss(step=self.story.done, loss=float(sums.sum() / counts.sum()))
         best = self.story.best
         self.story.held_out.append(found)
         if self._task.step.evaluate_every is not None and found.step and (best is None or found.loss < best.loss):
-            self._best = {name: one.detach().clone() for name, one in self._learning.items()}
+            self._best = copied(self._learning if not self._averages.tensors else self._averages.tensors)
         self._notify.event(
             "info", f"held-out loss after {found.step} steps: {found.loss:.4f}", step=found.step, loss=found.loss
         )
@@ -256,14 +297,23 @@ class _Run:
             self.story,
             {f"learned.{name}": one for name, one in self._learning.items()}
             | {f"best.{name}": one for name, one in self._best.items()}
+            | {f"averaged.{name}": one for name, one in self._averages.tensors.items()}
             | optimizer_tensors(self._optimizer)
+            | self._scale_tensors()
             | self._random,
         )
 
+    def _scale_tensors(self) -> dict[str, Tensor]:
+        """Of the loss, with fp16."""
+        if self._accelerator.scaler is None:
+            return {}
+        state = self._accelerator.scaler.state_dict()
+        return {"scale": torch.tensor(state["scale"]), "scale.tracker": torch.tensor(state["_growth_tracker"])}
+
     def keep_the_best(self) -> None:
-        with torch.no_grad():
-            for name, best in self._best.items():
-                self._learning[name].copy_(best)
+        if isinstance(self._optimizer, BAdam):
+            self._optimizer.release()
+        put(self._learning, self._best or self._averages.tensors)
 
     def tell(self, *, whole: bool = False) -> None:
         """Events of the steps since the last one, not more often than once a second."""

@@ -32,6 +32,17 @@ class Batch:
     def learned(self) -> int:
         return int((self.targets != UNSCORED).sum())
 
+    @property
+    def tokens(self) -> int:
+        return int((self.owners >= 0).sum())
+
+    @property
+    def idle(self) -> "Batch":
+        """The same, with nothing in it that counts."""
+        return Batch(
+            self.ids, self.positions, torch.full_like(self.targets, UNSCORED), torch.full_like(self.owners, -1)
+        )
+
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(one.to(device) for one in (self.ids, self.positions, self.targets, self.owners)))
 

@@ -1,45 +1,46 @@
 """What a step that trains needs before its first batch: examples, what is to learn, batches; checked as it is found."""
 
-import json
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
+from models.architectures import architecture_of
 from models.checkpoint import SourceModel, open_or_convert
-from models.data import CHARACTERS_PER_TOKEN, EVALUATION_SEED, GENERIC_ORIGIN, LEAST_TOKENS, generic_passages
-from models.disk import write_whole
+from models.data import LEAST_TOKENS
 from models.distill.student import refuse_unteachable, student_of
+from models.distill.vocabulary import refuse_foreign, shared_vocabulary
 from models.finetune import full
 from models.fingerprint import training_fingerprint
 from models.formats.directory import refuse_broken_companions
 from models.frame import Frame
 from models.job import Inputs
-from models.material import read_tokenizer
+from models.progress import Notify, Silent
 from models.quantized import Site
-from models.text import Split as Side
-from models.train.examples import Examples, Split, read_examples
+from models.train.examples import Examples, Split
 from models.train.loop import Task
 from models.train.packing import Plan, rows_of, steps_for
+from models.train.processes import ALONE, Processes
 from models.train.scoring import own, packs
-from squeeze.distillation import Distill
+from models.train.texts import examples_of
+from models.train.whole import load_whole
+from squeeze.distillation import Distill, Sequence
 from squeeze.errors import DataUnusable, ModelMalformed
-from squeeze.training import Adapters, Precision, Train, VirtualTokens
+from squeeze.training import Adapters, Precision, QLoRA, Train, VirtualTokens
 
-EVERYTHING = 1 << 62  # characters
-TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Prepared:
     """source: the model that learns, as it came. sites: the linears that get something to learn. held_out: the examples
-    that the loss is measured on. length: of a sequence, in tokens. vocabulary: of the model. mark: of all that decides
-    the result. teacher: of a distillation, the job's own model. student: of one, who learns, in words.
+    that the loss is measured on. length: of a sequence, in tokens. vocabulary: of the model, as far as a teacher shares
+    it. mark: of all that decides the result. teacher: of a distillation, the job's own model. student: of one, who
+    learns, in words. comparable: whether both have one vocabulary. processes: that share the training.
     """
 
     step: Train
@@ -55,18 +56,27 @@ class Prepared:
     mark: str
     teacher: SourceModel | None = None
     student: str = ""
+    comparable: bool = True
+    processes: Processes = ALONE
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights that don't learn, and of the computation."""
         return TYPES[self.precision]
 
-    def load(self, path: Path) -> Any:
-        """A model directory's whole model on the device, nothing of it to learn."""
-        transformers_logging.disable_progress_bar()  # a worker's log is no terminal
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, trust_remote_code=False)
-        model.config.use_cache = False
-        return model.to(self.device).eval().requires_grad_(False)
+    @property
+    def first_device(self) -> torch.device:
+        """Where the model is before each of several processes takes its part: it need not fit on the device."""
+        return torch.device("cpu") if self.processes.sharded else self.device
+
+    def load(self, path: Path, device: torch.device | None = None) -> Any:
+        """A model directory's whole model, nothing of it to learn. device: left out, that of the training."""
+        return load_whole(path, self.dtype, device or self.device)
+
+    def share(self, model: Any) -> None:
+        """Leaves this process its part of the weights, where several are to hold a part each."""
+        blocks = own(model).get_submodule(architecture_of(self.source.config).blocks)
+        self.processes.shard(model, list(blocks))
 
     def task(self, model: Any, *, packed: bool) -> Task:
         step, examples = self.step, self.split.train
@@ -83,6 +93,7 @@ class Prepared:
             held_out_rows=rows_of(self.held_out.lengths, self.length, packed=packed),
             packed=packed,
             device=self.device,
+            processes=self.processes,
         )
 
 
@@ -104,18 +115,26 @@ def refuse_untrainable(step: Train, frame: Frame) -> int:
     return len(sites)
 
 
-def prepare(inputs: Inputs, step: Train) -> Prepared:
+def prepare(inputs: Inputs, step: Train, notify: Notify | None = None) -> Prepared:
     """Reads the examples, and looks at the model's headers. Raises what is wrong with either."""
-    spec, teacher, student = inputs.spec, None, ""
+    spec, teacher, student, shared, comparable = inputs.spec, None, "", None, True
     source = open_or_convert(inputs.model, inputs.work / "source")
     refuse_broken_companions(source)
     if isinstance(step, Distill):
-        teacher, (source, student) = source, student_of(step, source, inputs.work)
+        teacher, (source, student) = source, student_of(inputs, step, source)
+        if inputs.student is not None:
+            foreign_too = isinstance(step, Sequence)
+            shared = (shared_vocabulary if foreign_too else partial(refuse_foreign, step))(teacher.path, source.path)
+            comparable = shared is not None
     frame = Frame(source, torch.float32, torch.device("cpu"))
-    frame.refuse_misfits()
+    frames = [frame] if teacher is None else [frame, Frame(teacher, torch.float32, torch.device("cpu"))]
+    for one in frames:
+        one.refuse_misfits()
     ahead = _virtual_tokens(step)
-    length = min(spec.data.sequence_length, (frame.max_positions or spec.data.sequence_length + ahead) - ahead)
-    split = _examples(inputs, step, source.path, length)
+    length = min([spec.data.sequence_length, *(one.max_positions - ahead for one in frames if one.max_positions)])
+    device = torch.device(inputs.device)
+    precision = resolved(step.precision, device)
+    split = examples_of(inputs, step, teacher, source.path, length, TYPES[precision], notify or Silent())
     if length < spec.data.sequence_length:
         beside = f" beside {ahead} virtual tokens" if ahead else ""
         split.warnings.append(
@@ -123,7 +142,6 @@ def prepare(inputs: Inputs, step: Train) -> Prepared:
         )
     vocabulary = int(frame.model.config.vocab_size)
     _refuse_foreign_ids(split, vocabulary)
-    device = torch.device(inputs.device)
     return Prepared(
         step=step,
         seed=spec.seed,
@@ -132,32 +150,49 @@ def prepare(inputs: Inputs, step: Train) -> Prepared:
         split=split,
         held_out=_first(split.held_out, spec.evaluation.samples * length),
         length=length,
-        precision=_resolved(step.precision, device),
+        precision=precision,
         device=device,
-        vocabulary=vocabulary,
+        vocabulary=min(vocabulary, shared or vocabulary),
         mark=training_fingerprint(
-            step, spec.seed, inputs.revision, inputs.device, teacher or source, split.data, length
+            step,
+            spec.seed,
+            inputs.revision,
+            inputs.device,
+            teacher or source,
+            split.data,
+            length,
+            student=None if inputs.student is None else (source, inputs.student_revision),
         ),
         teacher=teacher,
         student=student,
+        comparable=comparable,
     )
 
 
 def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
     """(the training before its first step, adapters as they begin, warnings)."""
-    step, warnings = prepared.step, list(prepared.split.warnings)
-    model = prepared.load(prepared.source.path)
-    torch.manual_seed(prepared.seed)
-    model = method_of(step).finetune(model, step, [site.name for site in prepared.sites])
-    packed = step.packing and packs(model, prepared.device, int(model.config.vocab_size))
+    step, warnings, processes = prepared.step, list(prepared.split.warnings), prepared.processes
+    method = method_of(step)
+    with processes.loading():
+        if isinstance(step, QLoRA):
+            model = method.load(prepared.source.path, step, prepared.dtype, prepared.device)
+        else:
+            model = prepared.load(prepared.source.path, prepared.first_device)
+        torch.manual_seed(prepared.seed)
+        model = method.finetune(model, step, [site.name for site in prepared.sites])
+        if isinstance(step, QLoRA) and step.init == "loftq":
+            method.start_at_what_is_lost(model, step, prepared.source, prepared.sites)
+        initial = method.adapter_of(model) if isinstance(step, Adapters) else {}
+        if step.activation_checkpointing:
+            own(model).activation_checkpointing_enable({"use_reentrant": False})
+        prepared.share(model)
+    packs_here = step.packing and packs(model, prepared.device, int(model.config.vocab_size))
+    packed = processes.leader_says(packs_here)
     if step.packing and not packed:
         warnings.append(
             f"examples of a {prepared.source.config['model_type']} would see each other in one sequence: each has one "
             "of its own"
         )
-    if step.activation_checkpointing:
-        own(model).activation_checkpointing_enable({"use_reentrant": False})
-    initial = method_of(step).adapter_of(model) if isinstance(step, Adapters) else {}
     return prepared.task(model, packed=packed), initial, warnings
 
 
@@ -166,47 +201,8 @@ def _virtual_tokens(step: Train) -> int:
     return step.virtual_tokens if isinstance(step, VirtualTokens) else 0
 
 
-def _examples(inputs: Inputs, step: Train, model: Path, length: int) -> Split:
-    """What is trained on and measured on; of no text of the user's the generic one, as much of it as is looked at."""
-    spec, text, held_out = inputs.spec, inputs.calibration_text, inputs.evaluation_text
-    origin = inputs.calibration_origin or spec.data.source or GENERIC_ORIGIN
-    generic = text is None
-    if text is None:
-        text = _generic(inputs.work / "generic.jsonl", "train", tokens_of(step, length), length, spec.seed)
-    if held_out is None and generic:
-        wanted = spec.evaluation.samples * length
-        held_out = _generic(inputs.work / "generic-held-out.jsonl", "held_out", wanted, length, EVALUATION_SEED)
-    split = read_examples(
-        read_tokenizer(model),
-        text,
-        held_out,
-        length,
-        origins=(origin, inputs.evaluation_origin or spec.evaluation.source or origin),
-        columns=(spec.data.column, spec.evaluation.column),
-    )
-    if generic:
-        split.warnings.append(
-            f"learned from generic text ({GENERIC_ORIGIN}): name text like your own as data.source for a student that "
-            "is to do your work"
-        )
-    return split
-
-
-def tokens_of(step: Train, length: int) -> int | None:
-    """That a training looks at, at most; None where epochs say it."""
-    return step.tokens if step.steps is None else step.steps * step.batch_size * length
-
-
-def _generic(file: Path, side: Side, tokens: int | None, length: int, seed: int) -> Path:
-    """A part of the generic text as records."""
-    characters = EVERYTHING if tokens is None else tokens * CHARACTERS_PER_TOKEN
-    passages = generic_passages(side, characters, length, seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, "".join(json.dumps({"text": passage}) + "\n" for passage in passages))
-    return file
-
-
-def _resolved(precision: Precision, device: torch.device) -> str:
+def resolved(precision: Precision, device: torch.device) -> str:
+    """What `auto` means on a device."""
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

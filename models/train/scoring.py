@@ -8,9 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from models.train.examples import Examples
-from models.train.packing import UNSCORED, Batch, Row, batch_of, micro_batches
+from models.train.packing import UNSCORED, Batch, Row
+from models.train.processes import ALONE, Processes
 from squeeze.errors import NotFinite
 
 # By what the logits of an example may differ, over their own spread. When the example before it is another: by nothing,
@@ -21,7 +23,9 @@ POSITION_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0
 
 
 def own(model: Any) -> Any:
-    """transformers' model, where peft has wrapped it."""
+    """transformers' model, where peft has wrapped it, or what shares gradients."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -79,21 +83,31 @@ def without_virtual_tokens(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def example_losses(
-    model: Any, examples: Examples, rows: Sequence[Row], *, packed: bool, size: int | None, device: torch.device
+    model: Any,
+    examples: Examples,
+    rows: Sequence[Row],
+    *,
+    packed: bool,
+    size: int | None,
+    device: torch.device,
+    processes: Processes = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """(negative log-likelihood, number) of the learned tokens of each example that a row holds, both (n,) float64 over
-    all examples; 0 for one that none holds. size: sequences that go through the model together.
+    all examples; 0 for one that none holds. size: sequences that go through the model together. processes: that share
+    the rows; all get the result.
     """
     sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
     was_training = model.training
     model.eval()
-    for some in micro_batches(rows, size):
-        batch = batch_of(examples, some).to(device)
+    for part in processes.batches(examples, rows, size):
+        batch = part.to(device)
         each = learned_losses(model, batch, packed=packed).double().cpu()
         owners = batch.owners[batch.targets != UNSCORED].cpu()
         sums.index_add_(0, owners, each)
         counts.index_add_(0, owners, torch.ones_like(each))
     model.train(was_training)
+    processes.sum(sums)
+    processes.sum(counts)
     if not torch.isfinite(sums).all():
         raise NotFinite(
             "the held-out loss is NaN or infinite: the model is damaged, or the precision too narrow for it"

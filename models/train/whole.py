@@ -1,15 +1,25 @@
-"""A model whose own weights were trained, on disk."""
+"""A whole model, from disk to be trained and back."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from models.checkpoint import SourceModel
 from models.formats.directory import without_private, write_companions, write_json, written_whole
 from models.formats.shards import SHARD_BYTES
 from models.plain import saturated
 from models.train.merging import stored_dtype
+
+
+def load_whole(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model directory's whole model on a device, nothing of it to learn."""
+    transformers_logging.disable_progress_bar()  # a worker's log is no terminal
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+    model.config.use_cache = False
+    return model.to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -82,13 +82,15 @@ def test_every_method_is_listed_with_what_it_takes(shared: Running) -> None:
 
 
 def test_what_a_method_lists_is_what_submit_takes(shared: Running) -> None:
-    row = b'{"prompt": "why?", "completion": "so"}'
-    uploaded = shared.client.post("/v1/files", data={"purpose": "training"}, files={"file": ("rows.jsonl", row)})
+    rows = b'{"prompt": "why?", "completion": "so"}\n{"prompt": "how?", "completion": "thus"}'
+    uploaded = shared.client.post("/v1/files", data={"purpose": "training"}, files={"file": ("rows.jsonl", rows)})
     for each in shared.client.get("/v1/methods").json()["data"]:
         step, job = {"kind": each["kind"], "method": each["method"]}, {**SPEC, "formats": list(each["formats"])}
         if each["needs"] == ["training data"]:
             job |= {"data": {"source": uploaded.json()["id"]}}
-        if "merge" in each["parameters"]["properties"]:
+        if {"peft", "safetensors"} <= set(each["formats"]):
             step |= {"merge": True}
+        if each["kind"] == "distill":
+            step |= {"student": {"layers": 1}}
         answer = shared.client.post("/v1/jobs", json=job | {"steps": [step]})
         assert answer.status_code == 202, answer.text

@@ -67,6 +67,16 @@ def test_a_training_is_shown_with_its_curve() -> None:
     assert text.count("<circle") == 2
 
 
+def test_a_training_of_rounded_weights_says_where_it_began() -> None:
+    tuning = {
+        **{"trained": "scales", "precision": "fp32", "trainable_parameters": 4321, "sequences": 9, "steps": 5},
+        **{"perplexity_start": 9.0, "divergence_start": 0.0294, "curve": [], "tokens_per_second": 90.0},
+    }
+    text = page_of("job-1", Report.model_validate(report() | {"tuning": tuning}))
+    for shown in ("4,321", "scales, 5 steps", "it began at a divergence of 0.0294"):
+        assert shown in text, shown
+
+
 def test_what_users_and_models_wrote_is_escaped(page: tuple[str, str]) -> None:
     text, _ = page
     for raw in ("<script", "<img", "<b>", "<i>"):

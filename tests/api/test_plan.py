@@ -134,6 +134,17 @@ def test_a_training_s_plan_counts_its_adapter_and_the_merged_model(planner: Call
     assert (obstacle.code, obstacle.param) == ("format_unfit", "formats")
 
 
+def test_a_distillation_s_plan_counts_the_student_and_sees_that_a_teacher_is_too_shallow(
+    planner: Callable[..., Plan],
+) -> None:
+    step = {"kind": "distill", "method": "logits", "student": {"layers": 1}}
+    plan = planner("org/llama", replaced=step, data={})
+    assert plan.feasible and plan.source_bytes is not None and set(plan.result_bytes) == {"safetensors"}
+    assert plan.source_bytes // 2 < plan.result_bytes["safetensors"] < plan.source_bytes
+    (obstacle,) = planner("org/llama", replaced=step | {"student": {"layers": 2}}, data={}).obstacles
+    assert (obstacle.code, obstacle.param) == ("model_malformed", "steps.0.student.layers")
+
+
 def test_a_training_s_plan_knows_its_time_where_it_knows_its_tokens(planner: Callable[..., Plan]) -> None:
     data = {"source": "hub:org/texts", "sequence_length": 256}
     lora = {"kind": "finetune", "method": "lora", "rank": 8, "steps": 100}

@@ -4,8 +4,9 @@
 
 Reads a case a line and answers each with a line: for every process of the team, by rank, what it `says` (an error, or
 that it is done; nothing where it was killed), its exit `status`, and the leader's `divergence`. A case is a JSON
-object: `model`, `work`, `step`, `size` of the team; if wanted `samples`, `memory_bytes` as the engine has it, and
-`signals`: [rank, blocks, name], what the leader sends to a process once so many blocks are done.
+object: `model`, `work`, `step`, `size` of the team; if wanted `modules` to import before it, `answer_seconds`,
+`samples`, `memory_bytes` as the engine has it, and `signals`: [rank, blocks, name], what the leader sends to a process
+once so many blocks are done.
 """
 
 import importlib
@@ -13,6 +14,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,10 +29,10 @@ from models.teamwork import follow, frames_of, lead
 from squeeze.steps import Quantize, Step
 from tests.models.engine_parts import CPU, thrown
 
-for _name in ("llama", "mixtral"):  # once, for all teams
-    importlib.import_module(f"transformers.models.{_name}.modeling_{_name}")
+MODELING = ("transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral")
+ANSWER_SECONDS = 120.0
 
-ANSWER_SECONDS = 3.0
+Work = Callable[[dict[str, Any], Team, list[int]], dict[str, Any]]
 
 
 class Signalling(Silent):
@@ -70,12 +72,12 @@ def work(case: dict[str, Any], team: Team, pids: list[int]) -> dict[str, Any]:
     return {"divergence": measured.quality.divergence_nats}
 
 
-def be(rank: int, case: dict[str, Any], store: Path, pids: list[int], says: int) -> NoReturn:
+def be(work: Work, rank: int, case: dict[str, Any], store: Path, pids: list[int], says: int) -> NoReturn:
     """One process of a team, which ends with it."""
     status = 1
     try:
         torch.set_num_threads(1)
-        team = Team.meeting_at(store, rank, case["size"], "cpu", ANSWER_SECONDS)
+        team = Team.meeting_at(store, rank, case["size"], "cpu", case.get("answer_seconds", ANSWER_SECONDS))
         told = {"says": "done"} | work(case, team, pids)
         status = 0
     except Exception as error:  # noqa: BLE001 - whatever it was, the test judges it
@@ -84,14 +86,14 @@ def be(rank: int, case: dict[str, Any], store: Path, pids: list[int], says: int)
     os._exit(status)
 
 
-def run(case: dict[str, Any], store: Path) -> list[dict[str, Any]]:
+def run(work: Work, case: dict[str, Any], store: Path) -> list[dict[str, Any]]:
     pids: list[int] = []
     pipes: list[int] = []
     for rank in reversed(range(case["size"])):  # the leader last: it knows the others
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
-            be(rank, case, store, pids, writing)
+            be(work, rank, case, store, pids, writing)
         os.close(writing)
         pids.insert(0, pid)
         pipes.insert(0, reading)
@@ -106,13 +108,19 @@ def run(case: dict[str, Any], store: Path) -> list[dict[str, Any]]:
     return answers
 
 
-def main() -> None:
-    for number, line in enumerate(sys.stdin):
-        case = json.loads(line)
-        Path(case["work"]).parent.mkdir(parents=True, exist_ok=True)
-        sys.stdout.write(json.dumps(run(case, Path(case["work"]).parent / f"store-{os.getpid()}-{number}")) + "\n")
-        sys.stdout.flush()
+def serve(work: Work) -> None:
+    """Until no case comes any more. work: of each process of a team."""
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what a library prints is no answer
+        for number, line in enumerate(sys.stdin):
+            case = json.loads(line)
+            for name in (*MODELING, *case.get("modules", ())):  # once, for all teams
+                importlib.import_module(name)
+            room = Path(case["work"]).parent
+            room.mkdir(parents=True, exist_ok=True)
+            answers.write(json.dumps(run(work, case, room / f"store-{os.getpid()}-{number}")) + "\n")
+            answers.flush()
 
 
 if __name__ == "__main__":
-    main()
+    serve(work)

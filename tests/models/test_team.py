@@ -126,7 +126,7 @@ def test_a_process_that_is_killed_fails_the_others_and_the_team_goes_on_after_th
 
 
 def test_a_process_that_does_not_answer_is_given_up(ask: Ask, models: dict[str, Path], tmp_path: Path) -> None:
-    leader, _ = ask(models["llama"], tmp_path / "team", GPTQ, 2, signals=[1, 1, "SIGSTOP"])
+    leader, _ = ask(models["llama"], tmp_path / "team", GPTQ, 2, signals=[1, 1, "SIGSTOP"], answer_seconds=3.0)
     assert leader["says"].startswith("ProcessKilled")
     assert "within 3 seconds" in leader["says"]
 

@@ -41,6 +41,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyHub]:
     directory = tiny.llama(tmp_path_factory.mktemp("llama"))
     with FaultyHub() as hub:
         hub.add("tiny/llama", directory)
+        hub.add("tiny/small", tiny.llama(tmp_path_factory.mktemp("small"), num_hidden_layers=1))
         yield hub
 
 
@@ -132,6 +133,26 @@ def test_a_job_that_trains_on_uploaded_examples_gives_an_adapter_and_is_told_of_
     assert worker.run_job(job_id) == Status.failed
     error = place.job(job_id).error
     assert error is not None and error["code"] == "data_unusable" and error["message"].startswith("line 3 ")
+
+
+@pytest.mark.slow
+def test_a_student_from_the_hub_learns_and_what_it_became_learns_more(place: Place, worker: Worker) -> None:
+    rows = "\n".join(json.dumps({"text": f"line {n} says that {n} is followed by {n + 1}"}) for n in range(60))
+    fields = SMALL | {"data": {"source": _upload(place, rows), "sequence_length": 64}}
+    step = {"kind": "distill", "method": "logits", "steps": 6, "learning_rate": 0.003}
+    student = "tiny/small"
+    for _ in range(2):
+        job_id = place.submit(steps=[step | {"student": {"model": student}}], **fields)
+        assert worker.run_job(job_id) == Status.succeeded, place.job(job_id).error
+        with place.database.read() as session:
+            training = listing.report(session, PROJECT, job_id)["training"]
+        assert training["distillation"]["student"].startswith(student)
+        assert training["loss_after"] < training["loss_before"]
+        student = job_id
+    wrong = place.submit(steps=[step | {"student": {"model": "/etc"}}], **fields)
+    assert worker.run_job(wrong) == Status.failed
+    error = place.job(wrong).error
+    assert error is not None and error["code"] == "model_directory_forbidden"
 
 
 @pytest.mark.slow

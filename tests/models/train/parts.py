@@ -11,6 +11,7 @@ from models.train.checkpoints import Checkpoints, Story
 from models.train.loop import Task, accelerator_of, train
 from models.train.prepare import Prepared, begun, prepare
 from squeeze.distillation import Distill
+from squeeze.report import TrainingStep
 from squeeze.specs import JobSpec
 from squeeze.training import Train
 from tests.models.job_parts import Heard, inputs_of
@@ -59,4 +60,9 @@ def go_on(inputs: Inputs, heard: Heard | None = None) -> tuple[Task, Story]:
 
 def seen(story: Story) -> list[tuple[float, float, float]]:
     """What a training must repeat to the bit."""
-    return [(one.loss, one.learning_rate, one.gradient_norm) for one in story.curve]
+    return seen_in(story.curve)
+
+
+def seen_in(curve: list[TrainingStep]) -> list[tuple[float, float, float]]:
+    """As `seen`."""
+    return [(one.loss, one.learning_rate, one.gradient_norm) for one in curve]

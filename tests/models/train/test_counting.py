@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Position ids are not supported:U
     [
         {},
         {"dora": True, "target_modules": ["*.o_proj", "*.c_proj"]},
+        {"method": "qlora", "rank": 3},
         {"method": "ia3"},
         {"method": "prompt", "virtual_tokens": 3},
         {"method": "prefix", "virtual_tokens": 3},

@@ -74,6 +74,37 @@ def test_every_kind_of_adapter_is_certified(tmp_path: Path, model: Path, step: d
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_what_was_learned_beside_rounded_weights_is_merged_into_those_that_came(
+    tmp_path: Path, model: Path, base: str
+) -> None:
+    step = {"method": "qlora", "base": base, "rank": 4, "merge": True}
+    outcome = run(inputs_for(spec_of(step), model, tmp_path), Heard())
+    training = outcome.report.training
+    assert training is not None and training.loss_after < 0.9 * training.loss_before
+    assert training.loss_written is not None
+    assert training.loss_written == pytest.approx(training.loss_after, rel=0.05)
+    certificates = {one.consumer: one for one in outcome.report.certificates}
+    assert certificates["peft"].outcome == certificates["transformers"].outcome == "passed"
+    assert "rounded by bitsandbytes as it was then" in certificates["peft"].detail
+    card = (outcome.directories["peft"] / "README.md").read_text()
+    assert f"BitsAndBytesConfig(load_in_{4 if base == 'nf4' else 8}bit=True" in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "galore", "badam"])
+def test_all_weights_learn_in_little_memory(tmp_path: Path, model: Path, optimizer: str) -> None:
+    step = {"method": "full", "optimizer": optimizer, "projection_rank": 8, "block_steps": 2, "ema": 0.5}
+    outcome = run(inputs_for(spec_of(step | {"learning_rate": 0.003}), model, tmp_path), Heard())
+    training = outcome.report.training
+    assert training is not None and training.loss_after < 0.97 * training.loss_before
+    assert training.loss_after == training.held_out[-1].loss
+    assert training.loss_written == pytest.approx(training.loss_after, rel=1e-2)
+    assert training.trainable_parameters == open_model(model).parameters
+    assert outcome.report.certificates[0].outcome == "passed"
+
+
+@pytest.mark.slow
 def test_what_was_learned_is_quantized_in_the_same_job(tmp_path: Path, model: Path) -> None:
     learn = {"kind": "finetune", "method": "lora", "merge": True, "steps": 12, "learning_rate": 0.01, "rank": 4}
     steps = [learn, {"kind": "quantize", "method": "gptq", "group_size": 32}]
