@@ -37,6 +37,8 @@ CASES: tuple[tuple[tuple[int, int, int], int, dict[str, Any]], ...] = (
     ((512, 4, 4096), 512, {"method": "full", "micro_batch_size": 2}),
     ((1024, 8, 32000), 256, {"method": "full", "micro_batch_size": 1}),
     ((1024, 8, 4096), 256, {"method": "last_layers", "micro_batch_size": 2}),
+    ((1024, 8, 4096), 256, {"method": "qlora", "base": "nf4", "micro_batch_size": 2}),
+    ((1024, 8, 4096), 256, {"method": "qlora", "base": "int8", "micro_batch_size": 2}),
 )
 
 

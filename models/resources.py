@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGE, USUAL_THRESHOLD = 1 << 20, 32 << 20  # the latter is that to which glibc raises the bound by itself
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass
@@ -60,34 +59,18 @@ def return_free_memory() -> None:
         trim(0)
 
 
-def map_large_memory(threshold: int = LARGE) -> None:
-    """Has what is freed of so many bytes and more go back to the system at once, from now on in this process.
+def map_large_memory() -> None:
+    """Has what is freed of 1 MiB and more go back to the system at once, from now on in this process.
 
     glibc moves the bound up to 32 MiB as large pieces are freed, and keeps those below it. Loading a model of 210 M
-    parameters in nf4 took between 260 and 1,100 MB for 140 MB of codes; with a fixed bound 190.
+    parameters in nf4 took between 260 and 1,100 MB for 140 MB of codes; with a fixed bound 190. Until glibc 2.38 what
+    is kept has a hole for every aligned piece that was freed, into which the next one of its size doesn't fit: a
+    training with checkpointed activations took five times what it held. Getting each piece from the system costs time,
+    the more the narrower the model: of a training's forward and backward pass 40 % at a width of 512.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, threshold)
-        mallopt(M_TRIM_THRESHOLD, threshold)
-
-
-@contextmanager
-def freed_at_once(wanted: bool) -> Iterator[None]:
-    """As `map_large_memory`, within it alone, where it is wanted.
-
-    Until its version 2.38 glibc's heap keeps a hole for every aligned piece that was freed, into which the next one of
-    the same size doesn't fit: a training with checkpointed activations took five times what it held. Getting each piece
-    from the system costs time, the more the narrower the model: 40 % at a width of 512.
-    """
-    if not wanted:
-        yield
-        return
-    map_large_memory()
-    try:
-        yield
-    finally:
-        map_large_memory(USUAL_THRESHOLD)
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def available_host_bytes() -> int:

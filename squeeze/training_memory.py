@@ -12,7 +12,7 @@ from squeeze.shapes import Block, Group, Shape
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
 from squeeze.trainable import Learned
-from squeeze.training import Finetune, LowRank
+from squeeze.training import Finetune, LowRank, QLoRA
 
 FLOAT = 4
 # Of processes that have imported what they need, the job's and the certifier's; measured, on a CPU.
@@ -20,8 +20,8 @@ PEFT_BYTES, CERTIFIER_PEFT_BYTES = 625_000_000, 565_000_000
 CERTIFIER_LOGIT_BYTES, CERTIFIER_LOGIT_SLICES = 256 << 20, 2.5  # of one float32 slice of logits
 TEXT_SHARE = 3.0  # bytes that a byte of the examples takes: its token's id, whether it is learned, its record's hash
 # glibc keeps pieces up to this size in one heap, where freed ones leave holes that aligned ones don't fit into (until
-# 2.38). What lies there takes this many times its size; measured. Adapters free more beside each that is kept. Where
-# activations are checkpointed, nothing lies there (`models.resources.freed_at_once`).
+# 2.38). What lies there takes this many times its size; measured. Adapters free more beside each that is kept. With
+# checkpointed activations and rounded weights nothing lies there (`models.resources.map_large_memory`).
 HEAP_BYTES = 32 << 20
 HOLES, HOLES_WITH_ADAPTERS = 1.6, 2.0
 LOGIT_COPIES = 3  # float32: log-probabilities, and two gradients
@@ -131,11 +131,14 @@ class _Pass:
     def gradients(self) -> int:
         """Inside of a block."""
         widest = max((max(group.rows) for block in self.shape.blocks for group in block.groups), default=0)
-        return 4 * self.held(self.tokens, widest, self.each)
+        restored = max((rows * columns for rows, columns in self.learned.linears), default=0) * bool(
+            self.learned.rounded
+        )
+        return 4 * self.held(self.tokens, widest, self.each) + 2 * restored * self.each
 
     def held(self, tokens: int, width: int, each: int) -> int:
         size = tokens * width * each
-        if self.step.activation_checkpointing or size >= HEAP_BYTES:
+        if size >= HEAP_BYTES or self.step.activation_checkpointing or isinstance(self.step, QLoRA):
             return size
         return int((HOLES_WITH_ADAPTERS if self.learned.apart else HOLES) * size)
 

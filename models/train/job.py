@@ -24,7 +24,7 @@ from models.resources import (
     Clock,
     cpu_seconds,
     device_name,
-    freed_at_once,
+    map_large_memory,
     peak_gpu_bytes,
     peak_host_bytes,
     return_free_memory,
@@ -99,6 +99,8 @@ def _trained(
 ) -> Trained:
     """As `trained`, of each process that shares it."""
     step, processes = prepared.step, prepared.processes
+    if step.activation_checkpointing:
+        map_large_memory()  # memory would otherwise hardly be less
     with clock.stage("loading"):
         accelerator = accelerator_of(prepared.precision, prepared.device)
     lesson, before = None, None
@@ -114,8 +116,7 @@ def _trained(
     with clock.stage("training"):
         notify.stage(Stage.training)
         checkpoints = Checkpoints(inputs.work / "train", prepared.mark, processes.team)
-        with freed_at_once(step.activation_checkpointing):
-            story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
+        story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
         losses = task.held_out_losses(accelerator)
         samples = {adapter: _sample(task.held_out, losses)}
     with clock.stage("exporting"):
