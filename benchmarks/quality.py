@@ -29,6 +29,7 @@ from models.data import calibration_batches, evaluation_windows
 
 HERE = Path(__file__).resolve().parent
 BUNDLED = HERE.parent / "models" / "bundled"
+OPTIONS = {"qat-weights": {"train": "weights"}, "qat-autoround": {"start": "autoround"}}
 
 
 def judge(original: Path, directory: Path, windows: torch.Tensor) -> tuple[float, float]:
@@ -65,7 +66,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="calibration and evaluation text; default: the generic text")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--methods", nargs="+", help="rows of these alone: rtn, gptq, qat, qat-weights, awq, autoround")
+    parser.add_argument(
+        "--methods", nargs="+", help="rows of these alone: rtn, gptq, qat, qat-weights, qat-autoround, awq, autoround"
+    )
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
@@ -81,7 +84,7 @@ def main() -> None:
     for bits in options.bits:
         peers = [("rtn", "squeeze", sys.executable), ("gptq", "squeeze", sys.executable)]
         peers += [("gptq", "gptqmodel", sys.executable), ("qat", "squeeze", sys.executable)]
-        peers.append(("qat-weights", "squeeze", sys.executable))
+        peers += [("qat-weights", "squeeze", sys.executable), ("qat-autoround", "squeeze", sys.executable)]
         if options.autoround_python:
             peers += [("awq", "squeeze", sys.executable), ("awq", "autoround", options.autoround_python)]
             peers += [("autoround", "squeeze", sys.executable), ("autoround", "autoround", options.autoround_python)]
@@ -105,7 +108,7 @@ def main() -> None:
                         "bits": bits,
                         "group_size": options.group_size,
                         "method": method.partition("-")[0],
-                        "options": {"train": "weights"} if method == "qat-weights" else {},
+                        "options": OPTIONS.get(method, {}),
                         "format": "compressed-tensors",
                     }
                     seconds = quantize(peer, python, job)

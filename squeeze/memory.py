@@ -81,12 +81,13 @@ def needed(shape: Shape, spec: JobSpec, result_bytes: Mapping[Format, int] | Non
     step = next(step for step in spec.steps if isinstance(step, Quantize))
     tokens = Tokens.of(shape, spec, step)
     each = shape.computed_bytes
-    twin = "drift" in step.wanted()
-    streams = tokens.calibration * (2 if step.by_block or twin else 1) + 2 * tokens.windows
+    first = step.begun if isinstance(step, QAT) else step
+    twin = "drift" in first.wanted()
+    streams = tokens.calibration * (2 if first.by_block or twin else 1) + 2 * tokens.windows
     whole = 0
     if spec.data.source == SELF and step.needs_calibration:
         whole = int(shape.elements * each * LOADING_SHARE) + SAMPLING_BYTES
-    inside = [_Inside.of(block, shape, step, tokens) for block in shape.blocks]
+    inside = [_Inside.of(block, shape, first, tokens) for block in shape.blocks]
     largest = max(inside, key=lambda one: one.block + one.method + one.half_way, default=_Inside(0, 0, 0))
     parts = Memory(
         process=PROCESS_BYTES,
@@ -135,7 +136,6 @@ class _Inside:
 def _solving(group: Group, step: Quantize) -> int:
     """The joined weights of all linears that read one input, their statistics, and what the method makes of them."""
     weights, square = group.weights, FLOAT * group.columns**2
-    step = step.begun if isinstance(step, QAT) else step
     gptq = step.method == "gptq" or (isinstance(step, SmoothQuant) and step.rounding == "gptq")
     rounding = 2 * square + (FLOAT + 2) * weights + 4 * FLOAT * min(weights, BAND_WEIGHTS)
     if gptq:

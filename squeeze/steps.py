@@ -184,6 +184,10 @@ class QAT(Grouped, Rounded):
         return self.begun.wanted()
 
     @property
+    def reads_inputs(self) -> bool:
+        return self.begun.reads_inputs
+
+    @property
     def needs_calibration(self) -> bool:
         return True
 
@@ -191,7 +195,8 @@ class QAT(Grouped, Rounded):
     def begun(self) -> Grouped:
         """The step that makes what the training starts from."""
         shared = {name: getattr(self, name) for name in Grouped.model_fields if name != "method"}
-        return GPTQ(method="gptq", **shared) if self.start == "gptq" else RTN(method="rtn", **shared)
+        starts: dict[str, type[Grouped]] = {"gptq": GPTQ, "rtn": RTN, "autoround": AutoRound}
+        return starts[self.start](method=self.start, **shared)
 
 
 class HQQ(Grouped):

@@ -355,7 +355,11 @@ class LastLayers(Finetune):
 class Rounded(Descent):
     """What training a model with rounded weights takes, beside the grid that they are rounded to."""
 
-    start: Literal["gptq", "rtn"] = Field("gptq", description="Whose codes the training starts from.")
+    start: Literal["gptq", "rtn", "autoround"] = Field(
+        "gptq",
+        description="Whose codes the training starts from, at that method's defaults. `autoround`: learned block by "
+        "block first, then all together (the two phases of arXiv 2407.11062).",
+    )
     train: Literal["scales", "weights"] = Field(
         "scales",
         description="`scales`: of every group; the codes stay, and the training takes a byte a weight (as arXiv "

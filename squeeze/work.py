@@ -114,14 +114,17 @@ def _allotting(shape: Shape, spec: JobSpec, step: Grouped, tokens: Tokens) -> Co
         blocks += some * 2 * SKETCH_ROWS * outputs
         for group in block.groups:
             blocks += _gathering(group, step, tokens.sampled)
-            blocks += trials * (_solving(group, step) + KEEP_VISITS * VISIT * group.weights)
+            blocks += trials * (
+                _solving(group, step.begun if isinstance(step, QAT) else step) + KEEP_VISITS * VISIT * group.weights
+            )
     return Count(3 * some * of_head(shape) + shape.outside * shape.stored_bytes * BYTE, blocks)
 
 
 def _compressing(shape: Shape, step: Quantize, tokens: Tokens) -> Count:
     fixed = shape.outside * shape.stored_bytes * BYTE + (tokens.calibration + tokens.windows) * shape.hidden * VISIT
-    passes = 2 if isinstance(step, QAT) else 1  # before and after it learns
-    return Count(passes * fixed, passes * sum(of_block(block, shape, step, tokens) for block in shape.blocks))
+    passes = [step.begun, step] if isinstance(step, QAT) else [step]  # the second with what was learned
+    blocks = sum(of_block(block, shape, one, tokens) for one in passes for block in shape.blocks)
+    return Count(len(passes) * fixed, blocks)
 
 
 def _training(shape: Shape, step: QAT, tokens: Tokens) -> Count:
@@ -179,8 +182,9 @@ def _gathering(group: Group, step: Quantize, tokens: int) -> float:
 
 def _solving(group: Group, step: Quantize) -> float:
     """From weights and statistics to codes: of all linears that read one input."""
-    begun = step.begun if isinstance(step, QAT) else step
-    return SOLVERS.get(type(begun), _to_nearest)(group, begun)
+    if isinstance(step, QAT):
+        return 0.0  # known when it learned
+    return SOLVERS.get(type(step), _to_nearest)(group, step)
 
 
 def _to_nearest(group: Group, step: Quantize) -> float:

@@ -31,7 +31,8 @@ def main(job: dict) -> None:
     out = Path(job["out"])
     work = out.with_suffix(".work")
     usage.start()
-    done = engine.quantize(frames.result, step, ids if step.reads_inputs else None, None, work, "", Silent())
+    first = step.begun if isinstance(step, QAT) else step
+    done = engine.quantize(frames.result, first, ids if step.reads_inputs else None, None, work, "", Silent())
     if isinstance(step, QAT):
         begun = Begun(step, frames, ids, None, done, work / "rounded", "")
         done = passed_again(begun, learned_codes(begun, Silent())[0], Silent())

@@ -154,7 +154,7 @@ def _codes(inputs: Inputs, step: Quantize, begun: _Begun, clock: Clock, notify: 
         done = lead(
             team,
             frames,
-            step,
+            step.begun if isinstance(step, QAT) else step,
             texts.calibration.ids if texts.calibration and step.reads_inputs else None,
             texts.windows,
             inputs.work / "quantize",

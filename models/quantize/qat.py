@@ -25,7 +25,9 @@ WEIGHT_RATE = 2.0  # by so much a weight moves, where the end of its group's gri
 
 
 def quantize(problem: Problem, step: QAT) -> Solution:
-    """Codes of linears with one input, from which the training starts."""
+    """Codes of linears with one input, as those that the training starts from; of a start that learns block by block
+    what that starts from itself. The pipeline has the start's own step make them; bits `auto` asks here.
+    """
     begun = step.begun
     if isinstance(begun, GPTQ):
         return gptq.quantize(problem, begun)

@@ -141,7 +141,7 @@ def passed_again(begun: Begun, learned: QuantizedModel, notify: Notify) -> engin
     done = engine.quantize(
         begun.frames.result,
         step,
-        begun.calibration if step.reads_inputs else None,
+        begun.calibration if step.wanted() or step.kv_cache is not None else None,
         begun.windows,
         begun.directory / "result",
         begun.mark,

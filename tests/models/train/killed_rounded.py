@@ -41,7 +41,7 @@ def begun_of(spec: JobSpec, model: Path, room: Path, notify: Notify | None = Non
     mark = fingerprint(spec, inputs.revision, inputs.device, source, texts)
     ids = texts.calibration.ids if step.reads_inputs else None
     directory, notify = inputs.work / "quantize", notify or Silent()
-    done = lead(SOLO, frames, step, ids, texts.windows, directory, mark, notify, snapshot_seconds=0.0)
+    done = lead(SOLO, frames, step.begun, ids, texts.windows, directory, mark, notify, snapshot_seconds=0.0)
     rest = inputs.work / "rounded", mark, spec.seed, None, 0.0
     return Begun(step, frames, texts.calibration.ids, texts.windows, done, *rest)
 

@@ -42,6 +42,7 @@ def falls(tuning: Tuning) -> bool:
     [
         ("llama", {"train": "scales"}),
         ("gpt2", {"train": "scales", "symmetric": False, "start": "rtn"}),
+        ("llama", {"train": "scales", "start": "autoround"}),
         ("mixtral", {"train": "weights", "distill": False}),
     ],
 )
