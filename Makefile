@@ -66,8 +66,9 @@ fuzz: $(INSTALLED) ## schemathesis against a running service's OpenAPI
 bench-service: $(INSTALLED) ## overhead of a job, throughput of submits, polls and downloads
 	$(BIN)/python benchmarks/service.py
 
-bench-memory: $(INSTALLED) ## peak memory of a whole job with 8 and with 64 blocks
+bench-memory: $(INSTALLED) ## peak memory of whole jobs with 8 and with 64 blocks, and of trainings, against their plans
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/training_memory.py
 
 bench-quality: $(INSTALLED) ## GPTQ against RTN and against the peers, on the bundled model
 	$(BIN)/python benchmarks/quality.py

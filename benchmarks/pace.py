@@ -16,22 +16,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks import training_memory
 from benchmarks.memory import BUNDLED, inputs_of, make, spec_of
-from models.checkpoint import open_model
 from models.pipeline import run
 from models.progress import Silent
 from models.resources import cpu_seconds
 from squeeze.objects import Stage
 from squeeze.steps import METHODS, tag_of
-from squeeze.work import counted
 
 # AutoRound's iterations and AWQ's grid are as they are by default, but for fewer of them: both grow linearly.
 SETTINGS: dict[str, dict[str, Any]] = {"autoround": {"iterations": 10}, "awq": {"grid": 6}, "qat": {"steps": 5}}
 
+# Of those that train: adapters, and the weights themselves. Sequences of 256 tokens.
+TRAINED: dict[str, dict[str, Any]] = {
+    name: {"method": name, "steps": 4, "batch_size": 8, "micro_batch_size": 2, **more}
+    for name, more in (("lora", {"merge": True}), ("full", {}))
+}
+LENGTH = 256
+
 
 def main() -> None:
     # A model that is bfloat16 already is not cast to it; a cast to float16 takes as long.
-    methods = [name for one in METHODS if (name := tag_of(one).partition(".")[2]) != "bf16"]
+    methods = [name for one in METHODS if (name := tag_of(one).partition(".")[2]) != "bf16"] + list(TRAINED)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--width", type=int, default=768, help="of the model; 0: the bundled one")
@@ -44,21 +50,23 @@ def main() -> None:
             model = Path(folder) / "model"
             make(model, options.blocks, options.width)
         for method in options.methods:
-            measure(model, {"method": method, **SETTINGS.get(method, {})}, Path(folder))
+            room = Path(folder) / method
+            if method in TRAINED:
+                spec = training_memory.spec_of(LENGTH, TRAINED[method])
+                measure(method, training_memory.inputs_of(spec, model, room, LENGTH))
+            else:
+                measure(method, inputs_of(spec_of({"method": method, **SETTINGS.get(method, {})}), model, room))
 
 
-def measure(model: Path, step: dict[str, Any], folder: Path) -> None:
+def measure(method: str, inputs: Any) -> None:
     """One job. Its rows go to standard output."""
     torch.set_num_threads(1)
-    spec, clock = spec_of(step), _Clock()
-    run(inputs_of(spec, model, folder / step["method"]), clock)
+    clock = _Clock()
+    outcome = run(inputs, clock)
     clock.stage(Stage.uploading)
-    for stage, count in counted(open_model(model).shape(), spec).items():
+    for stage, work in outcome.report.spent.work.items():
         seconds = clock.seconds[stage]
-        print(
-            f"| {step['method']} | {stage} | {seconds:.2f} | {count.whole:.2e} | {count.whole / seconds:.1e} |",
-            flush=True,
-        )
+        print(f"| {method} | {stage} | {seconds:.2f} | {work:.2e} | {work / seconds:.1e} |", flush=True)
 
 
 class _Clock(Silent):

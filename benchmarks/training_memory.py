@@ -53,28 +53,32 @@ def work(model: Path, length: int, step: dict[str, Any]) -> None:
     """The whole job, in this process."""
     import torch
 
-    from models.job import Inputs
     from models.pipeline import run
     from models.progress import Silent
 
     torch.set_num_threads(1)
     folder = model.parent if model != BUNDLED else Path(tempfile.mkdtemp())
-    run(
-        Inputs(
-            spec=spec_of(length, step),
-            model=model,
-            model_name="bench/random",
-            revision=None,
-            license=None,
-            calibration_text=_examples(folder / "rows.jsonl", length),
-            evaluation_text=None,
-            work=folder / "work",
-            out=folder / "out",
-            device="cpu",
-            consumers={},
-            job_id="job-benchmark",
-        ),
-        Silent(),
+    run(inputs_of(spec_of(length, step), model, folder, length), Silent())
+
+
+def inputs_of(spec: JobSpec, model: Path, folder: Path, length: int) -> Any:
+    """Of a job that works in a folder, on the CPU, and learns from random words."""
+    from models.job import Inputs
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return Inputs(
+        spec=spec,
+        model=model,
+        model_name="bench/random",
+        revision=None,
+        license=None,
+        calibration_text=_examples(folder / "rows.jsonl", length),
+        evaluation_text=None,
+        work=folder / "work",
+        out=folder / "out",
+        device="cpu",
+        consumers={},
+        job_id="job-benchmark",
     )
 
 

@@ -63,10 +63,8 @@ def needed_to_train(
     each = 2 if step.precision in ("bf16", "fp16") else FLOAT
     length = min(spec.data.sequence_length, shape.positions or spec.data.sequence_length)
     tokens = (step.micro_batch_size or step.batch_size) * length
-    if learned.apart:
-        weights = (shape.elements - learned.rounded) * each + learned.rounded_bytes
-    else:
-        weights = (shape.elements - learned.parameters) * each + learned.parameters * FLOAT
+    plain = (shape.elements - learned.rounded) * each + learned.rounded_bytes
+    weights = plain if learned.apart else plain + learned.parameters * (FLOAT - each)
     passing = _Pass(shape, step, learned, each, tokens, length)
     through = sorted(map(passing.kept, shape.blocks), reverse=True)[: learned.blocks]
     activations = sum(through)
@@ -74,7 +72,7 @@ def needed_to_train(
         activations = learned.blocks * passing.held(tokens, shape.hidden, each) + through[0]
     scored = min(tokens, spec.evaluation.samples * length)
     process, certifying = (PEFT_BYTES, CERTIFIER_PEFT_BYTES) if learned.apart else (PROCESS_BYTES, PROCESS_BYTES)
-    certifier = certifying + shape.elements * each + int(CERTIFIER_LOGIT_SLICES * _slice(shape, length))
+    certifier = certifying + plain + int(CERTIFIER_LOGIT_SLICES * _slice(shape, length))
     return TrainingMemory(
         process=process + int(TEXT_SHARE * text_bytes),
         weights=weights,

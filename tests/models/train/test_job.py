@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +151,15 @@ def test_a_training_that_learns_nothing_for_others_says_so(tmp_path: Path, model
 def sites(model: Path) -> list[Site]:
     frame: Frame = frame_of(model)
     return [site for n in range(frame.count) for site in frame.sites(n)]
+
+
+@pytest.mark.slow
+def test_a_model_that_has_learned_can_be_given_back(tmp_path: Path, model: Path) -> None:
+    program = (
+        "import gc, sys, weakref; from pathlib import Path\n"
+        "from tests.models.train.parts import begin, inputs_for, spec_of\n"
+        "_, task = begin(inputs_for(spec_of(), Path(sys.argv[1]), Path(sys.argv[2])))\n"
+        "weight = weakref.ref(next(task.model.parameters())); del task; gc.collect()\n"
+        "assert weight() is None, 'something keeps the model'"
+    )  # in a process that has imported nothing yet
+    subprocess.run([sys.executable, "-c", program, str(model), str(tmp_path)], check=True)
