@@ -1,8 +1,8 @@
 """Peak host memory of a whole job against the number of blocks: `python benchmarks/memory.py [--blocks 8 64]`.
 
 Makes random Llamas of one width, runs the whole pipeline on each (every calibrated method, evaluation, writing,
-certification) in a process of its own, and prints the largest resident size that any process of the job had, and the
-largest sum over all of its processes at one moment, each with what a plan says of it.
+certification) in a process of its own, and prints the largest resident size of that process, of the process that loads
+the result in transformers, and of all at one moment, the first and the last with what a plan says of them.
 """
 
 import argparse
@@ -13,22 +13,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from squeeze.memory import Memory, needed
 from squeeze.specs import JobSpec
 
-# Every method that looks at text. AutoRound's iterations and QAT's steps are few: more take no more memory.
+# Every method that looks at text block by block. AutoRound's iterations are few: more take no more memory.
 STEPS = (
     {"method": "gptq", "bits": 4},
     {"method": "gptq", "bits": 4, "asymmetric_calibration": True},
     {"method": "gptq", "bits": "auto", "target_bits": 3.5},
     {"method": "awq", "bits": 4},
     {"method": "autoround", "bits": 4, "iterations": 10},
-    {"method": "qat", "steps": 3},
-    {"method": "qat", "steps": 3, "train": "weights"},
     {"method": "smoothquant"},
     {"method": "fp8", "activations": "static"},
     {"method": "kquant"},
@@ -110,16 +108,20 @@ def foretold(model: Path, step: dict[str, Any]) -> Memory:
     return needed(shape, spec, dict.fromkeys(spec.formats, size_bytes))
 
 
-def watch(model: Path, step: dict[str, Any]) -> tuple[int, int, float]:
-    """As `watch_command`, of the pipeline."""
-    return watch_command([sys.executable, __file__, "--work", str(model), "--steps", json.dumps(step)])
+class Watched(NamedTuple):
+    """Of a command and its children. own, children: largest process; together: all at one moment. Bytes."""
+
+    own: int
+    children: int
+    together: int
+    seconds: float
 
 
-def watch_command(command: list[str]) -> tuple[int, int, float]:
-    """(largest process, largest sum of all processes, seconds); sizes in bytes."""
+def watch(command: list[str]) -> Watched:
+    """Runs a command in a session of its own."""
     began = time.monotonic()
     job = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    largest = together = 0
+    own = children = together = 0
     while job.poll() is None:
         sizes = []
         for process in Path("/proc").glob("[0-9]*"):
@@ -129,14 +131,17 @@ def watch_command(command: list[str]) -> tuple[int, int, float]:
                 if int(fields[3]) == job.pid and (process.name == str(job.pid) or _begun(process, job.pid)):
                     status = (process / "status").read_text()
                     sizes.append(_kib(status, "VmRSS"))
-                    largest = max(largest, _kib(status, "VmHWM"))
+                    if process.name == str(job.pid):
+                        own = max(own, _kib(status, "VmHWM"))
+                    else:
+                        children = max(children, _kib(status, "VmHWM"))
             except (FileNotFoundError, ProcessLookupError):
                 continue
         together = max(together, sum(sizes))
         time.sleep(0.05)
     if job.returncode:
         raise SystemExit(f"the job ended with status {job.returncode}")
-    return largest * 1024, together * 1024, time.monotonic() - began
+    return Watched(own * 1024, children * 1024, together * 1024, time.monotonic() - began)
 
 
 def _begun(process: Path, parent: int) -> bool:
@@ -159,11 +164,8 @@ def main() -> None:
     if options.work:
         work(options.work, options.steps[0])
         return
-    print(
-        "| step | blocks | weights, MB | largest process, MB | planned | all processes, MB | planned | seconds "
-        "| against the first |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| step | blocks | weights, MB | job, MB | planned | certifier, MB | all, MB | planned | seconds | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for step in options.steps:
         name = ", ".join(str(value) if key == "method" else f"{key} {value}" for key, value in step.items())
         first = None
@@ -173,12 +175,13 @@ def main() -> None:
                 make(model, blocks, options.width)
                 weights = (model / "model.safetensors").stat().st_size
                 planned = foretold(model, step)
-                largest, together, seconds = watch(model, step)
-            first = first or (largest, together)
+                command = [sys.executable, __file__, "--work", str(model), "--steps", json.dumps(step)]
+                seen = watch(command)
+            first = first or seen
             print(
-                f"| {name} | {blocks} | {weights / 1e6:.0f} | {largest / 1e6:.0f} | {planned.job / 1e6:.0f} "
-                f"| {together / 1e6:.0f} | {planned.whole / 1e6:.0f} | {seconds:.0f} "
-                f"| {largest / first[0]:.3f}, {together / first[1]:.3f} |",
+                f"| {name} | {blocks} | {weights / 1e6:.0f} | {seen.own / 1e6:.0f} | {planned.job / 1e6:.0f} "
+                f"| {seen.children / 1e6:.0f} | {seen.together / 1e6:.0f} | {planned.whole / 1e6:.0f} "
+                f"| {seen.seconds:.0f} | {seen.own / first.own:.3f}, {seen.together / first.together:.3f} |",
                 flush=True,
             )
 

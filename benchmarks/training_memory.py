@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.memory import BUNDLED, make, watch_command
+from benchmarks.memory import BUNDLED, make, watch
 from squeeze.specs import JobSpec
 from squeeze.trainable import learned
 from squeeze.training_memory import TrainingMemory, needed_to_train
@@ -122,13 +122,14 @@ def main() -> None:
                 make(model, blocks, width, vocabulary, positions=2048)
             planned = foretold(model, length, step)
             asked = json.dumps([str(model), length, step])
-            largest, together, seconds = watch_command([sys.executable, __file__, "--work", asked])
+            seen = watch([sys.executable, __file__, "--work", asked])
         name = f"width {width}, {blocks} blocks, {vocabulary} tokens" if width else "bundled"
         told = ", ".join(str(value) if key == "method" else f"{key} {value}" for key, value in step.items())
+        job, together = planned.job / seen.own - 1, planned.whole / seen.together - 1
         print(
-            f"| {name} | {length} | {told} | {largest / 1e6:.0f} | {planned.job / 1e6:.0f} | {together / 1e6:.0f} "
-            f"| {planned.whole / 1e6:.0f} | {planned.job / largest - 1:+.0%}, {planned.whole / together - 1:+.0%} "
-            f"| {seconds:.0f} |",
+            f"| {name} | {length} | {told} | {seen.own / 1e6:.0f} | {planned.job / 1e6:.0f} | {seen.together / 1e6:.0f} "
+            f"| {planned.whole / 1e6:.0f} | {job:+.0%}, {together:+.0%} "
+            f"| {seen.seconds:.0f} |",
             flush=True,
         )
 

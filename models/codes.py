@@ -101,6 +101,9 @@ def restored(tensors: dict[str, Tensor], scheme: Scheme) -> Encoded:
 
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales rounded to what a format keeps: float16, and bfloat16 as well where the model is bfloat16. float32."""
+    """Scales rounded to what a format keeps: float16, and bfloat16 as well where the model is bfloat16. float32.
+
+    None becomes zero; signs stay.
+    """
     rounded = scale.to(torch.bfloat16).to(torch.float16) if dtype == torch.bfloat16 else scale.to(torch.float16)
-    return rounded.float().clamp_min(SMALLEST_SCALE)
+    return rounded.float().abs().clamp_min(SMALLEST_SCALE).copysign(scale)

@@ -100,8 +100,11 @@ def needed(shape: Shape, spec: JobSpec, result_bytes: Mapping[Format, int] | Non
         training=_training(shape, step, tokens) if isinstance(step, QAT) else 0,
         certifier=0,
     )
+    # transformers unpacks all layers by the first one's rule when it is to leave their weights on disk.
+    movable = frozenset() if getattr(step, "bits", None) == "auto" else MOVABLE
+    limits = {name: parts.job if name in movable else None for name in result_bytes or {}}
     certifier = max(
-        (_certifier(shape, tokens, name, size, parts.job) for name, size in (result_bytes or {}).items()), default=0
+        (_certifier(shape, tokens, name, size, limits[name]) for name, size in (result_bytes or {}).items()), default=0
     )
     return Memory(**vars(parts) | {"certifier": certifier})
 
@@ -191,17 +194,20 @@ def _ends(shape: Shape, step: Quantize, tokens: Tokens) -> int:
     return shape.outside * shape.computed_bytes + logits + rounded
 
 
-def _certifier(shape: Shape, tokens: Tokens, name: Format, result_bytes: int, job_bytes: int) -> int:
-    """Of the process that loads a format's result with transformers or ONNX Runtime."""
+def _certifier(shape: Shape, tokens: Tokens, name: Format, result_bytes: int, job_bytes: int | None) -> int:
+    """Of the process that loads a format's result with transformers or ONNX Runtime. job_bytes: of the job's process,
+    which it does not outgrow where weights can be left on disk; None where they can't.
+    """
     if not {"transformers", "onnxruntime"} & set(CAPACITIES[name].consumers):
         return 0
     each = shape.computed_bytes
     rest = (shape.elements - shape.weights) * each
     unpacked = shape.weights * (KERNEL_BYTES if name in ("gptq", "awq") else each)
     need = PROCESS_BYTES + result_bytes + rest + int(unpacked)
-    limit = max(job_bytes, CERTIFIER_LEAST_BYTES)
+    if job_bytes is not None:
+        need = min(need, max(job_bytes, CERTIFIER_LEAST_BYTES))
     logits = CERTIFIER_LOGIT_SLICES * _slice(shape, tokens, CERTIFIER_LOGIT_BYTES) if tokens.windows else 0
-    return (min(need, limit) if name in MOVABLE else need) + logits
+    return need + logits
 
 
 def _slice(shape: Shape, tokens: Tokens, most_bytes: int) -> int:

@@ -115,7 +115,7 @@ class Learned:
         slope = ((codes - exact) * inside * G).sum(dim=-1) / top  # by the range, high − low
         by_low = (G * at_low).sum(dim=-1) - slope
         by_high = (G * at_high).sum(dim=-1) + slope
-        self.V.sub_(torch.sign(G * inside), alpha=rate).clamp_(-0.5, 0.5)
+        self.V.sub_(torch.sign(G * inside * scale.unsqueeze(-1)), alpha=rate).clamp_(-0.5, 0.5)
         if self.scheme.symmetric:
             self.above.sub_(torch.sign(by_low * self.low + by_high * self.high), alpha=rate)
         else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.codes import Codes, storable
-from models.quantize.grid import dequantize, round_to
+from models.quantize.grid import dequantize, ends, round_to
 from models.quantize.problem import Problem, Solution
 from squeeze.steps import AWQ
 
@@ -74,10 +74,7 @@ def clip(W: Tensor, H: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -
     """
     size, top = W.shape[-1], float(2**bits - 1)
     blocks = torch.stack([H[start : start + size, start : start + size] for start in range(0, len(H), size)])
-    low, high = W.amin(dim=-1).clamp_max(0), W.amax(dim=-1).clamp_min(0)  # (out, groups)
-    if symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
+    low, high = ends(W, bits, symmetric)  # (out, groups)
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
     for shrink in torch.linspace(1.0, CLIP_LEAST[bits], CLIP_STEPS).tolist():

@@ -8,9 +8,10 @@ from models.codes import storable
 # Shrinkages of the range that are tried; clipping the outermost weights often costs less than the coarser grid that
 # they force on all others, the more so the fewer the bits. The diagonal of the Hessian, which weighs the trials, does
 # not see that a clipped weight errs to one side, so the search stops well before its own optimum: on the bundled model
-# at 2 bits a floor of 0.4 gave a divergence of 0.067, 0.7 gave 0.026, no search 0.029.
+# at 2 bits GPTQ's divergence was 0.044 with a floor of 0.55, 0.028 with 0.65, and 0.022 with 0.75 and with 0.8.
 SHRINK_STEPS = 16
-SHRINK_LEAST = {2: 0.7, 3: 0.75, 4: 0.8, 8: 0.95}
+SHRINK_LEAST = {2: 0.75, 3: 0.8, 4: 0.85, 8: 0.95}
+MOST_SIGNED_BITS = 4  # of grids whose scales may be negative
 FITTED_WEIGHTS = 1 << 18  # at once on a CPU: few enough for the second-level cache, enough for a call to pay
 
 
@@ -20,7 +21,6 @@ def fit(W: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, importance: T
     W: (out, groups, group_size) float32. importance: (groups, group_size), how much the square of each column's error
     matters, for example the diagonal of the Hessian; None: all alike.
     Returns scale (out, groups) float32, storable, and zero (out, groups) float32, whole numbers.
-    A symmetric grid reaches as far down as up: scale = max / (2^(b−1) − ½), so that neither end is favoured.
     """
     importance = None if importance is None else importance.contiguous()
     rows = max(1, FITTED_WEIGHTS // W[0].numel()) if W.device.type == "cpu" else len(W)
@@ -31,10 +31,7 @@ def fit(W: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, importance: T
 
 def _fit(W: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     top, middle = 2.0**bits - 1, 2.0 ** (bits - 1)
-    low, high = W.amin(dim=-1).clamp_max(0), W.amax(dim=-1).clamp_min(0)  # (out, groups)
-    if symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
+    low, high = ends(W, bits, symmetric)  # (out, groups)
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
     trial = torch.empty_like(W)
@@ -55,6 +52,22 @@ def _fit(W: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, importance: 
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
+
+
+def ends(W: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """What the first and the last code of each group's grid stand for at most. W: (…, n). Returns (…) twice.
+
+    A symmetric grid reaches as far down as up, and its first code lies half a step further out than its last: the end
+    with the largest weight gets it. Where that weight is positive the grid runs downwards, with a negative scale: for
+    every consumer a factor like any other, and 10 to 25 % less divergence at 4 to 2 bits. At 8 bits nothing is won.
+    """
+    low, high = W.amin(dim=-1).clamp_max(0), W.amax(dim=-1).clamp_min(0)
+    if not symmetric:
+        return low, high
+    most = torch.maximum(high, -low)
+    if bits <= MOST_SIGNED_BITS:
+        most = torch.where(high > -low, -most, most)
+    return -most, most
 
 
 def round_to(W: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

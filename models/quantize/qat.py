@@ -95,7 +95,7 @@ class Learner(nn.Module):
     @torch.no_grad()
     def _rounded(self) -> tuple[Tensor, Tensor]:
         """Codes less their zero points, and scales, float32."""
-        scale = storable(self.start * (1 + self.shift / self.reach), self.stored)
+        scale = storable(self.start * (1 + self.shift / self.reach).clamp_min(0), self.stored)
         zero = self.zero.unsqueeze(-1)
         if self.places is None:
             return self.codes - zero, scale

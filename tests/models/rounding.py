@@ -46,13 +46,16 @@ def rounded(
 
 
 def nearest(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool) -> Codes:
-    """weight: (out, in). Scales fit bfloat16 and float16, zero points are at least 1."""
+    """weight: (out, in). Scales fit bfloat16 and float16, zero points are at least 1. As ours do, a symmetric grid of
+    few bits runs downwards where a group's largest weight is positive.
+    """
     rows, columns = weight.shape
     top = 2**bits - 1
     groups = weight.reshape(rows, -1, group_size)
     high, low = groups.amax(-1).clamp(min=1e-3), groups.amin(-1).clamp(max=-1e-3)
     if symmetric:
         scale = torch.maximum(high, -low) / (top / 2)
+        scale = torch.where((high > -low) & (bits < 8), -scale, scale)
         zero = torch.full_like(scale, 2.0 ** (bits - 1))
     else:
         scale = (high - low) / top

@@ -149,7 +149,8 @@ def test_a_range_is_clipped_where_its_group_s_own_part_of_the_outputs_errs_least
 
         high, low = max(float(part.max()), 0.0), min(float(part.min()), 0.0)
         if symmetric:
-            high, low = max(high, -low), -max(high, -low)
+            largest = high if high > -low else low  # the first code's
+            high, low = -largest, largest
         trials = []
         for shrink in torch.linspace(1, awq.CLIP_LEAST[3], awq.CLIP_STEPS).tolist():
             s = float(torch.tensor((high - low) * shrink / 7).half())

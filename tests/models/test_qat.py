@@ -92,7 +92,7 @@ def test_whatever_it_learns_its_codes_and_scales_are_what_formats_hold(train: st
     codes = one.learned()
     assert codes.codes.dtype == codes.zero.dtype == torch.uint8
     assert int(codes.codes.max()) <= top and 1 <= int(codes.zero.min()) <= int(codes.zero.max()) <= top
-    assert bool((codes.scale > 0).all()) and torch.equal(codes.scale.half().float(), codes.scale)
+    assert torch.equal(codes.scale.sign(), one.start.sign()) and torch.equal(codes.scale.half().float(), codes.scale)
     assert torch.equal(codes.dequantize(torch.float32), one.weight)
 
 

@@ -78,6 +78,16 @@ def test_rtn_chooses_the_nearest_code_of_its_grid(seed, bits, symmetric, group_s
     assert codes.zero.min() >= 1
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_largest_weight_of_a_symmetric_group_gets_the_first_code_of_few_bits(sign):
+    W = torch.linspace(-0.5, 0.99, 64).view(1, 64) * sign
+    for bits in (2, 3, 4):
+        codes = solved(rtn, W, None, RTN(method="rtn", bits=bits, group_size=64), torch.float32).encoded
+        assert codes.codes[0, -1] == 0 and codes.scale.sign().item() == -sign
+    codes = solved(rtn, W, None, RTN(method="rtn", bits=8, group_size=64), torch.float32).encoded
+    assert codes.scale.item() > 0
+
+
 @pytest.mark.parametrize("activation_order", [True, False])
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False), (2, True)])
 def test_gptq_gives_the_codes_of_the_paper_s_algorithm(activation_order, bits, symmetric):
