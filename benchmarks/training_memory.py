@@ -127,8 +127,8 @@ def main() -> None:
         told = ", ".join(str(value) if key == "method" else f"{key} {value}" for key, value in step.items())
         job, together = planned.job / seen.own - 1, planned.whole / seen.together - 1
         print(
-            f"| {name} | {length} | {told} | {seen.own / 1e6:.0f} | {planned.job / 1e6:.0f} | {seen.together / 1e6:.0f} "
-            f"| {planned.whole / 1e6:.0f} | {job:+.0%}, {together:+.0%} "
+            f"| {name} | {length} | {told} | {seen.own / 1e6:.0f} | {planned.job / 1e6:.0f} "
+            f"| {seen.together / 1e6:.0f} | {planned.whole / 1e6:.0f} | {job:+.0%}, {together:+.0%} "
             f"| {seen.seconds:.0f} |",
             flush=True,
         )
