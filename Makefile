@@ -12,7 +12,7 @@ LOCKS := $(wildcard requirements/*.lock requirements/*.txt)
 PACKAGES := squeeze storage jobs models api workers
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test test-long test-chaos check format fuzz bench-service bench-memory bench-quality bench-calibration bench-wide bench-speed bench-training bench-distill bench-pace table test-kills clean
+.PHONY: help install quickstart serve test test-long test-chaos check format fuzz bench-service bench-memory bench-quality bench-calibration bench-wide bench-speed bench-training bench-distill bench-pace table table-trainings test-kills clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -90,6 +90,9 @@ bench-pace: $(INSTALLED) ## operations a second of each method and stage: the sp
 
 table: $(INSTALLED) ## every method through the service, and who loads what it makes: docs/loads.md (an hour)
 	$(BIN)/python benchmarks/methods.py
+
+table-trainings: $(INSTALLED) ## every method that trains, through the service: benchmarks/results/trainings.md (half an hour)
+	$(BIN)/python benchmarks/trainings.py
 
 bench-calibration: $(INSTALLED) ## what calibration text is worth: sources, numbers of samples, bits
 	$(BIN)/python benchmarks/calibration.py

@@ -125,13 +125,7 @@ def run(wanted: list[tuple[str, Step]], folder: Path) -> Iterator[dict[str, Any]
     for model in {model for model, _ in wanted} - {BUNDLED}:
         dtype = torch.float16 if model == "opt" else torch.bfloat16
         models[model] = FAMILIES[model](folder / "models" / model, dtype=dtype)
-    environment = service_environment(folder / "data", "http://127.0.0.1:9")  # no Hub is asked
-    environment["SQUEEZE_MODEL_ROOTS"] = f"{folder / 'models'}:{ROOT / 'models'}"
-    with contextlib.ExitStack() as stack:
-        service = stack.enter_context(running(["scripts/serve.py"], environment, folder / "service.log"))
-        url = address("127.0.0.1", int(environment["SQUEEZE_PORT"]))
-        wait_until_ready(url, service, folder / "service.log")
-        client = stack.enter_context(Client(url))
+    with serving(folder) as client:
         for number, (model, step) in enumerate(wanted, start=1):
             print(f"{number}/{len(wanted)} {model} {json.dumps(step)}", flush=True)
             try:
@@ -140,6 +134,18 @@ def run(wanted: list[tuple[str, Step]], folder: Path) -> Iterator[dict[str, Any]
                 row = {"refused": error.message}
             print("   ", json.dumps(row)[:400], flush=True)
             yield {"model": model, "step": step} | row
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[Client]:
+    """The service, whose data and whose models beside the bundled one lie in a folder."""
+    environment = service_environment(folder / "data", "http://127.0.0.1:9")  # no Hub is asked
+    environment["SQUEEZE_MODEL_ROOTS"] = f"{folder / 'models'}:{ROOT / 'models'}"
+    with running(["scripts/serve.py"], environment, folder / "service.log") as service:
+        url = address("127.0.0.1", int(environment["SQUEEZE_PORT"]))
+        wait_until_ready(url, service, folder / "service.log")
+        with Client(url) as client:
+            yield client
 
 
 def one_job(client: Client, directory: Path, model: str, step: Step) -> dict[str, Any]:
