@@ -1,7 +1,8 @@
 """The step of a job that merges: from a base and what was made from it to one model, measured against the base."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
@@ -130,6 +131,7 @@ def added(report: Report, inputs: Inputs, done: Done) -> Report:
         update={
             "sizes": sizes,
             "merging": done.merging,
+            "recipe": _recipe(inputs.spec),
             "source": source_part(inputs, done.base),
             "warnings": [*done.warnings, *report.warnings],
             "spent": report.spent.model_copy(update={"work": summed(done.work, report.spent.work)}),
@@ -263,7 +265,7 @@ def _report(
         libraries=libraries(),
         device=device_name(device),
         source=source_part(inputs, done.base),
-        recipe=[step.model_dump(mode="json") for step in spec.steps],
+        recipe=_recipe(spec),
         seed=spec.seed,
         calibration=None,
         quality=done.measured.quality if done.measured else None,
@@ -284,6 +286,14 @@ def _report(
             certifier_peak_host_bytes=max((one.peak_host_bytes or 0 for one in certificates), default=0) or None,
         ),
     )
+
+
+def _recipe(spec: JobSpec) -> list[dict[str, Any]]:
+    """The steps, in which a directory of this machine is told by its last part alone."""
+    steps = [step.model_dump(mode="json") for step in spec.steps]
+    for entry in steps[0]["models"]:
+        entry["model"] = PurePosixPath(entry["model"]).name if entry["model"].startswith("/") else entry["model"]
+    return steps
 
 
 def _trains(spec: JobSpec) -> bool:

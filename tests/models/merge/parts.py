@@ -43,11 +43,13 @@ def _moved(tensor: torch.Tensor, share: float, dice: torch.Generator) -> torch.T
     return (tensor.float() + noise * moves).to(tensor.dtype)
 
 
-def adapter(directory: Path, seed: int, *, base: str = BASE, rank: int = 4, **settings: Any) -> Path:
+def adapter(
+    directory: Path, seed: int, *, base: str = BASE, rank: int = 4, width: int = tiny.HIDDEN, **settings: Any
+) -> Path:
     """A LoRA adapter of some linears of the tiny Llama, in peft's layout."""
     dice = torch.Generator().manual_seed(seed)
     directory.mkdir(parents=True)
-    sizes = {"self_attn.q_proj": (tiny.HIDDEN, tiny.HIDDEN), "mlp.down_proj": (tiny.HIDDEN, tiny.INTERMEDIATE)}
+    sizes = {"self_attn.q_proj": (tiny.HIDDEN, width), "mlp.down_proj": (tiny.HIDDEN, tiny.INTERMEDIATE)}
     tensors = {}
     for layer in range(tiny.LAYERS):
         for name in LINEARS:

@@ -37,7 +37,7 @@ def made(method: type[Merge], **fields: Any) -> Merge:
 
 
 @pytest.fixture
-def T() -> Tensor:
+def T() -> Tensor:  # noqa: N802 - the papers' letter
     dice = torch.Generator().manual_seed(3)
     T = torch.randn(N, K, generator=dice) * torch.rand(N, 1, generator=dice)
     return T * (torch.rand(N, K, generator=dice) < 0.8)
