@@ -31,7 +31,12 @@ class Suicidal(Heard):
 if __name__ == "__main__":
     method, base, room, share, *entries = sys.argv[1:]
     paths = [Path(entry) for entry in entries]
-    inputs = merging_inputs(spec_of({"method": method}, paths), Path(base), paths, Path(room))
+    inputs = merging_inputs(
+        spec_of({"method": method}, paths, evaluation={"perplexity": False, "divergence": False}),
+        Path(base),
+        paths,
+        Path(room),
+    )
     step = inputs.spec.steps[0]
     assert isinstance(step, Merge)
     merged(dataclasses.replace(inputs, snapshot_seconds=0.0), step, Clock(), Suicidal(float(share)))

@@ -47,8 +47,17 @@ def entries(room: Path, base: Path) -> list[Path]:
     ]
 
 
-def merge(step: dict[str, Any], base: Path, entries: list[Path], room: Path, heard: Heard | None = None) -> Done:
-    inputs = merging_inputs(spec_of(step, entries), base, entries, room)
+def merge(
+    step: dict[str, Any],
+    base: Path,
+    entries: list[Path],
+    room: Path,
+    heard: Heard | None = None,
+    *,
+    measures: bool = False,
+) -> Done:
+    evaluation = {"samples": 2, "perplexity": measures, "divergence": measures}
+    inputs = merging_inputs(spec_of(step, entries, evaluation=evaluation), base, entries, room)
     asked = inputs.spec.steps[0]
     assert isinstance(asked, Merge)
     return merged(inputs, asked, Clock(), heard or Heard())
@@ -79,7 +88,7 @@ def test_models_and_adapters_are_added_to_the_base_by_their_weights(
         {"model": f"org/{path.name}", "weight": w} for path, w in zip(entries, (0.5, -0.2, 1.0, 0.3), strict=True)
     ]
     heard = Heard()
-    done = merge({"models": models, "normalize": False, "scale": 0.8}, base, entries, tmp_path, heard)
+    done = merge({"models": models, "normalize": False, "scale": 0.8}, base, entries, tmp_path, heard, measures=True)
     own, result = weights_of(base), weights_of(done.whole)
     assert list(result) == list(own) and open_model(done.whole).dtype == torch.bfloat16
     for name, vectors in vectors_of(base, entries).items():
