@@ -9,10 +9,12 @@ from api.tensors import Tensor
 from jobs import history
 from squeeze.distillation import Distill
 from squeeze.memory import PROCESS_BYTES, needed
+from squeeze.merging import Merge
+from squeeze.merging_work import counted_merging, merging_bytes
 from squeeze.pace import duration
 from squeeze.shapes import Shape, shape_of
 from squeeze.specs import JobSpec
-from squeeze.steps import Format, Quantize
+from squeeze.steps import RTN, Format, Quantize
 from squeeze.trainable import Learned, learned
 from squeeze.training import Finetune
 from squeeze.training_memory import needed_to_train
@@ -42,11 +44,22 @@ def cost_of(
             own, known = shape_of_model(config, tensors), learned_of(step, config, tensors)
             last = step is spec.steps[-1]
             memory = needed_to_train(own, spec, step, known, result_bytes if last else {}, text_bytes or 0)
-            whole = least = memory.whole
+            whole, least = max(whole, memory.whole), max(least, memory.whole)
             stays = memory.process - PROCESS_BYTES  # what was imported, and the examples
             length = min(spec.data.sequence_length, own.positions or spec.data.sequence_length)
             tokens = tokens_to_train(spec, step, length, text_bytes)
-            counts = None if tokens is None else counted_training(own, spec, step, known, tokens, last=last)
+            learning = None if tokens is None else counted_training(own, spec, step, known, tokens, last=last)
+            counts = None if counts is None or learning is None else _together(counts, learning)
+        elif isinstance(step, Merge):
+            last = step is spec.steps[-1]
+            own = shape_of_model(config, tensors)
+            largest = max((tensor.elements for tensor in tensors.values()), default=0)
+            # The merged model runs beside the base, block by block, as one does whose blocks are rounded.
+            plain = spec.model_copy(update={"steps": (RTN(method="rtn"),)})
+            measured = needed(own, plain, result_bytes if last else {})
+            whole = max(merging_bytes(largest), measured.whole)
+            least = max(merging_bytes(largest), measured.least)
+            counts = counted_merging(own, spec, step)
         elif isinstance(step, Quantize):
             more = needed(shape, spec, result_bytes)
             whole, least = max(whole, more.whole + stays), max(least, more.least + stays)
@@ -73,13 +86,15 @@ def learned_of(step: Finetune, config: dict[str, Any], tensors: dict[str, Tensor
 
 
 def kept_bytes(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
-    """On the worker's disk while it trains: two checkpoints, and the whole model that a next step goes on with."""
+    """On the worker's disk: of a training two checkpoints, and every whole model that a next step goes on with."""
     step = next((step for step in spec.steps if isinstance(step, Finetune)), None)
+    merged = 2 * sum(tensor.elements for tensor in tensors.values()) if isinstance(spec.steps[0], Merge) else 0
+    merged *= len(spec.steps) > 1  # otherwise it is the result
     if step is None:
-        return 0
+        return merged
     known = learned_of(step, config, tensors)
     whole = 2 * sum(tensor.elements for tensor in tensors.values()) if step is not spec.steps[-1] else 0
-    return 2 * (4 * known.parameters + known.state_bytes) + whole
+    return 2 * (4 * known.parameters + known.state_bytes) + whole + merged
 
 
 def _ignored(spec: JobSpec) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from api.costs import cost_of, kept_bytes, learned_of, shape_of_model
 from api.learning import refuse_misfit, refuse_unusable
+from api.merging import look_at_entries
 from api.service import Service
 from api.sources import Files, files_of, refuse_absent_dataset
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
@@ -54,6 +55,8 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
             refuse_misfit(files, shape_of_model(config, tensors).positions, chat)
         except SqueezeError as error:
             obstacles.append(_obstacle(error))
+    looked = look_at_entries(service, project, spec, config, tensors)
+    obstacles += map(_obstacle, looked.obstacles)
     source_bytes = sum(tensor.size_bytes for tensor in tensors.values()) or _weight_bytes(files)
     result_bytes = _result_bytes(spec, config, tensors, linears) if tensors else {}
     return _answer(
@@ -64,6 +67,7 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
         result_bytes=result_bytes,
         **cost_of(service, project, spec, config, tensors, result_bytes),
         disk_bytes=(source_bytes if files.pulled else 0)
+        + looked.pulled_bytes
         + sum(result_bytes.values())
         + max([0, *result_bytes.values()])
         + kept_bytes(spec, config, tensors),

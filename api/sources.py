@@ -51,9 +51,9 @@ class Files:
     revision: str | None = None
 
 
-def files_of(service: Service, project: str, model: str) -> Files:
-    """The files of what a spec calls its model; raises what stands in the way."""
-    directory = directory_of(model, service.settings.model_roots)
+def files_of(service: Service, project: str, model: str, *, adapter: bool = False) -> Files:
+    """The files of what a spec calls a model; raises what stands in the way. adapter: whether it may be one."""
+    directory = directory_of(model, service.settings.model_roots, adapter=adapter)
     if directory is not None:
         return _of_directory(directory)
     if OWN_ID.match(model):

@@ -18,6 +18,8 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64"), 64),
@@ -67,8 +69,24 @@ def has_chat_template(files: Files) -> bool:
 
 def tensors_of(files: Files) -> dict[str, Tensor]:
     """Every tensor by name; empty where the model has no safetensors files."""
+    return _headers(files, _shards(files))
+
+
+def adapter_of(files: Files) -> dict[str, Any] | None:
+    """The settings of an adapter in peft's layout; None where the files are a whole model's."""
+    return _object(files, ADAPTER, CONFIG_BYTES) if ADAPTER in files.sizes and CONFIG not in files.sizes else None
+
+
+def adapter_tensors_of(files: Files) -> dict[str, Tensor]:
+    """Every tensor of an adapter by name."""
+    if ADAPTER_WEIGHTS not in files.sizes:
+        raise ModelMalformed(f"The adapter has no {ADAPTER_WEIGHTS}; ask for it as safetensors.", param="model")
+    return _headers(files, [ADAPTER_WEIGHTS])
+
+
+def _headers(files: Files, shards: list[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for shard in _shards(files):
+    for shard in shards:
         size = int.from_bytes(files.read(shard, 0, 8), "little")
         if not 2 <= size <= min(HEADER_BYTES, files.sizes[shard]):
             raise ModelMalformed(

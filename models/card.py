@@ -63,7 +63,10 @@ def _front_matter(format_name: Format, report: Report) -> str:
 def _relation(format_name: Format, report: Report) -> str:
     if format_name == "peft":
         return "adapter"
-    return "quantized" if any(step["kind"] == "quantize" for step in report.recipe) else "finetune"
+    kinds = {step["kind"] for step in report.recipe}
+    if "quantize" in kinds:
+        return "quantized"
+    return "merge" if kinds == {"merge"} else "finetune"
 
 
 def _origin(report: Report) -> str:
@@ -86,6 +89,9 @@ def _recipe(report: Report) -> str:
     lines.append("")
     if report.calibration is not None:
         lines += [f"Calibrated on {_text(report.calibration)}, drawn with seed {report.seed}.", ""]
+    if report.merging is not None:
+        named = [f"`{one.model}` ({one.kind}, weight {one.weight:.3g})" for one in report.merging.models]
+        lines += [f"Merged: {', '.join(named)}.", ""]
     if report.training is not None:
         data = report.training.data
         lines += [

@@ -2,15 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from models.checkpoint import SourceModel
+from models.job import Named
 from models.material import Material
 from squeeze import __version__
+from squeeze.merging import Merge
 from squeeze.report import TrainingData
 from squeeze.schemes import Scheme
 from squeeze.specs import JobSpec
@@ -86,6 +89,26 @@ def writing_fingerprint(
         "versions": [__version__, torch.__version__, version("transformers")],
     }
     return _digest(parts)
+
+
+def merging_fingerprint(
+    step: Merge, seed: int, revision: str | None, base: SourceModel, merged: Sequence[Named]
+) -> str:
+    """As `fingerprint`, of what a step that merges leaves: the same on every device."""
+    parts = {
+        "step": step.model_dump(mode="json"),
+        "seed": seed,
+        **_of_model(base, revision),
+        "merged": [[one.name, one.revision, None if one.revision else _written(one.directory)] for one in merged],
+        "versions": [__version__, torch.__version__],
+    }
+    return _digest(parts)
+
+
+def _written(directory: Path) -> list[list[object]]:
+    """What tells whether files were changed in place."""
+    files = sorted(file for file in directory.iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _of_model(source: SourceModel, revision: str | None) -> dict[str, Any]:

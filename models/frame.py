@@ -123,6 +123,11 @@ class Frame:
         return shape_of(self.source.config, tensors, DTYPE_NAMES.get(stored, "BF16"), ignored)
 
     @property
+    def ties(self) -> dict[str, str]:
+        """Parameters that are others' by the config, by their names: the head by the embedding's."""
+        return dict(self._ties)
+
+    @property
     def max_positions(self) -> int | None:
         """Tokens that a sequence may have; None where the config sets no bound."""
         positions = getattr(self.model.config, "max_position_embeddings", None)

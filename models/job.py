@@ -10,6 +10,7 @@ from models.checkpoint import SourceModel
 from models.formats.directory import weight_bytes
 from models.snapshots import SNAPSHOT_SECONDS
 from squeeze.errors import CertificationFailed, SqueezeError
+from squeeze.merging import Merge
 from squeeze.objects import Result
 from squeeze.report import Report, Size, Source
 from squeeze.specs import JobSpec
@@ -30,12 +31,22 @@ LIBRARIES = (
 
 
 @dataclass(frozen=True)
+class Named:
+    """A further model that the job names, as it lies on this disk. name, revision: as of the job's own."""
+
+    directory: Path
+    name: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
 class Inputs:
     """model: the source's directory. work: kept between attempts, so that the next one resumes. out: emptied first.
 
     calibration_text, evaluation_text: JSONL, plain text or parquet, or a directory of such files; None: the generic
     text, or a held-out part of calibration_text. Their origins: what the report calls them, where the request's own
     words say too little. model_name: as the user named it, without anything private.
+    merged: what a step merges into the model, in the order of its `models`.
     student: of the model that learns from this one, where the job names it; its name and its revision as the model's.
     consumers: Pythons of environments that results are loaded in, by the consumer's name. activation_bytes: see
     `engine.quantize`.
@@ -55,6 +66,7 @@ class Inputs:
     job_id: str
     snapshot_seconds: float = SNAPSHOT_SECONDS
     activation_bytes: int | None = None
+    merged: tuple[Named, ...] = ()
     student: Path | None = None
     student_name: str | None = None
     student_revision: str | None = None
@@ -125,6 +137,10 @@ def result_of(report: Report, directories: Mapping[Format, Path]) -> Result:
 
 def training_step(spec: JobSpec) -> Train | None:
     return next((step for step in spec.steps if isinstance(step, Train)), None)
+
+
+def merging_step(spec: JobSpec) -> Merge | None:
+    return next((step for step in spec.steps if isinstance(step, Merge)), None)
 
 
 def quantize_step(spec: JobSpec) -> Quantize:

@@ -12,6 +12,7 @@ from models.progress import Notify, Silent
 from models.quoting import quoted
 from models.self_text import refuse_beforehand, sampled_text
 from squeeze.errors import DataUnusable, ModelMalformed, ModelUnsafe
+from squeeze.merging import Merge
 from squeeze.specs import SELF, JobSpec
 from squeeze.steps import Quantize
 
@@ -65,7 +66,7 @@ class Material:
     def __init__(
         self,
         spec: JobSpec,
-        step: Quantize,
+        step: Quantize | Merge,
         tokenizer: Any,
         frame: Frame,
         calibration_text: Path | None,

@@ -1,9 +1,11 @@
 """A job's way through this room: a model directory and a spec in, model directories and a report out.
 
-loading -> training, where a step trains; of what that made, or of the source, where a step quantizes: loading ->
+loading -> merging, where a step merges; of what that made, or of the source, loading -> training, where a step trains;
+of what that made, where a step quantizes: loading ->
 calibrating -> compressing (evaluating in the same pass) -> evaluating -> exporting -> certifying
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from models.disk import disk_faults
 from models.experts import refuse_torn
 from models.formats import layout
 from models.frame import Frame
-from models.job import Inputs, Outcome, param_of, params_named, quantize_step, training_step
+from models.job import Inputs, Outcome, merging_step, param_of, params_named, quantize_step, training_step
 from models.kv_cache import refuse_unknown_attention
 from models.material import refuse_too_large_for_self
+from models.merge import entries
+from models.merge import job as merge
 from models.progress import Notify
 from models.quantize.job import run_quantization
 from models.resources import Clock
@@ -34,7 +38,9 @@ from models.train.prepare import refuse_untrainable
 from squeeze.architectures import HELD_BY, refuse_unrotatable
 from squeeze.errors import FormatUnfit, ModelMalformed
 from squeeze.formats import candidates
+from squeeze.merging import Entry, Merge
 from squeeze.objects import Stage
+from squeeze.report import Report
 from squeeze.specs import JobSpec
 from squeeze.steps import QAT, Grouped, Quantize
 from squeeze.training import Train
@@ -57,9 +63,20 @@ def check(spec: JobSpec, model: Path) -> Facts:
     if training is not None:
         with params_named(spec, training):
             count = refuse_untrainable(training, frame)
-        if training is spec.steps[-1] or len(spec.models) > 1:  # another model goes on to the next step
+        if training is spec.steps[-1] or _taught(spec):  # another model goes on to the next step
             return Facts(config["model_type"], frame.count, count)
+    if isinstance(spec.steps[-1], Merge):
+        return Facts(config["model_type"], frame.count, sum(len(frame.sites(n)) for n in range(frame.count)))
     return _check_quantizable(spec, config, frame)
+
+
+def check_entry(base: Path, model: str, entry: Entry, directory: Path) -> None:
+    """As `check`, of what is merged into the job's own model, which is in the directory `base` and called `model`."""
+    entries.check_entry(base, model, entry, directory)
+
+
+def _taught(spec: JobSpec) -> bool:
+    return any(name.endswith(".student.model") for name in spec.models)
 
 
 def check_student(spec: JobSpec, model: Path) -> Facts:
@@ -123,13 +140,33 @@ def _run(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
     check(inputs.spec, inputs.model)
     if inputs.student is not None:
         check_student(inputs.spec, inputs.student)
-    training, clock = training_step(inputs.spec), Clock()
+    merging, training, clock = merging_step(inputs.spec), training_step(inputs.spec), Clock()
+    if training is not None:
+        with params_named(inputs.spec, training):
+            refuse_without_gpu(training, torch.device(inputs.device))
+    if merging is None:
+        return _after_merging(inputs, training, clock, notify, team)
+    if len(inputs.spec.steps) == 1:
+        return merge.run_merging(inputs, merging, notify)
+    before = merge.merged(inputs, merging, clock, notify)
+    following = merge.for_what_follows(inputs, before)
+    return _after_merging(following, training, clock, notify, team, lambda report: merge.added(report, inputs, before))
+
+
+def _after_merging(
+    inputs: Inputs,
+    training: Train | None,
+    clock: Clock,
+    notify: Notify,
+    team: Team,
+    completed: Callable[[Report], Report] = lambda report: report,
+) -> Outcome:
+    """The other steps. completed: adds to the report what came before."""
     if training is None:
-        return run_quantization(inputs, clock, notify, team)
+        return run_quantization(inputs, clock, notify, team, completed)
     with params_named(inputs.spec, training):
-        refuse_without_gpu(training, torch.device(inputs.device))
         if training is inputs.spec.steps[-1]:
-            return run_training(inputs, training, notify, team)
+            return run_training(inputs, training, clock, notify, team, completed)
         done = trained(inputs, training, inputs.work / "adapter", inputs.work / "whole", clock, notify, team)
     following = for_what_follows(inputs, done)
-    return run_quantization(following, clock, notify, team, lambda report: added(report, inputs, done))
+    return run_quantization(following, clock, notify, team, lambda report: completed(added(report, inputs, done)))

@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT))
 from scripts.document_report import type_name  # noqa: E402
 from squeeze.distillation import DISTILLING_METHODS, Distill, Student  # noqa: E402
 from squeeze.formats import CAPACITIES, Capacity, holders  # noqa: E402
-from squeeze.steps import METHODS, Grouped, Quantize, tag_of  # noqa: E402
+from squeeze.merging import MERGING_METHODS, Entry, Merge  # noqa: E402
+from squeeze.steps import METHODS, Grouped, Method, Quantize, tag_of  # noqa: E402
 from squeeze.training import TRAINING_METHODS, Train  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
@@ -27,6 +28,7 @@ MARKS = {
         "<!-- Distillation: written by scripts/document_methods.py. -->",
         "<!-- End of the distilling methods. -->",
     ),
+    "merging": ("<!-- Merging: written by scripts/document_methods.py. -->", "<!-- End of the merging methods. -->"),
     "methods": ("<!-- Methods: written by scripts/document_methods.py. -->", "<!-- End of the methods. -->"),
     "formats": ("<!-- Formats: written by scripts/document_methods.py. -->", "<!-- End of the formats. -->"),
 }
@@ -39,6 +41,7 @@ def page() -> str:
         "methods": _methods(),
         "training": _training(),
         "distilling": _distilling(),
+        "merging": _merging(),
         "formats": _formats(),
     }
     for name, made in made_of.items():
@@ -83,6 +86,14 @@ def _distilling() -> str:
     for method in DISTILLING_METHODS:
         about = f"### {_name(method)}\n\n{inspect.getdoc(method)}"
         parts.append("\n\n".join(filter(None, (about, _table(method, Distill.model_fields)))))
+    return "\n\n".join(parts)
+
+
+def _merging() -> str:
+    parts = ["Every method takes:\n\n" + _table(Merge, ()), "An entry of `models` has:\n\n" + _table(Entry, ())]
+    for method in MERGING_METHODS:
+        about = f"### {_name(method)}\n\n{inspect.getdoc(method)}"
+        parts.append("\n\n".join(filter(None, (about, _table(method, Merge.model_fields)))))
     return "\n\n".join(parts)
 
 
@@ -146,7 +157,7 @@ def _listed(methods: Iterable[type[Quantize]]) -> str:
     return ", ".join(f"`{_name(one)}`" for one in methods)
 
 
-def _name(method: type[Quantize] | type[Train]) -> str:
+def _name(method: Method) -> str:
     return tag_of(method).split(".")[1]
 
 

@@ -27,6 +27,7 @@ class Stage(StrEnum):
     pulling = "pulling"
     planning = "planning"
     loading = "loading"
+    merging = "merging"
     calibrating = "calibrating"
     compressing = "compressing"
     training = "training"

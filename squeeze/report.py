@@ -258,6 +258,40 @@ class Training(Part):
     sharding: Way | None = Field(None, description="Where they were several: what each of them held of the model.")
 
 
+class MergedEntry(Part):
+    """One of the models and adapters that were merged. Elements are counted over the tensors of the whole model."""
+
+    model: str
+    revision: str | None
+    kind: Literal["model", "adapter"]
+    weight: float = Field(description="By which its task vector was multiplied; normalized where that was asked for.")
+    changed: int = Field(description="Elements that differ from the base's.")
+    trimmed: int = Field(description="Of `changed`, those that were trimmed (ties) or dropped (dare).")
+    conflicting: int = Field(
+        description="Of the rest, those where another entry has the other sign: how far the entries pull apart."
+    )
+    used: int = Field(description="Of the rest, those that the result was made of: all, but for ties and magmax.")
+    relative_length: float | None = Field(description="Of the task vector, over the length of the base's weights.")
+    cosines: list[float | None] = Field(
+        description="Between its task vector and that of each entry, in their order: near 0 they have nothing to do "
+        "with each other, below 0 they undo each other. Null where one changed nothing."
+    )
+
+
+class Merging(Part):
+    """What a step that merges did."""
+
+    method: str
+    scale: float
+    elements: int = Field(description="Of a task vector: the floating-point numbers in the base's files.")
+    models: list[MergedEntry] = Field(description="In the order of the request.")
+    quality: Quality | None = Field(
+        None,
+        description="Of the merged model against the base, where a step that quantizes follows; where none does, it is "
+        "the report's own `quality`.",
+    )
+
+
 class Tuning(Part):
     """What training the rounded weights did (method `qat`)."""
 
@@ -304,6 +338,7 @@ class Report(Part):
     calibration: Text | None
     quality: Quality | None
     training: Training | None = Field(None, description="Of a step that trains alone.")
+    merging: Merging | None = Field(None, description="Of a step that merges alone.")
     tuning: Tuning | None = Field(None, description="Of `qat` alone.")
     bits_per_weight: float | None = Field(description="Null where no step quantizes.")
     rotation: Rotation | None = Field(None, description="Of `rotation` alone.")

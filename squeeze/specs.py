@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, f
 
 from squeeze.distillation import Distill, Hidden, OnPolicy
 from squeeze.formats import holders
+from squeeze.merging import Merge
 from squeeze.names import names_a_model
 from squeeze.steps import QAT, Format, Quantize, Step
 from squeeze.training import Adapters, Finetune, QLoRA, Train
@@ -150,7 +151,9 @@ def _refuse_unshared(step: Train, gpus: int) -> None:
 def _default_formats(fields: dict[str, Any]) -> tuple[Format, ...]:
     """The most widely loaded format that holds what the steps make; of a last step that trains, all that it makes."""
     last = next(iter(reversed(fields.get("steps", ()))), None)
-    if isinstance(last, Train):
+    if isinstance(last, Adapters) and any(isinstance(step, Merge) for step in fields["steps"]):
+        return ("safetensors",)  # an adapter would go with a merged model that is not written
+    if isinstance(last, Train | Merge):
         return last.formats
     schemes = [step.scheme() for step in fields.get("steps", ()) if isinstance(step, Quantize)]
     return (holders(schemes[-1]) if schemes else ())[:1] or ("compressed-tensors",)
@@ -187,6 +190,8 @@ class JobSpec(Wire):
         for number, step in enumerate(self.steps):
             if isinstance(step, Distill) and step.student.model is not None:
                 named[f"steps.{number}.student.model"] = step.student.model
+            if isinstance(step, Merge):
+                named |= {f"steps.{number}.models.{n}.model": entry.name for n, entry in enumerate(step.models)}
         return named
 
     @field_validator("model")
@@ -244,6 +249,27 @@ class JobSpec(Wire):
             if step is not self.steps[-1] and not step.whole:
                 raise ValueError(f"the step after {step.method} goes on with a whole model: set its `merge` to true")
             _refuse_unshared(step, self.limits.gpus)
+        return self
+
+    @model_validator(mode="after")
+    def _merges_once_and_first(self) -> Self:
+        merging = [n for n, step in enumerate(self.steps) if isinstance(step, Merge)]
+        if merging and merging != [0]:
+            raise ValueError(
+                "models are merged that were made from the job's model, as it comes: let one step merge, the first one"
+            )
+        if merging and "peft" in self.formats:
+            raise ValueError(
+                "an adapter that is trained on what was merged would go with a model that is not written: let the step "
+                "that trains merge it, and take safetensors alone as format"
+            )
+        if merging and isinstance(self.steps[-1], Adapters) and not self.steps[-1].merge:
+            raise ValueError(
+                f"what {self.steps[-1].method} learns goes with the merged model, which is not written alone: set its "
+                "`merge` to true"
+            )
+        if merging and len(self.steps) == 1 and self.limits.gpus > 1:
+            raise ValueError("merging is done by one process: set limits.gpus to 1")
         return self
 
     @model_validator(mode="after")

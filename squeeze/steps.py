@@ -1,8 +1,8 @@
 """The steps of a job, one class per method: what it takes, with units, ranges and defaults.
 
-Those that quantize are here, those that train in `squeeze.training`, those that distill in `squeeze.distillation`. A
-method is found by its name: `kind` and `method` are the folder and the file in `models/` (`quantize`, `gptq` ->
-`models/quantize/gptq.py`). A new method adds its class and that file, nothing else.
+Those that quantize are here, those that train in `squeeze.training`, those that distill in `squeeze.distillation`,
+those that merge in `squeeze.merging`. A method is found by its name: `kind` and `method` are the folder and the file in
+`models/` (`quantize`, `gptq` -> `models/quantize/gptq.py`). A new method adds its class and that file, nothing else.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union, get_args
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from squeeze.distillation import DISTILLING_METHODS
+from squeeze.merging import MERGING_METHODS, Merge
 from squeeze.schemes import Activations, Scheme
 from squeeze.training import TRAINING_METHODS, Rounded, Train
 from squeeze.wire import Wire
 
-Kind = Literal["quantize", "finetune", "distill"]
+Kind = Literal["quantize", "finetune", "distill", "merge"]
 Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx", "gguf", "peft"]
 GroupSize = Literal[32, 64, 128, "channel"]
 Statistic = Literal["moments", "hessian", "drift"]
@@ -371,7 +372,8 @@ METHODS: tuple[type[Quantize], ...] = (
     KQuant,
 )
 
-STEPS: tuple[type[Quantize] | type[Train], ...] = (*METHODS, *TRAINING_METHODS, *DISTILLING_METHODS)
+Method = type[Quantize] | type[Train] | type[Merge]
+STEPS: tuple[Method, ...] = (*METHODS, *TRAINING_METHODS, *DISTILLING_METHODS, *MERGING_METHODS)
 
 
 def _tag(value: Any) -> str | None:
@@ -381,12 +383,12 @@ def _tag(value: Any) -> str | None:
     return f"{getattr(value, 'kind', None)}.{getattr(value, 'method', None)}"
 
 
-def tag_of(method: type[Quantize] | type[Train]) -> str:
+def tag_of(method: Method) -> str:
     """`kind.method` of a step's class, for example `quantize.gptq`."""
     return ".".join(get_args(method.model_fields[name].annotation)[0] for name in ("kind", "method"))
 
 
 if TYPE_CHECKING:
-    Step = Quantize | Train
+    Step = Quantize | Train | Merge
 else:
     Step = Annotated[Union[tuple(Annotated[one, Tag(tag_of(one))] for one in STEPS)], Discriminator(_tag)]  # noqa: UP007 - of as many as there are

@@ -22,7 +22,7 @@ TEXTS = 1e11  # reading the tokenizer and the generic text
 TOKEN = 1e6  # of text, until it is a number
 
 # As `Spent.seconds` has them.
-STAGES = ("loading", "training", "allotting", "compressing", "evaluating", "exporting", "certifying")
+STAGES = ("loading", "merging", "training", "allotting", "compressing", "evaluating", "exporting", "certifying")
 
 TRIAL_VISITS = 6 * 16  # of each weight while its group's scale is searched: shrunken ranges, times what each takes
 ROUND_VISITS = 12

@@ -6,6 +6,7 @@ import resource
 import shutil
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 import workers.warm  # noqa: F401 - for its imports
 from models import pipeline
-from models.job import Inputs
+from models.job import Inputs, Named, merging_step
 from models.snapshots import SNAPSHOT_SECONDS
 from models.team import Team
 from models.train.examples import check_records
@@ -93,6 +94,7 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
         _check_examples(spec, fetched[0], fetched[1])
     pulled = pull(request, spec, storage, lambda directory: pipeline.check(spec, directory), teller)
     student = _student(request, spec, storage, teller)
+    merged = _merged(request, spec, storage, teller, pulled)
     calibration, evaluation = fetched or texts.fetch(storage)
     _go_offline()
     outcome = pipeline.run(
@@ -110,6 +112,7 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
             out=_emptied(request.scratch_path / "out"),
             device=request.device,
             consumers={name: Path(python) for name, python in request.consumers.items()},
+            merged=merged,
             student=student.directory if student else None,
             student_name=student.name if student else None,
             student_revision=student.revision if student else None,
@@ -131,10 +134,24 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
 def _student(request: Request, spec: JobSpec, storage: Storage, teller: Teller) -> Pulled | None:
     """The model that learns from the job's own, where the job names one."""
     for param, name in spec.models.items():
-        if param != "model":
-            wanted = Wanted(name, param, "student", request.student)
+        if param.endswith(".student.model"):
+            wanted = Wanted(name, param, "student", request.named.get(param, ()))
             return pull(request, spec, storage, lambda path: pipeline.check_student(spec, path), teller, wanted)
     return None
+
+
+def _merged(request: Request, spec: JobSpec, storage: Storage, teller: Teller, base: Pulled) -> tuple[Named, ...]:
+    """What is merged into the job's own model, in the order of the request."""
+    step, found = merging_step(spec), []
+    for number, entry in enumerate(step.models if step is not None else ()):
+        assert step is not None, "it has entries"
+        param = f"steps.{spec.steps.index(step)}.models.{number}.model"
+        files = request.named.get(param, ())
+        wanted = Wanted(entry.name, param, f"merged-{number}", files, adapter=True)
+        check = partial(pipeline.check_entry, base.directory, base.name, entry)
+        pulled = pull(request, spec, storage, check, teller, wanted)
+        found.append(Named(pulled.directory, pulled.name, pulled.revision))
+    return tuple(found)
 
 
 def _check_examples(spec: JobSpec, data: Located, held_out: Located | None) -> None:

@@ -10,9 +10,10 @@ WEIGHTS: dict[Stage, float] = {
     Stage.pulling: 0.15,
     Stage.planning: 0.01,
     Stage.loading: 0.02,
+    Stage.merging: 0.05,
     Stage.calibrating: 0.07,
     Stage.training: 0.10,
-    Stage.compressing: 0.40,
+    Stage.compressing: 0.35,
     Stage.evaluating: 0.05,
     Stage.exporting: 0.05,
     Stage.certifying: 0.10,
@@ -22,6 +23,7 @@ UPLOADING_SHARE = 0.02  # of the rest of a job whose other stages are known
 
 _STAGES = {  # by the names that reports give them; bits are allotted while the text is looked at
     "loading": Stage.loading,
+    "merging": Stage.merging,
     "training": Stage.training,
     "allotting": Stage.calibrating,
     "compressing": Stage.compressing,

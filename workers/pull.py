@@ -16,7 +16,17 @@ from workers.hub import Repo, resolve
 from workers.request import Request, StoredFile
 from workers.room import demand
 from workers.sources import directory, earlier_job
-from workers.weights import CONFIG, SMALL_BYTES_MAX, choose, refuse_code, weight_files
+from workers.weights import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    SMALL_BYTES_MAX,
+    Choice,
+    adapter_files,
+    choose,
+    is_adapter,
+    refuse_code,
+    weight_files,
+)
 
 Check = Callable[[Path], object]
 
@@ -24,7 +34,7 @@ Check = Callable[[Path], object]
 @dataclass(frozen=True)
 class Wanted:
     """A model that a job names. param: the field that does. files: of the earlier job that it is. revision: that an
-    earlier attempt resolved its id to. folder: of the scratch directory.
+    earlier attempt resolved its id to. folder: of the scratch directory. adapter: whether it may be an adapter.
     """
 
     name: str
@@ -32,6 +42,7 @@ class Wanted:
     folder: str
     files: tuple[StoredFile, ...] = ()
     revision: str | None = None
+    adapter: bool = False
 
     @property
     def own(self) -> bool:
@@ -67,7 +78,7 @@ def pull(
 
 def _pulled(request: Request, spec: JobSpec, storage: Storage, check: Check, teller: Teller, wanted: Wanted) -> Pulled:
     if wanted.name.startswith("/"):
-        path = directory(wanted.name, request.model_roots)
+        path = directory(wanted.name, request.model_roots, adapter=wanted.adapter)
         check(path)
         weights = sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
         _demand(request, spec, wanted, weights, 0)
@@ -76,7 +87,14 @@ def _pulled(request: Request, spec: JobSpec, storage: Storage, check: Check, tel
         into = request.scratch_path / wanted.folder
         size_bytes = sum(file.size_bytes for file in wanted.files)
         _demand(request, spec, wanted, size_bytes, 0 if into.exists() else size_bytes)
-        path = earlier_job(wanted.files, into, storage, check, lambda done, total: teller.advance(done, total, "bytes"))
+        path = earlier_job(
+            wanted.files,
+            into,
+            storage,
+            check,
+            lambda done, total: teller.advance(done, total, "bytes"),
+            adapter=wanted.adapter,
+        )
         return Pulled(path, wanted.name)
     return _from_hub(request, spec, check, teller, wanted)
 
@@ -93,11 +111,13 @@ def _from_hub(request: Request, spec: JobSpec, check: Check, teller: Teller, wan
     names = [file.name for file in repo.files]
     sizes = {file.name: file.size_bytes for file in repo.files}
     snapshot = Snapshot(Path(request.cache), repo)
-    choice = choose(names)
+    adapter = wanted.adapter and is_adapter(names)
+    choice = Choice((ADAPTER_CONFIG,), ()) if adapter else choose(names)
     snapshot.fetch(choice.first, _ignore)
-    refuse_code(snapshot.path / CONFIG)
+    if not adapter:
+        refuse_code(snapshot.path / CONFIG)
     check(snapshot.path)
-    weights = weight_files(names, snapshot.path)
+    weights = adapter_files(names) if adapter else weight_files(names, snapshot.path)
     small = [name for name in choice.small if sizes[name] <= SMALL_BYTES_MAX]
     _demand(request, spec, wanted, snapshot.size_bytes(weights), snapshot.missing_bytes([*weights, *small]))
     files = [*small, *weights]

@@ -23,8 +23,8 @@ class Request:
     """One attempt of a job.
 
     scratch: the job's own directory, kept between attempts. revision: the commit that an earlier attempt resolved the
-    model's id to. source: the files of the earlier job that is compressed again. student: of the
-    one that is taught. data: uploaded files by their id.
+    model's id to. source: the files of the earlier job that is compressed again. named: of those that further fields of
+    the steps name, by the field. data: uploaded files by their id.
     device: of the job's process. others: of the further processes that share its calibration text.
     """
 
@@ -41,7 +41,7 @@ class Request:
     activation_bytes: int | None = None
     revision: str | None = None
     source: tuple[StoredFile, ...] = ()
-    student: tuple[StoredFile, ...] = ()
+    named: dict[str, tuple[StoredFile, ...]] = field(default_factory=dict)
     data: dict[str, StoredFile] = field(default_factory=dict)
 
     @property
@@ -77,7 +77,9 @@ class Request:
                 "others": tuple(message["others"]),
                 "model_roots": tuple(message["model_roots"]),
                 "source": tuple(StoredFile(**file) for file in message["source"]),
-                "student": tuple(StoredFile(**file) for file in message["student"]),
+                "named": {
+                    param: tuple(StoredFile(**file) for file in files) for param, files in message["named"].items()
+                },
                 "data": {name: StoredFile(**file) for name, file in message["data"].items()},
             }
         )

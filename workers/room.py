@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from squeeze.errors import DiskFull
+from squeeze.merging import Merge
 from squeeze.specs import JobSpec
 from squeeze.steps import Quantize
 
@@ -46,7 +47,8 @@ def _written_bytes(spec: JobSpec, source_bytes: int) -> int:
 
 
 def _made_bytes(spec: JobSpec, source_bytes: int) -> int:
-    return int(source_bytes * _CODES_SHARE) + _written_bytes(spec, source_bytes)
+    merged = source_bytes if isinstance(spec.steps[0], Merge) and len(spec.steps) > 1 else 0  # goes to the next step
+    return int(source_bytes * _CODES_SHARE) + merged + _written_bytes(spec, source_bytes)
 
 
 def _held_bytes(scratch: Path) -> int:

@@ -13,6 +13,8 @@ from squeeze.errors import ModelMalformed, ModelUnsafe
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 LEGACY_INDEX = "pytorch_model.bin.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SMALL_BYTES_MAX = 256 << 20  # the largest tokenizers are some 50 MB
 
 _SMALL_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".vocab"})
@@ -35,7 +37,7 @@ def choose(names: Iterable[str]) -> Choice:
     """The files to take before the weights. names: of all files, as paths in the repository."""
     top = sorted(name for name in names if "/" not in name)
     if CONFIG not in top:
-        hint = " It is an adapter: name the model that it was made for." if "adapter_config.json" in top else ""
+        hint = " It is an adapter: name the model that it was made for." if ADAPTER_CONFIG in top else ""
         raise ModelMalformed(f"the model has no config.json; it must be a transformers model.{hint}")
     first = [CONFIG, *(name for name in (INDEX, LEGACY_INDEX) if name in top)]
     small = [
@@ -44,6 +46,28 @@ def choose(names: Iterable[str]) -> Choice:
         if name not in first and (Path(name).suffix in _SMALL_SUFFIXES or name.startswith(_SMALL_NAMES))
     ]
     return Choice(tuple(first), tuple(small))
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether files are an adapter's, and not a whole model's, beside which an adapter may lie."""
+    top = {name for name in names if "/" not in name}
+    whole = CONFIG in top and any(
+        name.endswith((".safetensors", ".bin")) and not name.startswith(_NOT_THE_MODEL) for name in top
+    )
+    return ADAPTER_CONFIG in top and not whole
+
+
+def adapter_files(names: Iterable[str]) -> tuple[str, ...]:
+    """The weight file of an adapter; raises ModelUnsafe where it is pickled."""
+    top = sorted(name for name in names if "/" not in name)
+    if ADAPTER_WEIGHTS in top:
+        return (ADAPTER_WEIGHTS,)
+    if any(Path(name).suffix in _PICKLES for name in top):
+        raise ModelUnsafe(
+            "the adapter's weights are pickled, which can run code when they are read. Ask its author for "
+            f"{ADAPTER_WEIGHTS}"
+        )
+    raise ModelMalformed(f"the adapter has no {ADAPTER_WEIGHTS}")
 
 
 def weight_files(names: Iterable[str], directory: Path) -> tuple[str, ...]:

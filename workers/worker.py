@@ -171,7 +171,7 @@ class Worker:
             activation_bytes=self._settings.activation_bytes,
             revision=record.model_revision,
             source=models.pop("model", ()),
-            student=next(iter(models.values()), ()),
+            named=models,
             data=data,
         )
 

@@ -11,6 +11,7 @@ from api.admission import directory_of
 from api.auth import Project
 from api.body import Spec, documented
 from api.learning import refuse_unusable
+from api.merging import refuse_unlike
 from api.problems import refusals
 from api.routes import examples
 from api.service import Parts, Service
@@ -29,7 +30,10 @@ from squeeze.errors import (
     JobNotFinal,
     JobNotFound,
     JobNotRetryable,
+    ModelAlreadyCompressed,
     ModelDirectoryForbidden,
+    ModelMalformed,
+    ModelUnsafe,
     ServiceUnavailable,
     SpecInvalid,
     StorageUnavailable,
@@ -67,6 +71,9 @@ Limit = Annotated[int, Query(ge=1, le=100, description="Entries of a page.")]
             FormatUnfit,
             ModelDirectoryForbidden,
             DataUnusable,
+            ModelAlreadyCompressed,
+            ModelMalformed,
+            ModelUnsafe,
             IdempotencyMismatch,
             StorageUnavailable,
         ),
@@ -84,7 +91,7 @@ def submit(
     ] = None,
 ) -> Job:
     """Takes a job. Only `model` and `steps` are required; what can be checked without the model is checked now, the
-    records that an uploaded file gives a training included.
+    records that an uploaded file gives a training and the settings of what is merged included.
 
     Answers 202 with the queued job. Poll it, or follow its events, until its `status` is `succeeded`, `failed` or
     `cancelled`. With an `Idempotency-Key` a repeated request gives the job of the first one; with another body it is
@@ -92,8 +99,9 @@ def submit(
     """
     refuse_unfit(spec.steps, spec.formats)
     for param, name in spec.models.items():
-        directory_of(name, service.settings.model_roots, param)
+        directory_of(name, service.settings.model_roots, param, adapter=".models." in param)
     refuse_unusable(service, project, spec)
+    refuse_unlike(service, project, spec)
     body_hash = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
     with service.database.write() as session:
         record, created = lifecycle.submit(

@@ -12,9 +12,11 @@ from api.problems import refusals
 from squeeze.architectures import ARCHITECTURES, HELD_BY
 from squeeze.errors import ServiceUnavailable, Unauthenticated
 from squeeze.formats import CAPACITIES
+from squeeze.merging import Merge
 from squeeze.objects import Load, Method, Page
 from squeeze.schemes import Scheme
 from squeeze.steps import STEPS, Format, Quantize, tag_of
+from squeeze.steps import Method as Step
 from squeeze.training import Adapters, Finetune, Train
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"])
@@ -26,7 +28,7 @@ def list_methods(project: Project) -> Page[Method]:  # noqa: ARG001 (asked for s
     return Page.of([_method(step) for step in STEPS], False, lambda one: one.method)
 
 
-def _method(step: type[Quantize] | type[Train]) -> Method:
+def _method(step: Step) -> Method:
     kind, method = tag_of(step).split(".")
     usual = step.model_construct(method=method)
     return Method(
@@ -41,14 +43,16 @@ def _method(step: type[Quantize] | type[Train]) -> Method:
     )
 
 
-def _needs(step: Quantize | Train) -> list[str]:
+def _needs(step: Quantize | Train | Merge) -> list[str]:
+    if isinstance(step, Merge):
+        return ["models or adapters of one base"]
     if isinstance(step, Train):
         return ["training data"] if isinstance(step, Finetune) else []
     return ["calibration data"] if step.needs_calibration else []
 
 
-def _trained_formats(step: Train) -> dict[str, dict[str, Any]]:
-    """What a job is written as that ends with training: the adapter, and the merged model where it merges."""
+def _trained_formats(step: Train | Merge) -> dict[str, dict[str, Any]]:
+    """What a job is written as that ends with training or merging: the adapter, and the whole model where one is."""
     merges = isinstance(step, Adapters) and step.mergeable
     names: tuple[Format, ...] = ("peft", "safetensors") if merges else step.formats
     return {

@@ -56,12 +56,13 @@ class Merged(peft_adapter.Written):
     def __init__(self, adapter: Path) -> None:
         super().__init__(adapter, ".ia3_l")
 
-    def weight(self, module: str, W: Tensor, *, transposed: bool) -> Tensor:
+    def weight(self, module: str, W: Tensor, *, transposed: bool, rows: slice = slice(None)) -> Tensor:
         """Rows or columns of W times their factors, float32, in the layout of W. W: (out, in), or (in, out) where
-        transposed.
+        transposed; of it the `rows`.
         """
         factors = self.tensor(f"{module}.ia3_l")  # (out, 1) or (1, in)
-        return (W.float() * (factors.t() if transposed else factors)).contiguous()
+        factors = factors.t() if transposed else factors
+        return (W.float() * (factors if len(factors) == 1 else factors[rows])).contiguous()
 
     def bias(self, module: str, b: Tensor) -> Tensor:
         """b times the factors of the outputs, float32. b: (out,)."""

@@ -1,6 +1,7 @@
 """LoRA (arXiv 2106.09685), with rsLoRA, DoRA and PiSSA: which layers get an adapter, how it is written and merged."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,19 +74,28 @@ class Merged(peft_adapter.Written):
 
     def __init__(self, adapter: Path) -> None:
         super().__init__(adapter, ".lora_A.weight")
-        rank, alpha = self.config["r"], self.config["lora_alpha"]
-        self._scale = alpha / (math.sqrt(rank) if self.config["use_rslora"] else rank)
 
-    def weight(self, module: str, W: Tensor, *, transposed: bool) -> Tensor:
-        """W + scale·B·A, float32, in the layout of W. W: (out, in), or (in, out) where transposed.
+    def weight(self, module: str, W: Tensor, *, transposed: bool, rows: slice = slice(None)) -> Tensor:
+        """W + scale·B·A, float32, in the layout of W. W: (out, in), or (in, out) where transposed; of it the `rows`.
 
-        With DoRA each row then gets the length that was learned (arXiv 2402.09353, equation 5).
+        With DoRA each row then gets the length that was learned (arXiv 2402.09353, equation 5); one that is transposed
+        has to be whole for that.
         """
         A, B = (self.tensor(f"{module}.lora_{letter}.weight") for letter in "AB")
+        scale, own = self._scale(module, len(A)), slice(None) if transposed else rows  # of the outputs
         V = W.t() if transposed else W
-        V = V.float() + self._scale * (B @ A)  # (out, in)
+        V = V.float() + scale * (B[own] @ (A[:, rows] if transposed else A))  # (out, in)
         if self.has(f"{module}.lora_magnitude_vector"):
-            m = self.tensor(f"{module}.lora_magnitude_vector")  # (out,)
+            m = self.tensor(f"{module}.lora_magnitude_vector")[own]  # (out,)
             V = V * (m / torch.linalg.norm(V, dim=1)).unsqueeze(1)
         merged: Tensor = V.t() if transposed else V
         return merged.contiguous()
+
+    def _scale(self, module: str, rank: int) -> float:
+        """Of one layer, whose rank and `alpha` may be its own: peft names those layers by patterns for their ends."""
+        alpha = self.config["lora_alpha"]
+        for pattern, own in (self.config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = own
+                break
+        return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))

@@ -1,6 +1,7 @@
 """What every format shares: the directory around the weights, written beside its final place and moved there whole."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -106,6 +107,12 @@ def written_whole(out: Path) -> Iterator[Path]:
             partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def linked(whole: Path, out: Path) -> None:
+    """A directory of the same files, which take no room on the disk twice; what is at `out` is replaced."""
+    with written_whole(out) as partial:
+        shutil.copytree(whole, partial, copy_function=os.link, dirs_exist_ok=True)
 
 
 def pieces_of(

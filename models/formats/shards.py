@@ -5,6 +5,8 @@ Peak memory is what one piece makes, whatever the size of the model.
 
 import json
 import math
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +41,52 @@ class Piece:
         return sum(_size_bytes(shape) for shape in self.shapes.values())
 
 
-def write_shards(out: Path, pieces: Sequence[Piece], notify: Notify, shard_bytes: int = SHARD_BYTES) -> int:
+class Journal:
+    """Which pieces stand in their files, so that what is written anew after a kill goes on with the next one.
+
+    A line is written for a piece once its bytes are on the disk: every so many seconds, and at the end of a file. tell:
+    what is kept of a piece beside, JSON-able. told: that, by the first name of each piece that is there.
+    """
+
+    def __init__(self, path: Path, tell: Callable[[Piece], Any], seconds: float) -> None:
+        self._path, self._tell, self._seconds = path, tell, seconds
+        self.told: dict[str, Any] = dict(_lines(path)) if path.is_file() else {}
+        self._pending: list[Piece] = []
+        self._settled_at = time.monotonic()
+
+    def has(self, piece: Piece) -> bool:
+        return _first(piece) in self.told
+
+    def note(self, piece: Piece, file: BinaryIO) -> None:
+        """That a piece was written into an open file."""
+        self._pending.append(piece)
+        if time.monotonic() - self._settled_at >= self._seconds:
+            self.settle(file)
+
+    def settle(self, file: BinaryIO) -> None:
+        """What was noted of an open file is there for good."""
+        if self._pending:
+            _to_disk(file)
+            with self._path.open("ab") as lines:
+                for piece in self._pending:
+                    self.told[_first(piece)] = told = self._tell(piece)
+                    lines.write(json.dumps([_first(piece), told]).encode() + b"\n")
+                _to_disk(lines)
+        self._pending.clear()
+        self._settled_at = time.monotonic()
+
+
+def write_shards(
+    out: Path,
+    pieces: Sequence[Piece],
+    notify: Notify,
+    shard_bytes: int = SHARD_BYTES,
+    journal: Journal | None = None,
+) -> int:
     """Writes all pieces into `out`, as `model.safetensors` or as shards with their index. Returns the tensors' bytes.
 
-    shard_bytes: no shard is larger, unless a single piece is.
+    shard_bytes: no shard is larger, unless a single piece is. journal: of an earlier attempt at the same pieces, whose
+    files stand in `out`.
     """
     shards = list(_cut(pieces, shard_bytes))
     total_bytes = sum(piece.size_bytes for piece in pieces)
@@ -50,7 +94,7 @@ def write_shards(out: Path, pieces: Sequence[Piece], notify: Notify, shard_bytes
     done_bytes = 0
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for piece in write_pieces(out / name, shard):
+        for piece in write_pieces(out / name, shard, journal):
             places.update(dict.fromkeys(piece.shapes, name))
             done_bytes += piece.size_bytes
             notify.advance(done_bytes, total_bytes, "bytes")
@@ -60,13 +104,19 @@ def write_shards(out: Path, pieces: Sequence[Piece], notify: Notify, shard_bytes
     return total_bytes
 
 
-def write_pieces(path: Path, pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """Writes them into one file, and gives each back once it is written."""
-    with path.open("wb") as file:
+def write_pieces(path: Path, pieces: Sequence[Piece], journal: Journal | None = None) -> Iterator[Piece]:
+    """Writes them into one file, and gives each back once it is written. journal: of those that stand there already."""
+    with path.open("r+b" if journal is not None and path.exists() else "wb") as file:
         offsets = _write_header(file, pieces)
         for piece in pieces:
-            _write_piece(file, piece, offsets)
+            if journal is None:
+                _write_piece(file, piece, offsets)
+            elif not journal.has(piece):
+                _write_piece(file, piece, offsets)
+                journal.note(piece, file)
             yield piece
+        if journal is not None:
+            journal.settle(file)
 
 
 def _cut(pieces: Sequence[Piece], shard_bytes: int) -> Iterator[list[Piece]]:
@@ -115,6 +165,26 @@ def _write_piece(file: BinaryIO, piece: Piece, offsets: Mapping[str, int]) -> No
         if tensor.numel():
             file.seek(offsets[name])
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Those of a journal. The last one, where it was cut off, is taken away, so that another one can follow."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    for line in whole.splitlines():
+        name, told = json.loads(line)
+        yield name, told
+
+
+def _first(piece: Piece) -> str:
+    return next(iter(piece.shapes))
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _size_bytes(shape: Shape) -> int:

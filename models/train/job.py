@@ -2,6 +2,7 @@
 
 import gc
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -149,9 +150,16 @@ def _trained(
     return Trained(prepared, whole, training, warnings, samples, work)
 
 
-def run_training(inputs: Inputs, step: Train, notify: Notify, team: Team = SOLO) -> Outcome:
-    """A job that ends with training."""
-    clock, formats = Clock(), inputs.spec.formats
+def run_training(
+    inputs: Inputs,
+    step: Train,
+    clock: Clock,
+    notify: Notify,
+    team: Team = SOLO,
+    completed: Callable[[Report], Report] = lambda report: report,
+) -> Outcome:
+    """A job that ends with training. completed: adds to the report what came before."""
+    formats = inputs.spec.formats
     places: dict[Format, Path] = {name: inputs.out / name for name in formats}
     adapter, whole = places.get("peft", inputs.work / "adapter"), places.get("safetensors")
     done = trained(inputs, step, adapter, whole, clock, notify, team)
@@ -161,7 +169,7 @@ def run_training(inputs: Inputs, step: Train, notify: Notify, team: Team = SOLO)
         for number, (name, directory) in enumerate(places.items(), start=1):
             certificates += _certified(inputs, done, name, directory, notify)
             notify.advance(number, len(places), "formats")
-    report = _report(inputs, done, places, certificates, clock)
+    report = completed(_report(inputs, done, places, certificates, clock))
     for name, directory in places.items():
         write_card(directory, name, report)
     write_whole(inputs.out / "report.json", report.model_dump_json(indent=2) + "\n")

@@ -15,11 +15,10 @@ from squeeze.cli.options import OneOf, given, method_name, option, step_options
 from squeeze.client import Client, Purpose
 from squeeze.errors import SpecInvalid
 from squeeze.specs import Data, Evaluation, JobSpec, Limits
-from squeeze.steps import STEPS, Format, Quantize
+from squeeze.steps import STEPS, Format, Method
 from squeeze.training import Train
 
 NO_FILE = re.compile(r"^(file-[0-9a-z]{8,64}|hub:.*|self)$")
-Method = type[Quantize] | type[Train]
 TO_UPLOAD = "file-toupload"  # in the place of an id that is not there yet
 NAMES_A_MODEL = (
     "MODEL is a Hub id (org/name or org/name@revision), an earlier job (job-…) or a directory of the service."

@@ -18,6 +18,7 @@ from squeeze.objects import Status
 from storage import open_storage
 from tests.hub import FaultyHub
 from tests.models import tiny
+from tests.models.merge.parts import finetuned
 from workers.forkserver import DEFAULT_ENTRY
 from workers.groups import Ledger
 from workers.spawn import ForkServer
@@ -41,6 +42,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyHub]:
     directory = tiny.llama(tmp_path_factory.mktemp("llama"))
     with FaultyHub() as hub:
         hub.add("tiny/llama", directory)
+        hub.add("tiny/tuned", finetuned(directory, tmp_path_factory.mktemp("tuned") / "model", 1))
         hub.add("tiny/small", tiny.llama(tmp_path_factory.mktemp("small"), num_hidden_layers=1))
         yield hub
 
@@ -153,6 +155,34 @@ def test_a_student_from_the_hub_learns_and_what_it_became_learns_more(place: Pla
     assert worker.run_job(wrong) == Status.failed
     error = place.job(wrong).error
     assert error is not None and error["code"] == "model_directory_forbidden"
+
+
+@pytest.mark.slow
+def test_models_and_adapters_from_the_hub_and_of_earlier_jobs_are_merged_into_their_base(
+    place: Place, worker: Worker
+) -> None:
+    rows = "\n".join(json.dumps({"text": f"line {n} says that {n} is followed by {n + 1}"}) for n in range(60))
+    data = {"source": _upload(place, rows), "sequence_length": 64}
+    fields = SMALL | {"data": data}
+    full = {name: value for name, value in LORA.items() if name != "rank"} | {"method": "full"}
+    learned = [place.submit(steps=[step], **fields) for step in (LORA, full)]
+    for job_id in learned:
+        assert worker.run_job(job_id) == Status.succeeded, place.job(job_id).error
+    models = [{"model": learned[0], "weight": 0.5}, {"model": learned[1]}, {"model": "tiny/tuned", "revision": "main"}]
+    job_id = place.submit(steps=[{"kind": "merge", "method": "ties", "models": models}, RTN], **SMALL)
+    assert worker.run_job(job_id) == Status.succeeded, place.job(job_id).error
+    with place.database.read() as session:
+        merging = listing.report(session, PROJECT, job_id)["merging"]
+    assert [one["kind"] for one in merging["models"]] == ["adapter", "model", "model"]
+    assert all(one["used"] > 0 for one in merging["models"]) and merging["quality"] is not None
+    stages = [event.message for event in place.events(job_id) if event.type == "stage"]
+    assert stages.index("merging") < stages.index("evaluating") < stages.index("compressing")
+
+    wrong = [{"model": "tiny/tuned"}, {"model": "tiny/small"}]
+    job_id = place.submit(steps=[{"kind": "merge", "method": "linear", "models": wrong}], **SMALL)
+    assert worker.run_job(job_id) == Status.failed
+    error = place.job(job_id).error
+    assert error is not None and error["code"] == "model_malformed" and "num_hidden_layers" in error["message"]
 
 
 @pytest.mark.slow
