@@ -17,7 +17,7 @@ from models.team import SOLO, Team
 from models.train.processes import whole
 from squeeze.report import HeldOutLoss, TrainingStep
 
-TENSORS, STORY = "state.safetensors", "state.json"
+TENSORS, STORY, MARK = "state.safetensors", "state.json", "fingerprint"
 
 
 @dataclass
@@ -48,22 +48,24 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, fingerprint: str, team: Team = SOLO) -> None:
-        self.directory, self._team = directory, team
+        self.directory, self._fingerprint, self._team = directory, fingerprint, team
         if not team.leads:
             return
-        mark = directory / "fingerprint"
+        mark = directory / MARK
         if directory.exists() and (not mark.is_file() or mark.read_text() != fingerprint):
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
         mark.write_text(fingerprint)
 
-    def save(self, story: Story, tensors: Mapping[str, Tensor]) -> None:
-        """The new one is complete before the old one goes. One tensor at a time is put together from its parts."""
+    def save(self, story: Story, tensors: Mapping[str, Tensor]) -> Path | None:
+        """The new one is complete before the old one goes. One tensor at a time is put together from its parts. Where
+        it lies; None for those that don't lead.
+        """
         if not self._team.leads:
             for tensor in tensors.values():
                 whole(tensor.detach())
             self._team.meet("the checkpoint")
-            return
+            return None
         target = self.directory / f"checkpoint-{story.done:08d}"
         part = self.directory / "checkpoint.part"
         shutil.rmtree(part, ignore_errors=True)
@@ -77,10 +79,12 @@ class Checkpoints:
             "stopped": story.stopped,
         }
         (part / STORY).write_text(json.dumps(told), encoding="utf-8")
+        (part / MARK).write_text(self._fingerprint)
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
         self._forget_but(target)
         self._team.meet("the checkpoint")
+        return target
 
     def latest(self) -> tuple[Story, dict[str, Tensor]] | None:
         """What was saved last; None where nothing was."""
@@ -109,6 +113,14 @@ class Checkpoints:
         for old in self.directory.glob("checkpoint-*[0-9]"):
             if old != kept:
                 shutil.rmtree(old)
+
+
+def adopt(checkpoint: Path, brought: Path) -> None:
+    """Puts a checkpoint that was saved elsewhere, and lies on this disk, where `Checkpoints` will look for it."""
+    shutil.rmtree(checkpoint.parent, ignore_errors=True)
+    checkpoint.parent.mkdir(parents=True)
+    shutil.copyfile(brought / MARK, checkpoint.parent / MARK)
+    brought.rename(checkpoint)
 
 
 def _piece(name: str, tensor: Tensor) -> Piece:

@@ -32,6 +32,8 @@ TEXTS = (
     "student_name",
     "student_revision",
     "revision",
+    "digest",
+    "student_digest",
     "license",
     "calibration_origin",
     "evaluation_origin",

@@ -293,7 +293,7 @@ class _Run:
 
     def save(self) -> None:
         """As it stood when the next step began."""
-        self._checkpoints.save(
+        kept = self._checkpoints.save(
             self.story,
             {f"learned.{name}": one for name, one in self._learning.items()}
             | {f"best.{name}": one for name, one in self._best.items()}
@@ -302,6 +302,8 @@ class _Run:
             | self._scale_tensors()
             | self._random,
         )
+        if kept is not None:
+            self._notify.kept(kept)
 
     def _scale_tensors(self) -> dict[str, Tensor]:
         """Of the loss, with fp16."""

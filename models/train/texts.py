@@ -98,7 +98,7 @@ def _taught(
         length,
         spec.seed,
         inputs.work / "teacher" / "wrote",
-        writing_fingerprint(step, spec.seed, inputs.revision, inputs.device, teacher, digest, length),
+        writing_fingerprint(step, spec.seed, inputs.identity, inputs.device, teacher, digest, length),
         notify,
     )
     return written, held_out
