@@ -69,7 +69,7 @@ def examples_of(
 
 def tokens_of(step: Train, length: int) -> int | None:
     """That a training looks at, at most; None where epochs say it."""
-    return step.tokens if step.steps is None else step.steps * step.batch_size * length
+    return step.tokens if step.steps is None else step.steps * step.sequences * length
 
 
 def _taught(
