@@ -92,7 +92,9 @@ def micro_batch_for(batch: int, needed: Callable[[int], int], free_bytes: int) -
 
 
 def settled(spec: JobSpec, step: Finetune, choices: Sequence[Choice]) -> tuple[JobSpec, Finetune]:
-    """The job and its step with what was chosen in the place of `auto`."""
+    """The job and its step with what was chosen in the place of `auto`; as they are where nothing was."""
+    if not choices:
+        return spec, step
     found = {choice.name: choice.value for choice in choices}
     length = found.pop("sequence_length", None)
     whole = {str(name): value if name == "learning_rate" else int(value) for name, value in found.items()}

@@ -1,17 +1,31 @@
 """What everything shares that goes down a gradient: rates, batches, precision."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from squeeze.wire import Wire
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Auto = Literal["auto"]
-Rate = Annotated[float, Field(gt=0, le=10)] | Auto
-Count = Annotated[int, Field(ge=1, le=65536)] | Auto
 AT_ITS_HIGHEST = "At its highest. `auto`: by a rule that the report states."
+
+
+def or_auto(takes: str) -> WrapValidator:
+    """Has what is neither a number in range nor `auto` refused once, not once for each. takes: which, in words."""
+
+    def refuse(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError(f"it takes {takes}, or `auto`") from None
+
+    return WrapValidator(refuse)
+
+
+Rate = Annotated[Annotated[float, Field(gt=0, le=10)] | Auto, or_auto("a number above 0, at most 10")]
+Count = Annotated[Annotated[int, Field(ge=1, le=65536)] | Auto, or_auto("a whole number from 1 to 65536")]
 
 
 class Descent(Wire):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, field_validator, model_validator
 
-from squeeze.descent import Auto
+from squeeze.descent import Auto, or_auto
 from squeeze.distillation import Distill, Hidden, OnPolicy
 from squeeze.formats import holders
 from squeeze.names import names_a_model
@@ -92,7 +92,9 @@ class Data(Wire):
     )
     column: str | None = Field(None, min_length=1, max_length=128, description=_COLUMN)
     samples: int = Field(128, ge=1, le=65536, description="Calibration sequences.")
-    sequence_length: Annotated[int, Field(ge=16, le=131072)] | Auto = Field(
+    sequence_length: Annotated[
+        Annotated[int, Field(ge=16, le=131072)] | Auto, or_auto("a whole number from 16 to 131072")
+    ] = Field(
         USUAL_LENGTH,
         description="Tokens in a sequence; cut to what the model's positions allow, which the report then says. "
         "`auto`, of a step that finetunes: what holds 95 % of the training examples.",

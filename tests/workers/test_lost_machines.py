@@ -23,7 +23,8 @@ from workers.worker import Worker
 
 from .conftest import PROJECT, Place, Running, eventually, kill_child, upload, weights, worker_here, worker_process
 
-LORA = {"kind": "finetune", "method": "lora", "steps": 80, "learning_rate": 0.01, "rank": 4, "dropout": 0.1}
+AUTO = {"learning_rate": "auto", "batch_size": "auto", "micro_batch_size": "auto"}
+LORA = {"kind": "finetune", "method": "lora", "steps": 80, "rank": 4, "dropout": 0.1} | AUTO
 
 pytestmark = pytest.mark.slow
 
@@ -123,7 +124,7 @@ def submitted(place: Place) -> str:
     rows = [json.dumps({"text": f"line {n} says that {n} is followed by {n + 1}"}) for n in range(300)]
     fields: dict[str, Any] = {
         "model": "tiny/llama",
-        "data": {"samples": 4, "sequence_length": 64, "source": upload(place, "\n".join(rows))},
+        "data": {"samples": 4, "sequence_length": "auto", "source": upload(place, "\n".join(rows))},
         "evaluation": {"samples": 2},
     }
     return place.submit(steps=[LORA], **fields)
@@ -156,6 +157,10 @@ def agree(place: Place, quiet: str, job_id: str) -> None:
         first, second = (listing.report(session, PROJECT, one)["training"] for one in (quiet, job_id))
     assert second["resumed"] and second["resumed"][0] > 0 and not first["resumed"]
     assert [one["loss"] for one in first["curve"]] == [one["loss"] for one in second["curve"]]
+    assert len(second["chosen"]) == 4
+    assert [(one["name"], one["value"]) for one in first["chosen"]] == [
+        (one["name"], one["value"]) for one in second["chosen"]
+    ]
     assert weights(place, quiet) == weights(place, job_id)
     assert not stored(place, job_id)
 
