@@ -7,6 +7,7 @@ from api.learning import text_bytes_of
 from api.service import Service
 from api.tensors import Tensor
 from jobs import history
+from squeeze.choosing import supposed
 from squeeze.distillation import Distill
 from squeeze.memory import PROCESS_BYTES, needed
 from squeeze.merging import Merge
@@ -37,16 +38,18 @@ def cost_of(
     if not shape.blocks or any(isinstance(step, Distill) for step in spec.steps):
         return {}
     whole = least = stays = 0
+    found: dict[str, Any] = {}
     counts: dict[str, Count] | None = {}
     for step in spec.steps:
         if isinstance(step, Finetune):
             text_bytes = text_bytes_of(service, project, spec)
             own, known = shape_of_model(config, tensors), learned_of(step, config, tensors)
-            last = step is spec.steps[-1]
+            last, parameters = step is spec.steps[-1], sum(tensor.elements for tensor in tensors.values())
+            spec, step, found["chosen"] = supposed(spec, step, parameters, own.positions)  # noqa: PLW2901
             memory = needed_to_train(own, spec, step, known, result_bytes if last else {}, text_bytes or 0)
             whole, least = max(whole, memory.whole), max(least, memory.whole)
             stays = memory.process - PROCESS_BYTES  # what was imported, and the examples
-            length = min(spec.data.sequence_length, own.positions or spec.data.sequence_length)
+            length = min(spec.data.length, own.positions or spec.data.length)
             tokens = tokens_to_train(spec, step, length, text_bytes)
             learning = None if tokens is None else counted_training(own, spec, step, known, tokens, last=last)
             counts = None if counts is None or learning is None else _together(counts, learning)
@@ -64,7 +67,7 @@ def cost_of(
             more = needed(shape, spec, result_bytes)
             whole, least = max(whole, more.whole + stays), max(least, more.least + stays)
             counts = None if counts is None else _together(counts, counted(shape, spec))
-    found: dict[str, Any] = {"host_bytes": whole, "least_host_bytes": least}
+    found |= {"host_bytes": whole, "least_host_bytes": least}
     if counts is not None:
         gpu = spec.limits.gpus > 0 or None  # without the wish, whatever worker is free takes it
         method = spec.steps[-1].method

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from jobs.listing import events, find, list_jobs, reader_of
 from jobs.moves import OWNED, add_event, lock, move, own, printable
+from jobs.places import job_prefix
 from jobs.records import ArtifactRecord, JobRecord, now
 from jobs.submitting import submit
 from squeeze.errors import Conflict, JobFinal, JobNotFinal, JobNotRetryable, SqueezeError, WorkerLost
@@ -113,7 +114,7 @@ def delete(session: Session, project: str, job_id: str) -> list[str]:
     if reader is not None:
         raise Conflict(f"{job_id} is the model of {reader}, which has not ended; cancel that job, or wait for its end.")
     session.delete(record)
-    return [f"jobs/{job_id}"]
+    return [job_prefix(job_id)]
 
 
 def claim(session: Session, job_id: str, *, worker: str, lease_seconds: float) -> Claim | None:

@@ -36,6 +36,7 @@ class Settings:
     vllm_python: Path | None = None
     llamacpp_python: Path | None = None
     activation_bytes: int | None = None
+    checkpoint_minutes: float = 15.0
     log_format: LogFormat = "json"
     public_url: str | None = None
 
@@ -83,6 +84,7 @@ class Settings:
             vllm_python=take("VLLM_PYTHON", cls.vllm_python, _program),
             llamacpp_python=take("LLAMACPP_PYTHON", cls.llamacpp_python, _program),
             activation_bytes=take("ACTIVATION_BYTES", cls.activation_bytes, _whole(0, 2**63 - 1)),
+            checkpoint_minutes=take("CHECKPOINT_MINUTES", cls.checkpoint_minutes, _minutes(0.0, 1440.0)),
             log_format=take("LOG_FORMAT", cls.log_format, _log_format),
             public_url=take("PUBLIC_URL", cls.public_url, _public_url),
         )
@@ -122,13 +124,21 @@ def _whole(least: int, most: int) -> Callable[[str, str], int]:
 
 
 def _seconds(least: float, most: float) -> Callable[[str, str], float]:
+    return _between(least, most, "seconds")
+
+
+def _minutes(least: float, most: float) -> Callable[[str, str], float]:
+    return _between(least, most, "minutes")
+
+
+def _between(least: float, most: float, unit: str) -> Callable[[str, str], float]:
     def parse(name: str, text: str) -> float:
         try:
             value = float(text)
         except ValueError:
-            raise _refuse(name, f"seconds from {least:g} to {most:g}") from None
+            raise _refuse(name, f"{unit} from {least:g} to {most:g}") from None
         if not least <= value <= most:  # NaN fails too
-            raise _refuse(name, f"seconds from {least:g} to {most:g}")
+            raise _refuse(name, f"{unit} from {least:g} to {most:g}")
         return value
 
     return parse

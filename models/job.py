@@ -47,7 +47,8 @@ class Inputs:
     text, or a held-out part of calibration_text. Their origins: what the report calls them, where the request's own
     words say too little. model_name: as the user named it, without anything private.
     merged: what a step merges into the model, in the order of its `models`.
-    student: of the model that learns from this one, where the job names it; its name and its revision as the model's.
+    digest: of the files of a model that has no revision and never changes. student: of the model that learns from this
+    one, where the job names it; its name, revision and digest as the model's.
     consumers: Pythons of environments that results are loaded in, by the consumer's name. activation_bytes: see
     `engine.quantize`.
     """
@@ -70,8 +71,19 @@ class Inputs:
     student: Path | None = None
     student_name: str | None = None
     student_revision: str | None = None
+    digest: str | None = None
+    student_digest: str | None = None
     calibration_origin: str | None = None
     evaluation_origin: str | None = None
+
+    @property
+    def identity(self) -> str | None:
+        """Tells the model from any other, wherever it lies; None: a directory, whose files may change in place."""
+        return self.revision or self.digest
+
+    @property
+    def student_identity(self) -> str | None:
+        return self.student_revision or self.student_digest
 
 
 @dataclass(frozen=True)

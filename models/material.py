@@ -76,7 +76,7 @@ class Material:
         notify: Notify | None = None,
     ) -> None:
         self.tokenizer, self.spec = tokenizer, spec
-        self.asked = spec.data.sequence_length
+        self.asked = spec.data.length
         self.length = _length(spec, frame)
         if self.length < LEAST_TOKENS:
             raise DataUnusable(
@@ -162,4 +162,4 @@ class Material:
 
 def _length(spec: JobSpec, frame: Frame) -> int:
     """Tokens of a sequence: no more than the model has positions."""
-    return min(spec.data.sequence_length, frame.max_positions or spec.data.sequence_length)
+    return min(spec.data.length, frame.max_positions or spec.data.length)

@@ -1,6 +1,7 @@
 """How long work in this room tells the outside where it stands; the outside decides what to do with it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from squeeze.objects import Stage
@@ -23,6 +24,9 @@ class Notify(Protocol):
     def event(self, kind: str, message: str, **data: Any) -> None:
         """Something that the user should read: kind `info` or `warning`, JSON-able data."""
 
+    def kept(self, checkpoint: Path) -> None:
+        """A directory with all that a training needs to go on, until the next one is kept in its place."""
+
 
 class Silent:
     """Tells nobody."""
@@ -37,4 +41,7 @@ class Silent:
         pass
 
     def event(self, kind: str, message: str, **data: Any) -> None:
+        pass
+
+    def kept(self, checkpoint: Path) -> None:
         pass

@@ -50,6 +50,19 @@ class Distill(Train):
     kind: Literal["distill"] = "distill"
     student: Student
     learning_rate: float = Field(1e-4, gt=0, le=10, description="At its highest.")
+    batch_size: int = Field(
+        8,
+        ge=1,
+        le=65536,
+        description="Sequences of a step of the optimizer; packed, each is filled up to `data.sequence_length` tokens.",
+    )
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        le=65536,
+        description="Sequences that go through the model together: less memory, the same result but for rounding. Left "
+        "out: all of a batch.",
+    )
 
 
 class Diverging(Distill):

@@ -7,6 +7,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from squeeze.choosing import Choice
 from squeeze.specs import Data, Evaluation, Limits
 from squeeze.steps import Format, Step
 
@@ -213,6 +214,10 @@ class Plan(Answer):
     )
     seconds: Duration | None = Field(None, description="Estimated time; null where the headers don't tell enough.")
     disk_bytes: int | None = Field(None, description="Estimated scratch and cache space.")
+    chosen: list[Choice] = Field(
+        default_factory=list,
+        description="What an `auto` of the request comes to, where that is known before the examples are read.",
+    )
 
 
 Item = TypeVar("Item")

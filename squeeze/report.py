@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from squeeze.choosing import Choice
 from squeeze.sharding import Way
 
 
@@ -256,6 +257,7 @@ class Training(Part):
     distillation: Distillation | None = Field(None, description="Of a step that distills alone.")
     processes: int = Field(1, description="That shared the batches.")
     sharding: Way | None = Field(None, description="Where they were several: what each of them held of the model.")
+    chosen: list[Choice] = Field(default_factory=list, description="What each `auto` of the request came to, and why.")
 
 
 class MergedEntry(Part):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, field_validator, model_validator
 
+from squeeze.descent import Auto, or_auto
 from squeeze.distillation import Distill, Hidden, OnPolicy
 from squeeze.formats import holders
 from squeeze.merging import Merge
@@ -18,6 +19,7 @@ from squeeze.steps import QAT, Format, Quantize, Step
 from squeeze.training import Adapters, Finetune, QLoRA, Train
 from squeeze.wire import Wire
 
+USUAL_LENGTH = 2048
 SELF = "self"  # the model samples its own text
 _FILE = r"file-[0-9a-z]{8,64}"
 _NAME = r"[0-9A-Za-z_.-]{1,96}"
@@ -91,12 +93,18 @@ class Data(Wire):
     )
     column: str | None = Field(None, min_length=1, max_length=128, description=_COLUMN)
     samples: int = Field(128, ge=1, le=65536, description="Calibration sequences.")
-    sequence_length: int = Field(
-        2048,
-        ge=16,
-        le=131072,
-        description="Tokens in a sequence; cut to what the model's positions allow, which the report then says.",
+    sequence_length: Annotated[
+        Annotated[int, Field(ge=16, le=131072)] | Auto, or_auto("a whole number from 16 to 131072")
+    ] = Field(
+        USUAL_LENGTH,
+        description="Tokens in a sequence; cut to what the model's positions allow, which the report then says. "
+        "`auto`, of a step that finetunes: what holds 95 % of the training examples.",
     )
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence; as long as usual where that is not chosen yet."""
+        return USUAL_LENGTH if self.sequence_length == "auto" else self.sequence_length
 
 
 class Evaluation(Wire):
@@ -142,7 +150,9 @@ def _refuse_unshared(step: Train, gpus: int) -> None:
         raise ValueError(f"{what} is computed on one GPU alone: set limits.gpus to 1")
     if gpus > 1 and isinstance(step, Hidden | OnPolicy):
         raise ValueError(f"{step.method} runs on one GPU: set limits.gpus to 1, or take the method logits")
-    if gpus > step.batch_size:
+    if gpus > 1 and step.micro_batch_size == "auto":
+        raise ValueError("micro_batch_size `auto` is tried on one GPU: set limits.gpus to 1, or say a number")
+    if step.batch_size != "auto" and gpus > step.batch_size:
         raise ValueError(f"a batch of {step.batch_size} sequences can't be dealt out to {gpus} GPUs: make it larger")
     if step.sharding == "hybrid" and gpus % 2:
         raise ValueError(f"sharding `hybrid` makes two groups of equal size: {gpus} GPUs can't be halved")
@@ -234,6 +244,8 @@ class JobSpec(Wire):
         training = [step for step in self.steps if isinstance(step, Train)]
         if len(training) > 1:
             raise ValueError("more than one step trains: keep one, and name the job's id as the next one's model")
+        if self.data.sequence_length == "auto" and not any(isinstance(step, Finetune) for step in training):
+            raise ValueError("data.sequence_length `auto` looks at training examples: say a number, or finetune")
         for step in training:
             if isinstance(step, Finetune) and (self.data.source is None or self.data.source == SELF):
                 raise ValueError(
@@ -275,6 +287,6 @@ class JobSpec(Wire):
     @model_validator(mode="after")
     def _strides_within_a_window(self) -> Self:
         stride = self.evaluation.stride
-        if stride is not None and stride > self.data.sequence_length:
+        if stride is not None and stride > self.data.length:
             raise ValueError(f"evaluation.stride is {stride}, more than data.sequence_length allows")
         return self

@@ -8,63 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from squeeze.descent import AT_ITS_HIGHEST, Descent, Rate
 from squeeze.sharding import Sharding
-from squeeze.wire import Wire
 
-Schedule = Literal["cosine", "linear", "constant"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "galore", "badam"]
 USUAL_EPOCHS = 1.0
-
-
-class Descent(Wire):
-    """What everything shares that goes down a gradient.
-
-    A batch is what one step of the optimizer looks at; it goes through the model in micro-batches, whose gradients are
-    added up, each token with the same weight.
-    """
-
-    learning_rate: float = Field(2e-4, gt=0, le=10, description="At its highest.")
-    schedule: Schedule = Field(
-        "cosine",
-        description="How the learning rate falls after the warm-up, to nothing at the end; `constant`: it stays.",
-    )
-    warmup: float = Field(
-        0.03, ge=0, le=1, description="Share of the steps in which the learning rate rises from nothing; rounded up."
-    )
-    batch_size: int = Field(
-        8,
-        ge=1,
-        le=65536,
-        description="Sequences of a step of the optimizer; packed, each is filled up to `data.sequence_length` tokens.",
-    )
-    micro_batch_size: int | None = Field(
-        None,
-        ge=1,
-        le=65536,
-        description="Sequences that go through the model together: less memory, the same result but for rounding. Left "
-        "out: all of a batch.",
-    )
-    weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled, of AdamW (arXiv 1711.05101).")
-    clip_norm: float | None = Field(
-        1.0, gt=0, description="The most that the norm of a step's whole gradient may be. Null: whatever it is."
-    )
-    precision: Precision = Field(
-        "auto",
-        description="Of the computation. What is trained, and the optimizer's state, is float32 in any case. `auto`: "
-        "bf16 on a GPU that can, else fp32. `fp16`: with a scaled loss, on a GPU.",
-    )
-    activation_checkpointing: bool = Field(
-        False, description="Compute activations again in the backward pass: less memory, a third more time."
-    )
-
-    @model_validator(mode="after")
-    def _micro_batches_make_a_batch(self) -> Self:
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(
-                f"micro_batch_size is {self.micro_batch_size}, more than a batch of {self.batch_size} has sequences"
-            )
-        return self
 
 
 class Train(Descent):
@@ -276,7 +224,7 @@ class IA3(Adapters):
     """Learns a factor for every key, value and input of a feed-forward part's last layer (arXiv 2205.05638)."""
 
     method: Literal["ia3"]
-    learning_rate: float = Field(3e-3, gt=0, le=10, description="At its highest.")
+    learning_rate: Rate = Field(3e-3, description=AT_ITS_HIGHEST)
     target_modules: Patterns = Field(
         (),
         max_length=64,
@@ -315,7 +263,7 @@ class Prompt(VirtualTokens):
     """Learns the embeddings of virtual tokens before the input: the fewest parameters (arXiv 2104.08691)."""
 
     method: Literal["prompt"]
-    learning_rate: float = Field(3e-2, gt=0, le=10, description="At its highest.")
+    learning_rate: Rate = Field(3e-2, description=AT_ITS_HIGHEST)
     init: Literal["vocabulary", "random"] = Field(
         "vocabulary", description="What they start as: embeddings of tokens drawn from the vocabulary, or noise."
     )
@@ -325,7 +273,7 @@ class Prefix(VirtualTokens):
     """Learns keys and values of virtual tokens in the attention of every block (arXiv 2101.00190)."""
 
     method: Literal["prefix"]
-    learning_rate: float = Field(1e-2, gt=0, le=10, description="At its highest.")
+    learning_rate: Rate = Field(1e-2, description=AT_ITS_HIGHEST)
 
     @model_validator(mode="after")
     def _keeps_its_keys(self) -> Self:
@@ -341,14 +289,14 @@ class Full(Finetune):
     """Trains every weight of the model, in float32, with the state of an optimizer for each: 16 bytes a parameter."""
 
     method: Literal["full"]
-    learning_rate: float = Field(2e-5, gt=0, le=10, description="At its highest.")
+    learning_rate: Rate = Field(2e-5, description=AT_ITS_HIGHEST)
 
 
 class LastLayers(Finetune):
     """Trains the last decoder blocks with what follows them, and leaves the others as they are."""
 
     method: Literal["last_layers"]
-    learning_rate: float = Field(5e-5, gt=0, le=10, description="At its highest.")
+    learning_rate: Rate = Field(5e-5, description=AT_ITS_HIGHEST)
     layers: int = Field(2, ge=1, le=1000, description="Decoder blocks that are trained, counted from the end.")
 
 
@@ -373,6 +321,13 @@ class Rounded(Descent):
     )
     steps: int = Field(100, ge=1, le=1_000_000, description="Steps of the optimizer.")
     batch_size: int = Field(4, ge=1, le=65536, description="Sequences of a step of the optimizer.")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        le=65536,
+        description="Sequences that go through the model together: less memory, the same result but for rounding. Left "
+        "out: all of a batch.",
+    )
     learning_rate: float = Field(
         0.02,
         gt=0,

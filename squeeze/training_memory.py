@@ -61,8 +61,8 @@ def needed_to_train(
     certifier is counted. text_bytes: of the examples, where that is known.
     """
     each = 2 if step.precision in ("bf16", "fp16") else FLOAT
-    length = min(spec.data.sequence_length, shape.positions or spec.data.sequence_length)
-    tokens = (step.micro_batch_size or step.batch_size) * length
+    length = min(spec.data.length, shape.positions or spec.data.length)
+    tokens = step.together * length
     plain = (shape.elements - learned.rounded) * each + learned.rounded_bytes
     weights = plain if learned.apart else plain + learned.parameters * (FLOAT - each)
     passing = _Pass(shape, step, learned, each, tokens, length)

@@ -32,7 +32,7 @@ UPDATE_VISITS = 12  # of a parameter in a step of the optimizer: gradient, its n
 def tokens_to_train(spec: JobSpec, step: Finetune, length: int, text_bytes: int | None) -> int | None:
     """Tokens that go through the model to be learned from; None where nothing tells. text_bytes: of the examples."""
     if step.steps is not None:
-        return step.steps * step.batch_size * length
+        return step.steps * step.sequences * length
     if step.tokens is not None:
         return step.tokens
     if text_bytes is None:
@@ -49,8 +49,8 @@ def counted_training(
     tokens: that are learned from, as often as that. last: no other step follows, and the result is certified. steps: of
     the optimizer; None: as many as there are where sequences are full.
     """
-    length = min(spec.data.sequence_length, shape.positions or spec.data.sequence_length)
-    steps = steps or ceil(tokens / (step.batch_size * length))
+    length = min(spec.data.length, shape.positions or spec.data.length)
+    steps = steps or ceil(tokens / (step.sequences * length))
     scored = spec.evaluation.samples * length
     looks = 2 + (steps // step.evaluate_every if step.evaluate_every else 0)
     forward = [of_token(block, shape, length) for block in shape.blocks]

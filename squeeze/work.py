@@ -83,7 +83,7 @@ class Tokens:
 
     @classmethod
     def of(cls, shape: Shape, spec: JobSpec, step: Quantize) -> "Tokens":
-        length = min(spec.data.sequence_length, shape.positions or spec.data.sequence_length)
+        length = min(spec.data.length, shape.positions or spec.data.length)
         evaluated = spec.evaluation.perplexity or spec.evaluation.divergence
         sampled = spec.data.samples * length * step.needs_calibration
         return cls(length, sampled, sampled * step.reads_inputs, spec.evaluation.samples * length * evaluated)

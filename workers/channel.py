@@ -1,7 +1,7 @@
 """JSON lines over a socket pair: how the child that runs a job and its supervisor talk.
 
 The supervisor sends one line, the request. The child answers with lines that each have one of these members:
-`expect`, `stage`, `advance`, `event`, `revision`, `failed`, `done`.
+`expect`, `stage`, `advance`, `event`, `kept`, `revision`, `failed`, `done`.
 """
 
 import json
@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from squeeze.objects import Stage
@@ -99,6 +100,9 @@ class Teller:
 
     def event(self, kind: str, message: str, **data: Any) -> None:
         self._channel.send({"event": kind, "message": message[:_EVENT_CHARACTERS], "data": data})
+
+    def kept(self, checkpoint: Path) -> None:
+        self._channel.send({"kept": str(checkpoint)})
 
     def revision(self, commit: str) -> None:
         """The commit that the model's id resolved to."""

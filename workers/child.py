@@ -19,13 +19,16 @@ from models import pipeline
 from models.job import Inputs, Named, merging_step
 from models.snapshots import SNAPSHOT_SECONDS
 from models.team import Team
+from models.train.checkpoints import adopt
 from models.train.examples import check_records
 from squeeze.errors import ProcessKilled
 from squeeze.specs import JobSpec
+from squeeze.steps import QAT
 from squeeze.training import Train
 from storage import Storage, open_storage
 from workers.alone import take
 from workers.channel import Channel, Message, Teller
+from workers.checkpoints import bring
 from workers.crew import Crew
 from workers.failures import meaning
 from workers.processors import count
@@ -96,6 +99,10 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
     student = _student(request, spec, storage, teller)
     merged = _merged(request, spec, storage, teller, pulled)
     calibration, evaluation = fetched or texts.fetch(storage)
+    work = _made(request.scratch_path / "work")
+    if trains or any(isinstance(step, QAT) for step in spec.steps):
+        for place, brought in bring(storage, request.job_id, work):
+            adopt(place, brought)
     _go_offline()
     outcome = pipeline.run(
         Inputs(
@@ -108,7 +115,7 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
             evaluation_text=evaluation.path if evaluation else None,
             calibration_origin=calibration.origin if calibration else None,
             evaluation_origin=evaluation.origin if evaluation else None,
-            work=_made(request.scratch_path / "work"),
+            work=work,
             out=_emptied(request.scratch_path / "out"),
             device=request.device,
             consumers={name: Path(python) for name, python in request.consumers.items()},
@@ -116,6 +123,8 @@ def _work(request: Request, teller: Teller, snapshot_seconds: float) -> dict[str
             student=student.directory if student else None,
             student_name=student.name if student else None,
             student_revision=student.revision if student else None,
+            digest=pulled.digest,
+            student_digest=student.digest if student else None,
             activation_bytes=request.activation_bytes,
             job_id=request.job_id,
             snapshot_seconds=snapshot_seconds,

@@ -11,14 +11,17 @@ from jobs import lifecycle, listing
 from jobs.database import Database
 from jobs.lifecycle import Claim, NewArtifact
 from jobs.moves import OWNED
+from jobs.places import attempt_of, attempt_prefix, job_prefix
 from jobs.records import JobRecord
 from squeeze.errors import AttemptStale, JobNotFound, ServiceUnavailable, SqueezeError
 from squeeze.objects import FINAL, Result, Status, Usage
 from storage import Storage
-from workers.request import attempt_prefix
+from workers.checkpoints import forget
 from workers.supervise import Done, Ending, Failed
 
 log = structlog.get_logger(__name__)
+
+LEAVES_NOTHING = (Status.succeeded, Status.cancelled)  # that a training could go on from on another machine
 
 _AGAIN_SECONDS = 0.5
 
@@ -41,20 +44,23 @@ def settle(database: Database, storage: Storage, claim: Claim, ending: Ending, *
         bound.warning("the attempt no longer owns the job; nothing is published")
     if status != Status.succeeded and ending.uploading:
         _forget(storage, claim.job_id, [claim.attempt])
-    if status in FINAL and claim.attempt > 1:
+    if status is None or (status in FINAL and claim.attempt > 1):
         clear(database, storage, claim.job_id)
+    elif status in LEAVES_NOTHING:
+        forget(storage, claim.job_id)
     return status
 
 
 def clear(database: Database, storage: Storage, job_id: str) -> None:
     """Removes from the storage what earlier attempts left there: those whose workers were killed could not do so.
 
-    An attempt's number never comes again, so one that can't publish any more now never can.
+    An attempt's number never comes again, so one that can't publish any more now never can. Checkpoints go with a job
+    that nobody will go on with; a failed one keeps them, for its retry or until it is deleted.
     """
     try:
         with database.read() as session:
             record = session.get(JobRecord, job_id)
-        stored = {int(key.split("/")[2]) for key in storage.list(f"jobs/{job_id}")}
+        stored = {number for key in storage.list(job_prefix(job_id)) if (number := attempt_of(key)) is not None}
     except SqueezeError as error:
         log.warning("leftovers of earlier attempts stay in the storage", job_id=job_id, error=error.message)
         return
@@ -64,6 +70,8 @@ def clear(database: Database, storage: Storage, job_id: str) -> None:
         kept = record.attempt if record.status in (*OWNED, Status.succeeded) else record.attempt + 1
         dead = {attempt for attempt in stored if attempt < kept}
     _forget(storage, job_id, sorted(dead))
+    if record is None or record.status in LEAVES_NOTHING:
+        forget(storage, job_id)
 
 
 def usage_of(ending: Ending) -> Usage:

@@ -1,5 +1,6 @@
 """From what a job names as its model to a directory that holds it; what is unsafe is refused as early as it shows."""
 
+import hashlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,12 +53,15 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Pulled:
-    """name: what the report may call the model. revision: the commit of a model from the Hub."""
+    """name: what the report may call the model. revision: the commit of a model from the Hub. digest: of the files of
+    an earlier job.
+    """
 
     directory: Path
     name: str
     revision: str | None = None
     license: str | None = None
+    digest: str | None = None
 
 
 def pull(
@@ -95,8 +99,13 @@ def _pulled(request: Request, spec: JobSpec, storage: Storage, check: Check, tel
             lambda done, total: teller.advance(done, total, "bytes"),
             adapter=wanted.adapter,
         )
-        return Pulled(path, wanted.name)
+        return Pulled(path, wanted.name, digest=_digest(wanted.files))
     return _from_hub(request, spec, check, teller, wanted)
+
+
+def _digest(files: tuple[StoredFile, ...]) -> str:
+    """Of all of them."""
+    return hashlib.sha256("".join(sorted(f"{file.filename} {file.sha256}\n" for file in files)).encode()).hexdigest()
 
 
 def _from_hub(request: Request, spec: JobSpec, check: Check, teller: Teller, wanted: Wanted) -> Pulled:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
+from jobs.places import attempt_prefix
 from squeeze.specs import JobSpec
 
 
@@ -83,7 +84,3 @@ class Request:
                 "data": {name: StoredFile(**file) for name, file in message["data"].items()},
             }
         )
-
-
-def attempt_prefix(job_id: str, attempt: int) -> str:
-    return f"jobs/{job_id}/{attempt}"

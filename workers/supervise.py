@@ -32,6 +32,7 @@ from squeeze.errors import (
 from squeeze.objects import FINAL, Stage, Status
 from squeeze.pace import Past, expected
 from workers.channel import Channel, Message
+from workers.checkpoints import Safekeeping
 from workers.death import MemoryWatch, explain
 from workers.fraction import Course
 from workers.groups import Group, Ledger, send
@@ -43,6 +44,7 @@ POLL_SECONDS = 1.0
 RELAY_SECONDS = 0.25
 RETELL_SECONDS = 2.0  # after which the time left is told anew, though the child says nothing
 _TICK_SECONDS = 0.25
+_COPY_TICK_SECONDS = 0.05
 _EVENTS_HELD = 1000  # while the database is away
 _FORK_SECONDS = 120.0  # a cold server imports first
 _ORDERLY_SECONDS = 1.0  # a signal to all of the service's processes reaches the child and us in any order
@@ -98,6 +100,7 @@ class Supervision:
         claim: lifecycle.Claim,
         lease_seconds: float,
         errors: Path,
+        keeping: Safekeeping,
         known_secrets: tuple[str, ...],
         claimed_at: float,
         past: Sequence[Past] = (),
@@ -112,6 +115,7 @@ class Supervision:
         self._claim = claim
         self._lease_seconds = lease_seconds
         self._errors = errors
+        self._keeping = keeping
         self._secrets = known_secrets
         self._past = past
         self._log = structlog.get_logger(__name__).bind(job_id=claim.job_id, attempt=claim.attempt)
@@ -145,6 +149,10 @@ class Supervision:
             self._log.error("fork server died", error=str(gone))
         finally:
             self._bury()
+            try:
+                self._keep_the_last()
+            finally:
+                self._keeping.end()
         return self._ending()
 
     @property
@@ -196,6 +204,8 @@ class Supervision:
             case {"event": kind, "message": text, "data": data}:
                 if len(self._events) < _EVENTS_HELD:
                     self._events.append((kind, scrub(text, self._secrets), data))
+            case {"kept": checkpoint}:
+                self._keeping.hold(Path(checkpoint))
             case {"revision": commit}:
                 self._progress |= {"model_revision": commit}
             case {"failed": failed, "figures": figures}:
@@ -209,6 +219,16 @@ class Supervision:
 
     def _act(self, now: float) -> None:
         """Whatever is due."""
+        self._keep_the_lease(now)
+        self._keeping.act()
+        if self._stopping.is_set():
+            self._stop("released")
+        elif now >= self._began + self._claim.spec.limits.max_runtime_seconds:
+            self._stop("overran")
+        self._press(now)
+
+    def _keep_the_lease(self, now: float) -> None:
+        """And hears what has become of the job, and tells how far it is."""
         try:
             if now >= self._renew_at:
                 self._renew_at = now + min(POLL_SECONDS, self._lease_seconds / 3)  # the next try, should this one fail
@@ -227,11 +247,13 @@ class Supervision:
             self._stop("stale")
         if now >= self._leased_until:
             self._stop("unleased")
-        elif self._stopping.is_set():
-            self._stop("released")
-        elif now >= self._began + self._claim.spec.limits.max_runtime_seconds:
-            self._stop("overran")
-        self._press(now)
+
+    def _keep_the_last(self) -> None:
+        """Of a job that somebody may go on with, the newest checkpoint is stored before it is anybody else's."""
+        while self._done is None and self._keeping.busy and self._why not in (*_NOT_OURS, "cancelled"):
+            self._keeping.act(now=True)
+            self._keep_the_lease(time.monotonic())
+            time.sleep(_COPY_TICK_SECONDS)
 
     def _press(self, now: float) -> None:
         """Ends the child where it is to end: asks first, then makes it; makes it at once where the job is not ours."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from models.data import CHARACTERS_PER_TOKEN
 from models.text import HELD_OUT_SHARE
+from squeeze.choosing import BATCH_TOKENS
 from squeeze.errors import DataUnusable
 from squeeze.names import OWN_ID
 from squeeze.objects import Stage
@@ -54,7 +55,7 @@ class Texts:
         calibrating = data.samples if any(step.needs_calibration for step in spec.steps) else 0
         evaluating = evaluation.samples if evaluation.perplexity or evaluation.divergence or training else 0
         held_out = HELD_OUT_SHARE * evaluating if evaluation.source is None else 0
-        learned = 0 if training is None else _sequences(training, data.sequence_length)
+        learned = 0 if training is None else _sequences(training, data.length)
         return (
             self._one(storage, DATA, data.source, data.column, max(calibrating, learned) + held_out),
             self._one(storage, EVALUATION, evaluation.source, evaluation.column, evaluating),
@@ -68,7 +69,7 @@ class Texts:
         dataset = self._datasets.get(param)
         if dataset is None or not sequences:
             return None
-        wanted = sequences * self._spec.data.sequence_length * CHARACTERS_PER_TOKEN
+        wanted = sequences * self._spec.data.length * CHARACTERS_PER_TOKEN
         into = self._folder / _short(f"{source} {param}")
         with _blamed(param):
             path = shards.fetch(
@@ -85,7 +86,7 @@ class Texts:
 def _sequences(step: Train, length: int) -> int:
     """That a training looks at, at most; of epochs the whole of a dataset."""
     if step.steps is not None:
-        return step.steps * step.batch_size
+        return step.steps * (-(-BATCH_TOKENS // length) if step.batch_size == "auto" else step.batch_size)
     return EVERYTHING if step.tokens is None else -(-step.tokens // length)
 
 

@@ -32,6 +32,7 @@ from squeeze.names import OWN_ID
 from squeeze.objects import Status
 from squeeze.pace import Past
 from storage import Storage
+from workers.checkpoints import Safekeeping
 from workers.ending import clear, settle
 from workers.groups import Ledger
 from workers.processors import devices_of
@@ -123,6 +124,13 @@ class Worker:
             claim=claim,
             lease_seconds=self._settings.lease_seconds,
             errors=request.scratch_path / f"attempt-{claim.attempt}.log",
+            keeping=Safekeeping(
+                self._storage,
+                claim.job_id,
+                claim.attempt,
+                request.scratch_path / "work",
+                60 * self._settings.checkpoint_minutes or None,
+            ),
             known_secrets=self._secrets,
             claimed_at=claimed_at,
             past=past,

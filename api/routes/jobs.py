@@ -16,6 +16,7 @@ from api.problems import refusals
 from api.routes import examples
 from api.service import Parts, Service
 from jobs import lifecycle, views
+from jobs.places import checkpoints_prefix
 from jobs.queue import enqueue
 from jobs.records import JobRecord
 from squeeze.errors import (
@@ -194,6 +195,8 @@ def cancel(job_id: str, service: Parts, project: Project) -> Job:
     """
     with service.database.write() as session:
         record = lifecycle.cancel(session, project, job_id)
+    if record.status == Status.cancelled:  # it waited for another attempt, perhaps; a worker clears up after its own
+        clear(service, checkpoints_prefix(job_id))
     return views.job(record)
 
 

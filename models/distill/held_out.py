@@ -62,7 +62,7 @@ def apart(task: Task, accelerator: Accelerator, frame: Frame, hidden: Tensor, vo
     was_training = task.model.training
     task.model.eval()
     with frame.surroundings():
-        for some in micro_batches(task.held_out_rows, task.step.micro_batch_size):
+        for some in micro_batches(task.held_out_rows, task.step.micro):
             batch = batch_of(task.held_out, some)
             learned = batch.targets != UNSCORED
             where = places[starts[batch.owners[learned]] + batch.positions[learned] + 1]

@@ -149,7 +149,7 @@ def _codes(inputs: Inputs, step: Quantize, begun: _Begun, clock: Clock, notify: 
     if isinstance(step, Grouped) and allots(step):
         with clock.stage("allotting"):
             schemes, allocation = _allot(inputs, frames.result, step, texts, notify)
-    mark = fingerprint(inputs.spec, inputs.revision, inputs.device, begun.source, texts, schemes)
+    mark = fingerprint(inputs.spec, inputs.identity, inputs.device, begun.source, texts, schemes)
     with clock.stage("compressing"):
         done = lead(
             team,
@@ -176,7 +176,7 @@ def _allot(
 ) -> tuple[dict[str, Scheme], Allocation]:
     assert texts.calibration is not None, "bits `auto` needs text"
     spec, source, directory = inputs.spec, frame.source, inputs.work / "sensitivity"
-    mark = fingerprint(spec, inputs.revision, inputs.device, source, texts)
+    mark = fingerprint(spec, inputs.identity, inputs.device, source, texts)
     with params_named(spec):
         ids = texts.calibration.ids
         return allot(frame, step, spec.formats, ids, directory, mark, notify, inputs.activation_bytes)

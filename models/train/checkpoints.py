@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from models.disk import write_whole
 from models.formats.shards import Piece, write_pieces
 from models.team import SOLO, Team
 from models.train.processes import whole
 from squeeze.report import HeldOutLoss, TrainingStep
 
-TENSORS, STORY = "state.safetensors", "state.json"
+TENSORS, STORY, MARK = "state.safetensors", "state.json", "fingerprint"
 
 
 @dataclass
@@ -44,26 +45,33 @@ class Checkpoints:
     """The work directory of one training; what another one left in it is deleted.
 
     fingerprint: of all that decides the result. team: of the processes that share it. The leader writes whole tensors,
-    so that as many or fewer or more can go on from them.
+    so that as many or fewer or more can go on from them. notes: texts by the names of files, which go with the
+    checkpoints wherever they go.
     """
 
-    def __init__(self, directory: Path, fingerprint: str, team: Team = SOLO) -> None:
+    def __init__(
+        self, directory: Path, fingerprint: str, team: Team = SOLO, notes: Mapping[str, str] | None = None
+    ) -> None:
         self.directory, self._team = directory, team
+        self._notes = {**(notes or {}), MARK: fingerprint}
         if not team.leads:
             return
-        mark = directory / "fingerprint"
+        mark = directory / MARK
         if directory.exists() and (not mark.is_file() or mark.read_text() != fingerprint):
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        mark.write_text(fingerprint)
+        for name, text in self._notes.items():
+            write_whole(directory / name, text)
 
-    def save(self, story: Story, tensors: Mapping[str, Tensor]) -> None:
-        """The new one is complete before the old one goes. One tensor at a time is put together from its parts."""
+    def save(self, story: Story, tensors: Mapping[str, Tensor]) -> Path | None:
+        """The new one is complete before the old one goes. One tensor at a time is put together from its parts. Where
+        it lies; None for those that don't lead.
+        """
         if not self._team.leads:
             for tensor in tensors.values():
                 whole(tensor.detach())
             self._team.meet("the checkpoint")
-            return
+            return None
         target = self.directory / f"checkpoint-{story.done:08d}"
         part = self.directory / "checkpoint.part"
         shutil.rmtree(part, ignore_errors=True)
@@ -77,10 +85,13 @@ class Checkpoints:
             "stopped": story.stopped,
         }
         (part / STORY).write_text(json.dumps(told), encoding="utf-8")
+        for name, text in self._notes.items():
+            (part / name).write_text(text, encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
         self._forget_but(target)
         self._team.meet("the checkpoint")
+        return target
 
     def latest(self) -> tuple[Story, dict[str, Tensor]] | None:
         """What was saved last; None where nothing was."""
@@ -109,6 +120,16 @@ class Checkpoints:
         for old in self.directory.glob("checkpoint-*[0-9]"):
             if old != kept:
                 shutil.rmtree(old)
+
+
+def adopt(checkpoint: Path, brought: Path) -> None:
+    """Puts a checkpoint that was saved elsewhere, and lies on this disk, where `Checkpoints` will look for it."""
+    shutil.rmtree(checkpoint.parent, ignore_errors=True)
+    checkpoint.parent.mkdir(parents=True)
+    for path in brought.iterdir():
+        if path.name not in (TENSORS, STORY):
+            shutil.copyfile(path, checkpoint.parent / path.name)
+    brought.rename(checkpoint)
 
 
 def _piece(name: str, tensor: Tensor) -> Piece:

@@ -22,7 +22,7 @@ def work_of(prepared: Prepared, task: Task, spec: JobSpec) -> dict[str, float]:
         spec,
         step,
         learned(step, source.config, tensors),
-        int(task.plan.steps * step.batch_size * filled),
+        int(task.plan.steps * step.sequences * filled),
         steps=task.plan.steps,
         last=step is spec.steps[-1],
     )

@@ -32,12 +32,13 @@ from models.resources import (
 )
 from models.team import SOLO, Team
 from models.train.checkpoints import Checkpoints, Story
+from models.train.choices import try_micro_batch
 from models.train.counting import ahead, summed, work_of
 from models.train.examples import Examples
 from models.train.leading import lead, told
 from models.train.loop import Task, accelerator_of, train
 from models.train.merging import stored_dtype, write_merged
-from models.train.prepare import Prepared, begun, method_of, prepare
+from models.train.prepare import TRAINING, Prepared, begun, method_of, prepare
 from models.train.whole import write_trained
 from squeeze import __version__
 from squeeze.distillation import Distill
@@ -82,7 +83,7 @@ def trained(
         prepared = prepare(inputs, step, notify)
     with team.together():
         processes = lead(team, prepared, inputs, [adapter, whole], notify)
-        return _trained(replace(prepared, processes=processes), inputs, adapter, whole, clock, notify)
+        return _trained(replace(prepared, processes=processes), inputs, step, adapter, whole, clock, notify)
 
 
 def follow(team: Team, spec: JobSpec, step: Train) -> None:
@@ -91,14 +92,22 @@ def follow(team: Team, spec: JobSpec, step: Train) -> None:
         heard = told(team, spec)
         adapter, whole = heard.places
         assert adapter is not None, "the leader says where adapters go"
-        prepared = replace(prepare(heard.inputs, step), processes=heard.processes, mark=heard.mark)
-        _trained(prepared, heard.inputs, adapter, whole, Clock(), Silent())
+        prepared = replace(
+            prepare(heard.inputs, step, chosen=heard.choices), processes=heard.processes, mark=heard.mark
+        )
+        _trained(prepared, heard.inputs, step, adapter, whole, Clock(), Silent())
 
 
 def _trained(
-    prepared: Prepared, inputs: Inputs, adapter: Path, whole: Path | None, clock: Clock, notify: Notify
+    prepared: Prepared,
+    inputs: Inputs,
+    asked: Train,
+    adapter: Path,
+    whole: Path | None,
+    clock: Clock,
+    notify: Notify,
 ) -> Trained:
-    """As `trained`, of each process that shares it."""
+    """As `trained`, of each process that shares it. asked: the step as it came."""
     step, processes = prepared.step, prepared.processes
     if step.activation_checkpointing:
         map_large_memory()  # memory would otherwise hardly be less
@@ -110,13 +119,19 @@ def _trained(
             lesson = Lesson(prepared, inputs, notify)
     with clock.stage("loading"):
         task, initial, warnings = begun(prepared)
-        if work := work_of(prepared, task, inputs.spec):
-            notify.expect(ahead(work, prepared, inputs.spec))
+        choices, notes = prepared.choices, None
+        if choices is not None:
+            if try_micro_batch(choices, task, accelerator, prepared.source, notify) is not None:
+                prepared = prepared.rechosen(inputs.spec, asked)
+                task = replace(task, step=prepared.step)
+            notes = choices.notes
+        if work := work_of(prepared, task, prepared.spec):
+            notify.expect(ahead(work, prepared, prepared.spec))
         if lesson is not None:
             task, before = lesson.given(task), lesson.apart(task, accelerator)
     with clock.stage("training"):
         notify.stage(Stage.training)
-        checkpoints = Checkpoints(inputs.work / "train", prepared.mark, processes.team)
+        checkpoints = Checkpoints(inputs.work / TRAINING, prepared.mark, processes.team, notes)
         story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
         losses = task.held_out_losses(accelerator)
         samples = {adapter: _sample(task.held_out, losses)}
@@ -256,6 +271,7 @@ def _training(prepared: Prepared, task: Task, story: Story, after: float) -> Tra
         resumed=story.resumed,
         processes=prepared.processes.size,
         sharding=prepared.processes.way if prepared.processes.size > 1 else None,
+        chosen=prepared.choices.made if prepared.choices else [],
     )
 
 
@@ -351,6 +367,7 @@ def for_what_follows(inputs: Inputs, done: Trained) -> Inputs:
         write_whole(files[name], "".join(json.dumps({column or "text": text}) + "\n" for text in texts))
     return replace(
         inputs,
+        spec=done.prepared.spec,
         model=done.whole,
         calibration_text=files["learned"],
         evaluation_text=files["held-out"],

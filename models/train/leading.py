@@ -15,6 +15,7 @@ from models.resources import available_device_bytes, available_host_bytes
 from models.team import Team
 from models.train.prepare import Prepared
 from models.train.processes import ALONE, Processes
+from squeeze.choosing import Choice
 from squeeze.distillation import Distill
 from squeeze.sharding import Way, state_bytes, way_for
 from squeeze.specs import JobSpec
@@ -32,6 +33,8 @@ TEXTS = (
     "student_name",
     "student_revision",
     "revision",
+    "digest",
+    "student_digest",
     "license",
     "calibration_origin",
     "evaluation_origin",
@@ -52,6 +55,7 @@ def lead(team: Team, prepared: Prepared, inputs: Inputs, places: Sequence[Path |
             "way": way,
             "at_once": at_once,
             "mark": prepared.mark,
+            "choices": [one.model_dump() for one in prepared.choices.made] if prepared.choices else [],
             "places": [_text(path) for path in places],
             "paths": {name: _text(path) for name, path in paths.items()},
             "texts": {name: getattr(inputs, name) for name in TEXTS},
@@ -62,11 +66,14 @@ def lead(team: Team, prepared: Prepared, inputs: Inputs, places: Sequence[Path |
 
 @dataclass(frozen=True)
 class Told:
-    """What the leader said. mark: of all that decides the result. places: of what will be written."""
+    """What the leader said. mark: of all that decides the result. choices: for every `auto`. places: of what will be
+    written.
+    """
 
     inputs: Inputs
     processes: Processes
     mark: str
+    choices: list[Choice]
     places: list[Path | None]
 
 
@@ -76,7 +83,8 @@ def told(team: Team, spec: JobSpec) -> Told:
     paths: dict[str, Any] = {name: _path(text) for name, text in heard["paths"].items()}
     inputs = Inputs(spec=spec, device=str(team.device), consumers={}, **paths, **heard["texts"])
     processes = Processes(team, heard["way"], heard["at_once"])
-    return Told(inputs, processes, heard["mark"], [_path(text) for text in heard["places"]])
+    choices = [Choice.model_validate(one) for one in heard["choices"]]
+    return Told(inputs, processes, heard["mark"], choices, [_path(text) for text in heard["places"]])
 
 
 def _way(prepared: Prepared, team: Team) -> Way:

@@ -76,7 +76,7 @@ class Task:
                 self.held_out,
                 self.held_out_rows,
                 packed=self.packed,
-                size=self.step.micro_batch_size or self.step.batch_size,
+                size=self.step.together,
                 device=self.device,
                 processes=self.processes,
             )
@@ -178,7 +178,7 @@ class _Run:
         task, number, processes = self._task, self.story.done, self._task.processes
         began, self._random = time.monotonic(), random_tensors(task.device)
         processes.draw(task.plan.seed, number)
-        parts = processes.batches(task.examples, task.plan.batch(number), task.step.micro_batch_size)
+        parts = processes.batches(task.examples, task.plan.batch(number), task.step.micro)
         learned, tokens = processes.total(sum(one.learned for one in parts), sum(one.tokens for one in parts))
         if isinstance(self._optimizer, BAdam):
             self._optimizer.turn_to(number)
@@ -233,7 +233,7 @@ class _Run:
         """The step itself, and a look at the held-out loss where one is due."""
         task, number = self._task, self.story.done
         step = task.step
-        rate = learning_rate(step.learning_rate, step.schedule, number, task.plan.steps, self._warmup)
+        rate = learning_rate(step.rate, step.schedule, number, task.plan.steps, self._warmup)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._take_step()
@@ -293,7 +293,7 @@ class _Run:
 
     def save(self) -> None:
         """As it stood when the next step began."""
-        self._checkpoints.save(
+        kept = self._checkpoints.save(
             self.story,
             {f"learned.{name}": one for name, one in self._learning.items()}
             | {f"best.{name}": one for name, one in self._best.items()}
@@ -302,6 +302,8 @@ class _Run:
             | self._scale_tensors()
             | self._random,
         )
+        if kept is not None:
+            self._notify.kept(kept)
 
     def _scale_tensors(self) -> dict[str, Tensor]:
         """Of the loss, with fp16."""

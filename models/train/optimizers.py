@@ -20,7 +20,7 @@ CONSTANT = frozenset({"qmap1", "qmap2"})  # of bitsandbytes' state: the values t
 def optimizer_of(step: Train, learning: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer that a step asks for. learning: what is to learn, float32, by name."""
     usual: dict[str, Any] = {
-        "lr": step.learning_rate,
+        "lr": step.rate,
         "betas": BETAS,
         "eps": EPSILON,
         "weight_decay": step.weight_decay,

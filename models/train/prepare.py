@@ -1,6 +1,7 @@
 """What a step that trains needs before its first batch: examples, what is to learn, batches; checked as it is found."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +22,7 @@ from models.frame import Frame
 from models.job import Inputs
 from models.progress import Notify, Silent
 from models.quantized import Site
+from models.train.choices import Choices, choose_length, choose_rest
 from models.train.examples import Examples, Split
 from models.train.loop import Task
 from models.train.packing import Plan, rows_of, steps_for
@@ -28,10 +30,15 @@ from models.train.processes import ALONE, Processes
 from models.train.scoring import own, packs
 from models.train.texts import examples_of
 from models.train.whole import load_whole
-from squeeze.distillation import Distill, Sequence
+from squeeze.choosing import LENGTH_MOST, Choice, settled
+from squeeze.descent import Precision
+from squeeze.distillation import Distill
+from squeeze.distillation import Sequence as Written
 from squeeze.errors import DataUnusable, ModelMalformed
-from squeeze.training import Adapters, Precision, QLoRA, Train, VirtualTokens
+from squeeze.specs import JobSpec
+from squeeze.training import Adapters, Finetune, QLoRA, Train, VirtualTokens
 
+TRAINING = "train"  # in the work directory, what one keeps
 TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,10 +47,12 @@ class Prepared:
     """source: the model that learns, as it came. sites: the linears that get something to learn. held_out: the examples
     that the loss is measured on. length: of a sequence, in tokens. vocabulary: of the model, as far as a teacher shares
     it. mark: of all that decides the result. teacher: of a distillation, the job's own model. student: of one, who
-    learns, in words. comparable: whether both have one vocabulary. processes: that share the training.
+    learns, in words. comparable: whether both have one vocabulary. processes: that share the training. spec, step: of
+    the job, with numbers for every `auto`; choices: what these came to, of a step that may say so.
     """
 
     step: Train
+    spec: JobSpec
     seed: int
     source: SourceModel
     sites: list[Site]
@@ -58,6 +67,7 @@ class Prepared:
     student: str = ""
     comparable: bool = True
     processes: Processes = ALONE
+    choices: Choices | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,6 +78,12 @@ class Prepared:
     def first_device(self) -> torch.device:
         """Where the model is before each of several processes takes its part: it need not fit on the device."""
         return torch.device("cpu") if self.processes.sharded else self.device
+
+    def rechosen(self, asked: JobSpec, step: Train) -> "Prepared":
+        """With what `choices` says now. asked: the job as it came. step: as it came."""
+        assert self.choices is not None and isinstance(step, Finetune), "only these choose"
+        spec, chosen = settled(asked, step, self.choices.made)
+        return replace(self, spec=spec, step=chosen)
 
     def load(self, path: Path, device: torch.device | None = None) -> Any:
         """A model directory's whole model, nothing of it to learn. device: left out, that of the training."""
@@ -82,13 +98,13 @@ class Prepared:
         step, examples = self.step, self.split.train
         rows = rows_of(examples.lengths, self.length, packed=packed)
         steps = step.steps or steps_for(
-            rows, examples.lengths, step.batch_size, self.seed, epochs=step.epochs, tokens=step.tokens
+            rows, examples.lengths, step.sequences, self.seed, epochs=step.epochs, tokens=step.tokens
         )
         return Task(
             model=model,
             step=step,
             examples=examples,
-            plan=Plan(rows, step.batch_size, self.seed, steps),
+            plan=Plan(rows, step.sequences, self.seed, steps),
             held_out=self.held_out,
             held_out_rows=rows_of(self.held_out.lengths, self.length, packed=packed),
             packed=packed,
@@ -115,15 +131,20 @@ def refuse_untrainable(step: Train, frame: Frame) -> int:
     return len(sites)
 
 
-def prepare(inputs: Inputs, step: Train, notify: Notify | None = None) -> Prepared:
-    """Reads the examples, and looks at the model's headers. Raises what is wrong with either."""
-    spec, teacher, student, shared, comparable = inputs.spec, None, "", None, True
+def prepare(
+    inputs: Inputs, step: Train, notify: Notify | None = None, chosen: Sequence[Choice] | None = None
+) -> Prepared:
+    """Reads the examples, and looks at the model's headers. Raises what is wrong with either.
+
+    chosen: by the process that leads, where this one follows.
+    """
+    asked, spec, teacher, student, shared, comparable = step, inputs.spec, None, "", None, True
     source = open_or_convert(inputs.model, inputs.work / "source")
     refuse_broken_companions(source)
     if isinstance(step, Distill):
         teacher, (source, student) = source, student_of(inputs, step, source)
         if inputs.student is not None:
-            foreign_too = isinstance(step, Sequence)
+            foreign_too = isinstance(step, Written)
             shared = (shared_vocabulary if foreign_too else partial(refuse_foreign, step))(teacher.path, source.path)
             comparable = shared is not None
     frame = Frame(source, torch.float32, torch.device("cpu"))
@@ -131,19 +152,25 @@ def prepare(inputs: Inputs, step: Train, notify: Notify | None = None) -> Prepar
     for one in frames:
         one.refuse_misfits()
     ahead = _virtual_tokens(step)
-    length = min([spec.data.sequence_length, *(one.max_positions - ahead for one in frames if one.max_positions)])
+    most = min([LENGTH_MOST, *(one.max_positions - ahead for one in frames if one.max_positions)])
     device = torch.device(inputs.device)
     precision = resolved(step.precision, device)
-    split = examples_of(inputs, step, teacher, source.path, length, TYPES[precision], notify or Silent())
-    if length < spec.data.sequence_length:
+
+    def read(length: int) -> Split:
+        return examples_of(inputs, step, teacher, source.path, length, TYPES[precision], notify or Silent())
+
+    choices = Choices.of(spec, step, inputs.work / TRAINING, chosen) if isinstance(step, Finetune) else None
+    spec, step, split, length = _settled(choices, spec, step, source, most, device, read)
+    for choice in choices.made if choices is not None else ():
+        (notify or Silent()).event("info", f"{choice.name} {choice.value:g}: {choice.why}", **choice.model_dump())
+    if length < spec.data.length:
         beside = f" beside {ahead} virtual tokens" if ahead else ""
-        split.warnings.append(
-            f"sequence_length {spec.data.sequence_length} was cut to the model's {length} positions{beside}"
-        )
+        split.warnings.append(f"sequence_length {spec.data.length} was cut to the model's {length} positions{beside}")
     vocabulary = int(frame.model.config.vocab_size)
     _refuse_foreign_ids(split, vocabulary)
     return Prepared(
         step=step,
+        spec=spec,
         seed=spec.seed,
         source=source,
         sites=method_of(step).sites_of(frame, step),
@@ -154,18 +181,19 @@ def prepare(inputs: Inputs, step: Train, notify: Notify | None = None) -> Prepar
         device=device,
         vocabulary=min(vocabulary, shared or vocabulary),
         mark=training_fingerprint(
-            step,
+            asked,
             spec.seed,
-            inputs.revision,
+            inputs.identity,
             inputs.device,
             teacher or source,
             split.data,
             length,
-            student=None if inputs.student is None else (source, inputs.student_revision),
+            student=None if inputs.student is None else (source, inputs.student_identity),
         ),
         teacher=teacher,
         student=student,
         comparable=comparable,
+        choices=choices,
     )
 
 
@@ -194,6 +222,26 @@ def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
             "of its own"
         )
     return prepared.task(model, packed=packed), initial, warnings
+
+
+def _settled(
+    choices: Choices | None,
+    spec: JobSpec,
+    step: Train,
+    source: SourceModel,
+    most: int,
+    device: torch.device,
+    read: Callable[[int], Split],
+) -> tuple[JobSpec, Train, Split, int]:
+    """(the job, its step, both with numbers for every `auto`, the examples, the length of a sequence). most: tokens
+    that a sequence may have. read: examples of a length.
+    """
+    if choices is None or not isinstance(step, Finetune):
+        length = min(spec.data.length, most)
+        return spec, step, read(length), length
+    length = choose_length(choices, spec, lambda: read(most).train.lengths, most)
+    split = read(length)
+    return *choose_rest(choices, spec, step, source, split.data.tokens, length, device), split, length
 
 
 def _virtual_tokens(step: Train) -> int:

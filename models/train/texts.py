@@ -69,7 +69,7 @@ def examples_of(
 
 def tokens_of(step: Train, length: int) -> int | None:
     """That a training looks at, at most; None where epochs say it."""
-    return step.tokens if step.steps is None else step.steps * step.batch_size * length
+    return step.tokens if step.steps is None else step.steps * step.sequences * length
 
 
 def _taught(
@@ -98,7 +98,7 @@ def _taught(
         length,
         spec.seed,
         inputs.work / "teacher" / "wrote",
-        writing_fingerprint(step, spec.seed, inputs.revision, inputs.device, teacher, digest, length),
+        writing_fingerprint(step, spec.seed, inputs.identity, inputs.device, teacher, digest, length),
         notify,
     )
     return written, held_out

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs import lifecycle
+from jobs.places import checkpoints_prefix
 from jobs.queue import waiting
 from squeeze.errors import ModelNotFound
 from squeeze.objects import Job, Status
@@ -179,6 +180,17 @@ def test_cancel_is_idempotent_and_knows_the_end(running: Running, tmp_path: Path
         assert running.client.post(f"/v1/jobs/{works}/cancel").json()["status"] == "cancelling"
     answer = running.client.post(f"/v1/jobs/{done}/cancel")
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "job_final")
+
+
+def test_a_checkpoint_is_no_artifact_and_goes_with_a_job_that_is_cancelled_while_it_waits(running: Running) -> None:
+    job_id = running.submit()
+    storage, name = running.service.storage, "train/000001-checkpoint-00000007/state.safetensors"
+    storage.put_stream(f"{checkpoints_prefix(job_id)}/{name}", [b"private"])
+    for path in (f"checkpoints/{name}", f"../checkpoints/{name}", name):
+        assert running.client.get(f"/v1/jobs/{job_id}/artifacts/{path}").status_code == 404
+    assert running.client.get(f"/v1/jobs/{job_id}/artifacts").json()["data"] == []
+    running.client.post(f"/v1/jobs/{job_id}/cancel")
+    assert not list(storage.list())
 
 
 def test_a_failed_job_tells_why_and_is_tried_again(running: Running) -> None:

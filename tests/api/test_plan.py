@@ -158,6 +158,16 @@ def test_a_training_s_plan_knows_its_time_where_it_knows_its_tokens(planner: Cal
     assert many.host_bytes <= few.host_bytes
 
 
+def test_a_plan_of_a_training_that_finds_its_own_numbers_tells_those_that_it_can(planner: Callable[..., Plan]) -> None:
+    auto = {"learning_rate": "auto", "batch_size": "auto", "micro_batch_size": "auto"}
+    lora = {"kind": "finetune", "method": "lora", "rank": 8, "steps": 100}
+    plan = planner("org/llama", replaced=lora | auto, data={"source": "hub:org/texts", "sequence_length": "auto"})
+    assert plan.feasible and plan.host_bytes is not None and plan.seconds is not None
+    assert [(one.name, one.value) for one in plan.chosen] == [("learning_rate", 1e-3)]
+    usual = planner("org/llama", replaced=lora, data={"source": "hub:org/texts"})
+    assert usual.chosen == [] and usual.host_bytes is not None
+
+
 def test_a_chain_takes_the_seconds_of_all_steps_and_the_memory_of_the_largest(planner: Callable[..., Plan]) -> None:
     data = {"source": "hub:org/texts", "sequence_length": 256}
     lora = {"kind": "finetune", "method": "lora", "steps": 100, "merge": True}

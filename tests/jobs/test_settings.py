@@ -41,6 +41,7 @@ def test_every_variable_is_read() -> None:
         "SQUEEZE_VLLM_PYTHON": "/opt/vllm/bin/python",
         "SQUEEZE_LLAMACPP_PYTHON": "/opt/llamacpp/bin/python",
         "SQUEEZE_ACTIVATION_BYTES": "1000000000",
+        "SQUEEZE_CHECKPOINT_MINUTES": "2.5",
         "SQUEEZE_LOG_FORMAT": "console",
         "SQUEEZE_PUBLIC_URL": "https://squeeze.example/",
     }
@@ -62,6 +63,7 @@ def test_every_variable_is_read() -> None:
         vllm_python=Path("/opt/vllm/bin/python"),
         llamacpp_python=Path("/opt/llamacpp/bin/python"),
         activation_bytes=1_000_000_000,
+        checkpoint_minutes=2.5,
         log_format="console",
         public_url="https://squeeze.example",
     )
@@ -81,6 +83,7 @@ def test_every_variable_is_read() -> None:
         ("LEASE_SECONDS", "nan", "seconds from 1 to 3600"),
         ("LEASE_SECONDS", "soon", "seconds from 1 to 3600"),
         ("SWEEP_SECONDS", "0", "seconds"),
+        ("CHECKPOINT_MINUTES", "-1", "minutes from 0 to 1440"),
         ("MAX_ATTEMPTS", "0", "whole number"),
         ("DEVICE", "gpu", "cuda:N"),
         ("DEVICE", "cuda:", "cuda:N"),

@@ -1,6 +1,7 @@
 """Workers of the tests: the real ones, on a database and a storage of their own, in this process or another."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from jobs import lifecycle, listing
+from jobs import files, lifecycle, listing
 from jobs.database import Database
 from jobs.queue import celery_app, enqueue
-from jobs.records import EventRecord, JobRecord
+from jobs.records import EventRecord, JobRecord, new_id
 from jobs.settings import Settings
 from squeeze.objects import Status
 from squeeze.specs import JobSpec
@@ -29,6 +30,7 @@ PROJECT = "default"
 TOKEN = "hf_ThisIsTheSecretOfTheTests"
 NASTY = "tests.workers.children:run"
 PATIENCE_SECONDS = 60.0
+CODE = "\n".join(f"def function_{n}(argument):\n    return argument + {n}" for n in range(2000))
 
 
 def eventually(true: Callable[[], Any], what: str) -> Any:
@@ -213,3 +215,37 @@ def worker_process(
         if process.poll() is None:
             process.kill()
         process.wait()
+
+
+def upload(place: Place, text: str = CODE) -> str:
+    """A text whose uploader gave it a name that leads elsewhere."""
+    file_id = new_id("file")
+    stored = open_storage(place.settings.storage_url).put_stream(files.storage_key(file_id), [text.encode()])
+    with place.database.write() as session:
+        files.add(
+            session,
+            file_id=file_id,
+            project=PROJECT,
+            filename="../../evil.txt",
+            size_bytes=stored.size_bytes,
+            sha256=stored.sha256,
+            purpose="calibration",
+        )
+    return file_id
+
+
+def kill_child(worker: Worker, whose: str = "the fork server's") -> None:
+    """The only child of the fork server, or that one's only child."""
+    parent = worker.server.pid
+    for _ in range(1 if whose == "the fork server's" else 2):
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        assert len(children) == 1, children
+        parent = int(children[0])
+    assert parent is not None
+    os.kill(parent, signal.SIGKILL)
+
+
+def weights(place: Place, job_id: str) -> dict[str, str]:
+    with place.database.read() as session:
+        artifacts = listing.artifacts(session, PROJECT, job_id)
+    return {artifact.filename: artifact.sha256 for artifact in artifacts if artifact.filename.endswith(".safetensors")}

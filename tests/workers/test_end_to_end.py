@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -12,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobs import files, listing
-from jobs.records import new_id
+from jobs import listing
 from squeeze.objects import Status
 from storage import open_storage
 from tests.hub import FaultyHub
@@ -24,7 +21,17 @@ from workers.groups import Ledger
 from workers.spawn import ForkServer
 from workers.worker import Worker
 
-from .conftest import PROJECT, Place, Running, eventually, worker_here, worker_process
+from .conftest import (
+    PROJECT,
+    Place,
+    Running,
+    eventually,
+    kill_child,
+    upload,
+    weights,
+    worker_here,
+    worker_process,
+)
 
 SMALL: dict[str, Any] = {
     "model": "tiny/llama",
@@ -32,7 +39,6 @@ SMALL: dict[str, Any] = {
     "evaluation": {"samples": 2},
 }
 RTN = {"kind": "quantize", "method": "rtn", "group_size": 32}
-CODE = "\n".join(f"def function_{n}(argument):\n    return argument + {n}" for n in range(2000))
 LORA = {"kind": "finetune", "method": "lora", "steps": 8, "learning_rate": 0.01, "rank": 4}
 GPTQ = {"kind": "quantize", "method": "gptq", "group_size": 32}
 
@@ -95,17 +101,17 @@ def test_a_job_from_the_hub_to_artifacts_with_right_digests_that_can_not_be_comp
 def test_a_job_on_uploaded_text_killed_while_it_compresses_goes_on_and_gives_the_same_bytes(
     place: Place, worker: Worker
 ) -> None:
-    file_id = _upload(place)
+    file_id = upload(place)
     fields = SMALL | {"data": SMALL["data"] | {"source": file_id}}
     quiet, disturbed = (place.submit(steps=[GPTQ], formats=["gptq"], **fields) for _ in range(2))
     assert worker.run_job(quiet) == Status.succeeded, place.job(quiet).error
     running = Running(worker, disturbed)
     work = place.scratch(disturbed) / "work"
     eventually(lambda: work.is_dir() and any(work.rglob("*.safetensors")), "a block is done")
-    _kill_child(worker)
+    kill_child(worker)
     assert running.status() == Status.queued
     assert worker.run_job(disturbed) == Status.succeeded, place.job(disturbed).error
-    assert _weights(place, disturbed) == _weights(place, quiet)
+    assert weights(place, disturbed) == weights(place, quiet)
     with place.database.read() as session:
         report = listing.report(session, PROJECT, quiet)
     assert (report["calibration"]["origin"], report["calibration"]["generic"]) == (file_id, False)
@@ -115,7 +121,7 @@ def test_a_job_that_trains_on_uploaded_examples_gives_an_adapter_and_is_told_of_
     place: Place, worker: Worker
 ) -> None:
     rows = [json.dumps({"prompt": f"{n} and one is ", "completion": str(n + 1)}) for n in range(80)]
-    fields = SMALL | {"data": {"source": _upload(place, "\n".join(rows)), "sequence_length": 64}}
+    fields = SMALL | {"data": {"source": upload(place, "\n".join(rows)), "sequence_length": 64}}
     job_id = place.submit(steps=[LORA], **fields)
     assert worker.run_job(job_id) == Status.succeeded, place.job(job_id).error
     with place.database.read() as session:
@@ -130,7 +136,7 @@ def test_a_job_that_trains_on_uploaded_examples_gives_an_adapter_and_is_told_of_
     assert [step["step"] for event in told for step in event.data["steps"]] == list(range(1, 9))
     assert "training" in [event.message for event in place.events(job_id) if event.type == "stage"]
 
-    wrong = SMALL | {"data": {"source": _upload(place, "\n".join([*rows[:2], '{"prompt": "2 and one is "}']))}}
+    wrong = SMALL | {"data": {"source": upload(place, "\n".join([*rows[:2], '{"prompt": "2 and one is "}']))}}
     job_id = place.submit(steps=[LORA], **wrong)
     assert worker.run_job(job_id) == Status.failed
     error = place.job(job_id).error
@@ -140,7 +146,7 @@ def test_a_job_that_trains_on_uploaded_examples_gives_an_adapter_and_is_told_of_
 @pytest.mark.slow
 def test_a_student_from_the_hub_learns_and_what_it_became_learns_more(place: Place, worker: Worker) -> None:
     rows = "\n".join(json.dumps({"text": f"line {n} says that {n} is followed by {n + 1}"}) for n in range(60))
-    fields = SMALL | {"data": {"source": _upload(place, rows), "sequence_length": 64}}
+    fields = SMALL | {"data": {"source": upload(place, rows), "sequence_length": 64}}
     step = {"kind": "distill", "method": "logits", "steps": 6, "learning_rate": 0.003}
     student = "tiny/small"
     for _ in range(2):
@@ -188,40 +194,40 @@ def test_models_and_adapters_from_the_hub_and_of_earlier_jobs_are_merged_into_th
 @pytest.mark.slow
 def test_a_training_whose_process_is_killed_goes_on_and_gives_the_same_adapter(place: Place, worker: Worker) -> None:
     rows = [json.dumps({"text": f"line {n} says that {n} is followed by {n + 1}"}) for n in range(300)]
-    fields = SMALL | {"data": {"source": _upload(place, "\n".join(rows)), "sequence_length": 64}}
+    fields = SMALL | {"data": {"source": upload(place, "\n".join(rows)), "sequence_length": 64}}
     step = LORA | {"steps": 150, "dropout": 0.1}
     quiet, disturbed = (place.submit(steps=[step], **fields) for _ in range(2))
     assert worker.run_job(quiet) == Status.succeeded, place.job(quiet).error
     running = Running(worker, disturbed)
     work = place.scratch(disturbed) / "work" / "train"
     eventually(lambda: any(work.glob("checkpoint-*[0-9]")), "a checkpoint is saved")
-    _kill_child(worker)
+    kill_child(worker)
     assert running.status() == Status.queued
     assert worker.run_job(disturbed) == Status.succeeded, place.job(disturbed).error
     with place.database.read() as session:
         first, second = (listing.report(session, PROJECT, one)["training"] for one in (quiet, disturbed))
     assert second["resumed"] and not first["resumed"]
     assert [one["loss"] for one in first["curve"]] == [one["loss"] for one in second["curve"]]
-    assert _weights(place, disturbed) == _weights(place, quiet)
+    assert weights(place, disturbed) == weights(place, quiet)
 
 
 @pytest.mark.slow
 def test_a_job_that_two_processes_share_gives_the_bytes_of_one_even_when_one_of_them_is_killed(
     place: Place, worker: Worker
 ) -> None:
-    fields = SMALL | {"data": {"samples": 48, "sequence_length": 64, "source": _upload(place)}}
+    fields = SMALL | {"data": {"samples": 48, "sequence_length": 64, "source": upload(place)}}
     alone = place.submit(steps=[GPTQ], formats=["gptq"], **fields)
     shared = place.submit(steps=[GPTQ], formats=["gptq"], limits={"gpus": 2}, **fields)
     assert worker.run_job(alone) == Status.succeeded, place.job(alone).error
     running = Running(worker, shared)
     work = place.scratch(shared) / "work"
     eventually(lambda: work.is_dir() and any(work.rglob("*.safetensors")), "a block is done")
-    _kill_child(worker, "its second process")
+    kill_child(worker, "its second process")
     assert running.status() == Status.queued
     attempts = [event.message for event in place.events(shared)]
     assert any("was killed by signal 9" in message for message in attempts), attempts
     assert worker.run_job(shared) == Status.succeeded, place.job(shared).error
-    assert _weights(place, shared) == _weights(place, alone)
+    assert weights(place, shared) == weights(place, alone)
     with place.database.read() as session:
         report = listing.report(session, PROJECT, shared)
     assert report["device"].startswith("2 × CPU")
@@ -233,7 +239,7 @@ def test_a_training_that_two_processes_share_loses_what_one_does_even_when_one_i
     place: Place, worker: Worker
 ) -> None:
     rows = [json.dumps({"text": f"line {n} says that {n} is followed by {n + 1}"}) for n in range(300)]
-    data = {"source": _upload(place, "\n".join(rows)), "sequence_length": 64, "samples": 48}
+    data = {"source": upload(place, "\n".join(rows)), "sequence_length": 64, "samples": 48}
     step = LORA | {"steps": 40, "merge": True, "learning_rate": 1e-3}
     alone = place.submit(steps=[step], **SMALL | {"data": data})
     assert worker.run_job(alone) == Status.succeeded, place.job(alone).error
@@ -242,7 +248,7 @@ def test_a_training_that_two_processes_share_loses_what_one_does_even_when_one_i
     running = Running(worker, shared)
     work = place.scratch(shared) / "work" / "train"
     eventually(lambda: work.is_dir() and any(work.glob("checkpoint-*[0-9]/state.json")), "a checkpoint is saved")
-    _kill_child(worker, "its second process")
+    kill_child(worker, "its second process")
     assert running.status() == Status.queued
     assert worker.run_job(shared) == Status.succeeded, place.job(shared).error
     with place.database.read() as session:
@@ -342,37 +348,3 @@ def test_a_warm_worker_starts_a_job_at_once(place: Place, hub: FaultyHub, capsys
     with capsys.disabled():
         shown = ", ".join(f"{second:.2f}" for second in seconds)
         sys.stdout.write(f"\nseconds from ring to work, the first while the server warms up: {shown}\n")
-
-
-def _upload(place: Place, text: str = CODE) -> str:
-    """A text whose uploader gave it a name that leads elsewhere."""
-    file_id = new_id("file")
-    stored = open_storage(place.settings.storage_url).put_stream(files.storage_key(file_id), [text.encode()])
-    with place.database.write() as session:
-        files.add(
-            session,
-            file_id=file_id,
-            project=PROJECT,
-            filename="../../evil.txt",
-            size_bytes=stored.size_bytes,
-            sha256=stored.sha256,
-            purpose="calibration",
-        )
-    return file_id
-
-
-def _kill_child(worker: Worker, whose: str = "the fork server's") -> None:
-    """The only child of the fork server, or that one's only child."""
-    parent = worker.server.pid
-    for _ in range(1 if whose == "the fork server's" else 2):
-        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        assert len(children) == 1, children
-        parent = int(children[0])
-    assert parent is not None
-    os.kill(parent, signal.SIGKILL)
-
-
-def _weights(place: Place, job_id: str) -> dict[str, str]:
-    with place.database.read() as session:
-        artifacts = listing.artifacts(session, PROJECT, job_id)
-    return {artifact.filename: artifact.sha256 for artifact in artifacts if artifact.filename.endswith(".safetensors")}
