@@ -27,7 +27,7 @@ COMPARED_VISITS = 8  # of a token of the vocabulary where two models' logits are
 
 def counted_merging(shape: Shape, spec: JobSpec, step: Merge) -> dict[str, Count]:
     """The work of a step that merges, by stage, with the evaluation against the base."""
-    length = min(spec.data.sequence_length, shape.positions or spec.data.sequence_length)
+    length = min(spec.data.length, shape.positions or spec.data.length)
     wanted = spec.evaluation.perplexity or spec.evaluation.divergence
     windows = (
         spec.evaluation.samples * length if wanted and not any(isinstance(one, Train) for one in spec.steps) else 0

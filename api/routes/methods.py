@@ -30,7 +30,8 @@ def list_methods(project: Project) -> Page[Method]:  # noqa: ARG001 (asked for s
 
 def _method(step: Step) -> Method:
     kind, method = tag_of(step).split(".")
-    usual = step.model_construct(method=method)
+    told: dict[str, Any] = {"method": method}
+    usual = step.model_construct(**told)
     return Method(
         kind=kind,
         method=method,

@@ -198,7 +198,7 @@ class _Within:
     """Tells of work within a stage, whose name for its own stages says nothing to the user."""
 
     def __init__(self, notify: Notify) -> None:
-        self.expect, self.advance, self.event = notify.expect, notify.advance, notify.event
+        self.expect, self.advance, self.event, self.kept = notify.expect, notify.advance, notify.event, notify.kept
 
     def stage(self, stage: Stage) -> None:
         pass

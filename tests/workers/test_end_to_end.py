@@ -168,7 +168,7 @@ def test_models_and_adapters_from_the_hub_and_of_earlier_jobs_are_merged_into_th
     place: Place, worker: Worker
 ) -> None:
     rows = "\n".join(json.dumps({"text": f"line {n} says that {n} is followed by {n + 1}"}) for n in range(60))
-    data = {"source": _upload(place, rows), "sequence_length": 64}
+    data = {"source": upload(place, rows), "sequence_length": 64}
     fields = SMALL | {"data": data}
     full = {name: value for name, value in LORA.items() if name != "rank"} | {"method": "full"}
     learned = [place.submit(steps=[step], **fields) for step in (LORA, full)]
