@@ -66,6 +66,22 @@ ROTATABLE: tuple[str, ...] = (
 )
 
 
+# transformers 5.23 has a model for sequence classification with `score` as its head.
+CLASSIFIABLE: tuple[str, ...] = tuple(
+    name for name in ARCHITECTURES if name not in ("codegen", "cohere", "cohere2", "granite", "olmoe")
+)
+
+
+def refuse_unclassifiable(kind: object, param: str | None = None) -> None:
+    """Raises ArchitectureUnsupported where transformers has no classifier of a family."""
+    if kind not in CLASSIFIABLE:
+        raise ArchitectureUnsupported(
+            f"transformers has no {kind} model for sequence classification, which could be loaded with a "
+            f"classification head. It has of {', '.join(CLASSIFIABLE)}",
+            param=param,
+        )
+
+
 def refuse_unrotatable(kind: object, param: str) -> None:
     """Raises ArchitectureUnsupported where rotations can't be folded into the weights of a family."""
     if kind not in ROTATABLE:

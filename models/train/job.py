@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -44,9 +45,10 @@ from squeeze.objects import Stage
 from squeeze.report import Certificate, Report, Spent, Training
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
-from squeeze.training import Adapters, QLoRA, Train
+from squeeze.training import Adapters, Head, QLoRA, Train
 
 LIBRARIES = ("peft", "accelerate")
+LEAST_MEASURED = 100  # examples, of an accuracy
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,17 @@ def _trained(
             task, before = lesson.given(task), lesson.apart(task, accelerator)
     with clock.stage("training"):
         notify.stage(Stage.training)
+        accuracy = task.held_out_accuracy(accelerator) if isinstance(step, Head) else None
         checkpoints = Checkpoints(inputs.work / "train", prepared.mark, processes.team)
         story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
         losses = task.held_out_losses(accelerator)
         samples = {adapter: _sample(task.held_out, losses)}
+        told = None if accuracy is None else (accuracy, task.held_out_accuracy(accelerator))
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
         training = _training(prepared, task, story, _mean(losses))
+        if told is not None:
+            training = training.model_copy(update=_accuracies(told, task.held_out))
         if lesson is not None:
             taught = lesson.told(before, lesson.apart(task, accelerator))
             training = training.model_copy(update={"distillation": taught})
@@ -139,7 +145,7 @@ def _trained(
                 prepared.share(model)
             plain = prepared.task(model, packed=packed)
             losses = plain.held_out_losses(accelerator)
-            samples[whole] = _sample(plain.held_out, losses)
+            samples[whole] = _sample(plain.held_out, losses, labels=isinstance(step, Head))
             training = training.model_copy(update={"loss_written": _mean(losses)})
             del plain, model
             _give_back()
@@ -214,6 +220,8 @@ def _write(
         return
     if isinstance(step, Adapters):
         write_merged(source, prepared.sites, method.Merged(adapter), whole, notify)
+    elif isinstance(step, Head):
+        method.write(model, prepared.labels, source, whole)
     else:
         write_trained(model, source, whole)
     write_whole(note, prepared.mark)
@@ -251,6 +259,16 @@ def _training(prepared: Prepared, task: Task, story: Story, after: float) -> Tra
     )
 
 
+def _accuracies(told: tuple[float, float], held_out: Examples) -> dict[str, float]:
+    """The report's fields. told: before and after. held_out: each ends with the number of its label."""
+    labels = held_out.ids[held_out.starts[1:] - 1]
+    return {
+        "accuracy_before": told[0],
+        "accuracy_after": told[1],
+        "majority_share": int(labels.bincount().max()) / len(labels),
+    }
+
+
 def _warnings(training: Training) -> list[str]:
     found = []
     if training.loss_after >= training.loss_before:
@@ -264,6 +282,8 @@ def _warnings(training: Training) -> list[str]:
             f"the teacher's held-out loss is {told.loss_teacher:.4f}, no better than the student's "
             f"{training.loss_before:.4f} before it learned: on this text there is nothing to learn from it"
         )
+    if training.accuracy_after is not None:
+        return found + _doubts(training)
     if training.measured_tokens < 1000:
         found.append(
             f"the held-out loss was measured on {training.measured_tokens} tokens, which tell little; give more "
@@ -272,8 +292,28 @@ def _warnings(training: Training) -> list[str]:
     return found
 
 
-def _sample(held_out: Examples, losses: tuple[Tensor, Tensor] | None = None) -> Sample:
-    """Held-out examples: with their losses the first few, for those who certify the result; without them all."""
+def _doubts(training: Training) -> list[str]:
+    """Of a classifier."""
+    found, share, count = [], training.majority_share, training.measured_examples
+    assert training.accuracy_after is not None and share is not None, "it is a classifier"
+    if training.accuracy_after <= share:
+        found.append(
+            f"{training.accuracy_after:.1%} of the held-out labels are told, no more than always saying the commonest "
+            f"would ({share:.1%}): train for longer (`epochs`), at another learning_rate, train `layers` of the model "
+            "too, or give more examples"
+        )
+    if count < LEAST_MEASURED:
+        found.append(
+            f"the accuracy was measured on {count} examples, so that chance alone moves it by some "
+            f"{math.sqrt(0.25 / count):.0%}; give more, or a text of its own as evaluation.source"
+        )
+    return found
+
+
+def _sample(held_out: Examples, losses: tuple[Tensor, Tensor] | None = None, *, labels: bool = False) -> Sample:
+    """Held-out examples: with their losses the first few, for those who certify the result; without them all. labels:
+    each ends with the number of its label.
+    """
     pairs = [held_out.one(number) for number in range(len(held_out))]
     if losses is not None:
         tokens = list(accumulate(len(ids) for ids, _ in pairs))
@@ -282,7 +322,7 @@ def _sample(held_out: Examples, losses: tuple[Tensor, Tensor] | None = None) -> 
         ] or pairs[:1]
     means = None if losses is None else (losses[0] / losses[1])[: len(pairs)].tolist()
     learned = [scored.tolist() for _, scored in pairs]
-    return Sample([ids.tolist() for ids, _ in pairs], [one.index(True) for one in learned], means, learned)
+    return Sample([ids.tolist() for ids, _ in pairs], [one.index(True) for one in learned], means, learned, labels)
 
 
 def _mean(losses: tuple[Tensor, Tensor]) -> float:
