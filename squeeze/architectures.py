@@ -72,6 +72,17 @@ CLASSIFIABLE: tuple[str, ...] = tuple(
 )
 
 
+def refuse_classifier(architectures: object) -> None:
+    """Raises ArchitectureUnsupported where a config's `architectures` name a classifier, which has no output head."""
+    named = architectures if isinstance(architectures, list) else []
+    if any(isinstance(name, str) and name.endswith("ForSequenceClassification") for name in named):
+        raise ArchitectureUnsupported(
+            f"the model is a classifier ({named[0]}): it has a head for labels in place of the one for tokens, which "
+            "every step works with. Name the model that it was made from",
+            param="model",
+        )
+
+
 def refuse_unclassifiable(kind: object, param: str | None = None) -> None:
     """Raises ArchitectureUnsupported where transformers has no classifier of a family."""
     if kind not in CLASSIFIABLE:

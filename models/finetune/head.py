@@ -1,4 +1,4 @@
-"""A classification head in float32, which reads what the last token has become; with it the last blocks, where asked."""
+"""A classification head in float32, which reads what the last token has become; beside it the last blocks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import math
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -31,6 +30,7 @@ from models.resources import (
     return_free_memory,
 )
 from models.team import SOLO, Team
+from models.train.accuracy import accuracies, doubts
 from models.train.checkpoints import Checkpoints, Story
 from models.train.counting import ahead, summed, work_of
 from models.train.examples import Examples
@@ -48,7 +48,6 @@ from squeeze.steps import Format
 from squeeze.training import Adapters, Head, QLoRA, Train
 
 LIBRARIES = ("peft", "accelerate")
-LEAST_MEASURED = 100  # examples, of an accuracy
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def _trained(
         notify.stage(Stage.exporting)
         training = _training(prepared, task, story, _mean(losses))
         if told is not None:
-            training = training.model_copy(update=_accuracies(told, task.held_out))
+            training = training.model_copy(update=accuracies(told, task.held_out))
         if lesson is not None:
             taught = lesson.told(before, lesson.apart(task, accelerator))
             training = training.model_copy(update={"distillation": taught})
@@ -259,16 +258,6 @@ def _training(prepared: Prepared, task: Task, story: Story, after: float) -> Tra
     )
 
 
-def _accuracies(told: tuple[float, float], held_out: Examples) -> dict[str, float]:
-    """The report's fields. told: before and after. held_out: each ends with the number of its label."""
-    labels = held_out.ids[held_out.starts[1:] - 1]
-    return {
-        "accuracy_before": told[0],
-        "accuracy_after": told[1],
-        "majority_share": int(labels.bincount().max()) / len(labels),
-    }
-
-
 def _warnings(training: Training) -> list[str]:
     found = []
     if training.loss_after >= training.loss_before:
@@ -283,29 +272,11 @@ def _warnings(training: Training) -> list[str]:
             f"{training.loss_before:.4f} before it learned: on this text there is nothing to learn from it"
         )
     if training.accuracy_after is not None:
-        return found + _doubts(training)
+        return found + doubts(training)
     if training.measured_tokens < 1000:
         found.append(
             f"the held-out loss was measured on {training.measured_tokens} tokens, which tell little; give more "
             "examples, or a text of its own as evaluation.source"
-        )
-    return found
-
-
-def _doubts(training: Training) -> list[str]:
-    """Of a classifier."""
-    found, share, count = [], training.majority_share, training.measured_examples
-    assert training.accuracy_after is not None and share is not None, "it is a classifier"
-    if training.accuracy_after <= share:
-        found.append(
-            f"{training.accuracy_after:.1%} of the held-out labels are told, no more than always saying the commonest "
-            f"would ({share:.1%}): train for longer (`epochs`), at another learning_rate, train `layers` of the model "
-            "too, or give more examples"
-        )
-    if count < LEAST_MEASURED:
-        found.append(
-            f"the accuracy was measured on {count} examples, so that chance alone moves it by some "
-            f"{math.sqrt(0.25 / count):.0%}; give more, or a text of its own as evaluation.source"
         )
     return found
 

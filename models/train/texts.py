@@ -87,7 +87,11 @@ def _taught(
     """(what is trained on as the teacher ends it, what is held out as it is)."""
     spec, device = inputs.spec, torch.device(inputs.device)
     columns = spec.data.column, spec.evaluation.column
-    records = [one for one in divided(*files, columns) if not isinstance(one[2], Labelled)]
+    records = [
+        (is_apart, where, record)
+        for is_apart, where, record in divided(*files, columns)
+        if not isinstance(record, Labelled)
+    ]
     rows = [json.dumps(row_of(record)) for _, _, record in records]
     digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()
     inputs.work.mkdir(parents=True, exist_ok=True)
