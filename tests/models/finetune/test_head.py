@@ -26,7 +26,7 @@ from squeeze.errors import ArchitectureUnsupported, DataUnusable
 from squeeze.labels import Labelled
 from squeeze.trainable import learned
 from squeeze.training import Head
-from tests.models.job_parts import Heard, digests
+from tests.models.job_parts import Heard
 from tests.models.tiny import FAMILIES, tokenizer
 from tests.models.train.parts import begin, go_on, inputs_for, seen, spec_of, written
 
@@ -190,8 +190,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, mo
 
 
 def test_a_job_ends_with_a_classifier_that_a_pipeline_of_transformers_uses(tmp_path: Path, model: Path) -> None:
-    inputs, heard = inputs_for(spec_of(STEP), model, tmp_path, reviews()), Heard()
-    outcome = run(inputs, heard)
+    outcome = run(inputs_for(spec_of(STEP), model, tmp_path, reviews()), Heard())
     training, out = outcome.report.training, outcome.directories["safetensors"]
     assert training is not None and [*outcome.directories] == ["safetensors"]
     assert training.accuracy_before is not None and training.accuracy_after is not None
@@ -211,14 +210,11 @@ def test_a_job_ends_with_a_classifier_that_a_pipeline_of_transformers_uses(tmp_p
     assert 'pipeline_tag: "text-classification"' in card and 'pipeline("text-classification", model=directory)' in card
     assert AutoTokenizer.from_pretrained(out).padding_side == "right"
     classify = pipeline("text-classification", model=str(out), device="cpu")
-    texts = ["my day 7 was sad then", "my film was fine then", "my meal 1001 was long then"]
+    texts = ["my day 7 was sad then", "my film was fine then", "my meal 101 was long then"]
     told = [one["label"] for one in classify(texts, truncation=True, max_length=47, batch_size=3)]
-    assert told == ["0", "1", "2"]
+    assert told == ["0", "1", "2"] == [classify(one)[0]["label"] for one in texts]
     with pytest.raises(ArchitectureUnsupported, match="the model is a classifier"):
         check(spec_of(), out)
-    before = digests(inputs.out)
-    again = run(inputs, Heard()).report.training
-    assert again is not None and again.resumed == [24] and digests(inputs.out) == before
 
 
 def test_a_family_without_a_classifier_is_refused_before_its_weights_come(tmp_path: Path) -> None:
