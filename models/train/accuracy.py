@@ -3,7 +3,6 @@
 import math
 
 from models.train.examples import Examples
-from squeeze.report import Training
 
 LEAST_MEASURED = 100  # examples
 
@@ -18,19 +17,18 @@ def accuracies(told: tuple[float, float], held_out: Examples) -> dict[str, float
     }
 
 
-def doubts(training: Training) -> list[str]:
-    """What the report of a classifier should warn of."""
-    found, share, count = [], training.majority_share, training.measured_examples
-    assert training.accuracy_after is not None and share is not None, "it is a classifier"
-    if training.accuracy_after <= share:
+def doubts(accuracy: float, majority_share: float, examples: int) -> list[str]:
+    """What the report of a classifier should warn of. examples: that the accuracy was measured on."""
+    found = []
+    if accuracy <= majority_share:
         found.append(
-            f"{training.accuracy_after:.1%} of the held-out labels are told, no more than always saying the commonest "
-            f"would ({share:.1%}): train for longer (`epochs`), at another learning_rate, train `layers` of the model "
-            "too, or give more examples"
+            f"{accuracy:.1%} of the held-out labels are told, no more than always saying the commonest would "
+            f"({majority_share:.1%}): train for longer (`epochs`), at another learning_rate, train `layers` of the "
+            "model too, or give more examples"
         )
-    if count < LEAST_MEASURED:
+    if examples < LEAST_MEASURED:
         found.append(
-            f"the accuracy was measured on {count} examples, so that chance alone moves it by some "
-            f"{math.sqrt(0.25 / count):.0%}; give more, or a text of its own as evaluation.source"
+            f"the accuracy was measured on {examples} examples, so that chance alone moves it by some "
+            f"{math.sqrt(0.25 / examples):.0%}; give more, or a text of its own as evaluation.source"
         )
     return found

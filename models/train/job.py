@@ -271,8 +271,8 @@ def _warnings(training: Training) -> list[str]:
             f"the teacher's held-out loss is {told.loss_teacher:.4f}, no better than the student's "
             f"{training.loss_before:.4f} before it learned: on this text there is nothing to learn from it"
         )
-    if training.accuracy_after is not None:
-        return found + doubts(training)
+    if training.accuracy_after is not None and training.majority_share is not None:
+        return found + doubts(training.accuracy_after, training.majority_share, training.measured_examples)
     if training.measured_tokens < 1000:
         found.append(
             f"the held-out loss was measured on {training.measured_tokens} tokens, which tell little; give more "

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -79,13 +80,11 @@ def test_every_token_gets_what_transformers_says_of_a_text_that_ends_there(tmp_p
         torch.testing.assert_close(loaded(input_ids=ids[:, :end]).logits[0], logits[0, end - 1].detach())
     assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"} and loaded.config.label2id == {"a": 0, "b": 1, "c": 2}
     names = open_model(path).names()
-    assert {*open_model_names(tmp_path / "out")} == {*names, "score.weight"} - {"lm_head.weight"}
+    assert {*stored_names(tmp_path / "out")} == {*names, "score.weight"} - {"lm_head.weight"}
 
 
-def open_model_names(path: Path) -> list[str]:
-    from safetensors import safe_open
-
-    return [name for file in path.glob("*.safetensors") for name in safe_open(file, "pt").keys()]  # noqa: SIM118
+def stored_names(path: Path) -> list[str]:
+    return [name for file in path.glob("*.safetensors") for name in load_file(file)]
 
 
 def test_the_label_s_number_behind_the_text_is_all_that_is_scored(tmp_path: Path) -> None:
@@ -208,6 +207,7 @@ def test_a_job_ends_with_a_classifier_that_a_pipeline_of_transformers_uses(tmp_p
     assert config["architectures"] == ["LlamaForSequenceClassification"] and config["pad_token_id"] == 0
     card = (out / "README.md").read_text()
     assert 'pipeline_tag: "text-classification"' in card and 'pipeline("text-classification", model=directory)' in card
+    assert "| Held-out labels that it tells (" in card and "nats a label" in card
     assert AutoTokenizer.from_pretrained(out).padding_side == "right"
     classify = pipeline("text-classification", model=str(out), device="cpu")
     texts = ["my day 7 was sad then", "my film was fine then", "my meal 101 was long then"]
