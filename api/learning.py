@@ -11,12 +11,14 @@ from jobs import files
 from jobs.records import FileRecord
 from squeeze.documents import PARQUET, grain_for, rows_in
 from squeeze.errors import ArtifactNotFound, DataUnusable, FileNotFound
+from squeeze.labels import Labelled, labelled_in, name_of, refuse_one_label, refuse_unknown
 from squeeze.names import OWN_ID
 from squeeze.records import (
     DATA,
     EVALUATION,
     Chat,
     Faults,
+    Record,
     blamed,
     records_in,
     refuse_nothing_held_out,
@@ -40,10 +42,14 @@ def refuse_unusable(service: Service, project: str, spec: JobSpec) -> str | None
     if not any(isinstance(step, Train) for step in spec.steps):
         return None
     apart = spec.evaluation.source is not None
-    data = _Look(service, project, DATA, spec.data.source, spec.data.column)
-    held_out = _Look(service, project, EVALUATION, spec.evaluation.source, spec.evaluation.column)
+    label = spec.label_column
+    data = _Look(service, project, DATA, spec.data.source, spec.data.column, label)
+    held_out = _Look(service, project, EVALUATION, spec.evaluation.source, spec.evaluation.column, label)
     if data.count is not None:
         refuse_too_few(data.count, apart=apart)
+        if label is not None:
+            refuse_one_label(sorted(data.labels))
+            refuse_unknown(held_out.labels, data.labels)
     if held_out.count is not None:
         refuse_nothing_held_out(held_out.count)
     return data.chat or held_out.chat
@@ -74,9 +80,20 @@ class _Enough(Exception):
 
 
 class _Look:
-    """One file's records, as far as they are looked at. count: of them; None where there may be more."""
+    """One file's records, as far as they are looked at. count: of them; None where there may be more. labels: the
+    names of those that were seen, where each record is to have one, in the field `label`.
+    """
 
-    def __init__(self, service: Service, project: str, param: str, source: str | None, column: str | None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        project: str,
+        param: str,
+        source: str | None,
+        column: str | None,
+        label: str | None,
+    ) -> None:
+        self.labels: set[str] = set()
         self.count: int | None = None
         self.chat: str | None = None
         record = _found(service, project, source)
@@ -93,8 +110,15 @@ class _Look:
         with blamed(param):
             try:
                 rows = rows_in(_beginning(chain([first], chunks)), column, faults)
-                for where, one in records_in(rows, column, grain_for(record.bytes), faults):
+                found: Iterator[tuple[str, Record | Labelled]] = (
+                    records_in(rows, column, grain_for(record.bytes), faults)
+                    if label is None
+                    else labelled_in(rows, column, label, faults)
+                )
+                for where, one in found:
                     count += 1
+                    if isinstance(one, Labelled):
+                        self.labels.add(name_of(one.label))
                     if self.chat is None and isinstance(one, Chat):
                         self.chat = where
                 self.count = count

@@ -11,7 +11,7 @@ from api.service import Service
 from api.sources import Files, files_of, refuse_absent_dataset
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
 from jobs import files as uploads
-from squeeze.architectures import ARCHITECTURES, HELD_BY, refuse_unrotatable
+from squeeze.architectures import ARCHITECTURES, HELD_BY, refuse_classifier, refuse_unclassifiable, refuse_unrotatable
 from squeeze.distillation import Distill
 from squeeze.errors import (
     ArchitectureUnsupported,
@@ -30,7 +30,7 @@ from squeeze.objects import Obstacle, Plan
 from squeeze.shapes import BLOCK
 from squeeze.specs import SELF, JobSpec, hub_text
 from squeeze.steps import Format, Grouped, Quantize
-from squeeze.training import Adapters, LoRA, Train
+from squeeze.training import Adapters, Head, LoRA, Train
 
 LEAST = {"bits": 2, "target_bytes": None}
 
@@ -122,6 +122,10 @@ def _in_the_model(
             if name not in (*HELD_BY[kind], "peft"):
                 held = ", ".join(HELD_BY[kind])
                 yield FormatUnfit(f"{name} can't hold a {kind} model; take {held}.", param=f"formats.{number}")
+    try:
+        refuse_classifier(config.get("architectures"))
+    except ArchitectureUnsupported as error:
+        yield error
     if config.get("quantization_config"):
         yield ModelAlreadyCompressed("The model's weights are quantized already; name the model it was made from.")
     if not tensors and not _weight_bytes(files):
@@ -133,6 +137,11 @@ def _in_the_model(
                 f"{step.student.layers}.",
                 param=f"steps.{number}.student.layers",
             )
+        if isinstance(step, Head) and kind in ARCHITECTURES:
+            try:
+                refuse_unclassifiable(kind, "model")
+            except ArchitectureUnsupported as error:
+                yield error
         if not isinstance(step, Quantize):
             continue
         if step.rotation is not None and kind in ARCHITECTURES:

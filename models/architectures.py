@@ -7,7 +7,7 @@ what differs. Which families exist at all is `squeeze.architectures`, which is i
 from dataclasses import dataclass, replace
 from typing import Any
 
-from squeeze.architectures import ARCHITECTURES
+from squeeze.architectures import ARCHITECTURES, refuse_classifier
 from squeeze.errors import ArchitectureUnsupported, ModelAlreadyCompressed, ModelMalformed, ModelUnsafe
 
 
@@ -71,6 +71,7 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
             f"model_type {model_type!r} is not in the architecture table: where its decoder blocks lie is not known. "
             f"Supported: {', '.join(sorted(ARCHITECTURES))}"
         )
+    refuse_classifier(config.get("architectures"))
     if config.get("quantization_config"):
         raise ModelAlreadyCompressed(
             "the model's weights are quantized already; name the 16-bit model that it was made from"

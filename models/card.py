@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from models.disk import write_whole
-from squeeze.report import Quality, Report, Text
+from squeeze.report import Quality, Report, Text, Training
 from squeeze.steps import Format
 from squeeze.training import QLoRA
 
@@ -50,7 +50,7 @@ def _front_matter(format_name: Format, report: Report) -> str:
     if report.source.license:
         fields["license"] = report.source.license
     fields["library_name"] = "peft" if format_name == "peft" else "transformers"
-    fields["pipeline_tag"] = "text-generation"
+    fields["pipeline_tag"] = "text-classification" if _labels(report) else "text-generation"
     bits = sorted({f"{step['bits']}-bit" for step in report.recipe if "bits" in step and step["bits"] != "auto"})
     bits += [] if report.allocation is None else ["mixed-precision"]
     fields["tags"] = ["squeeze", format_name, *dict.fromkeys(step["method"] for step in report.recipe), *bits]
@@ -94,8 +94,9 @@ def _recipe(report: Report) -> str:
         lines += [f"Merged: {', '.join(named)}.", ""]
     if report.training is not None:
         data = report.training.data
+        what = "labels" if _labels(report) else "tokens"
         lines += [
-            f"Trained on {data.learned_tokens:,} tokens of {data.records:,} records of {data.origin}, in "
+            f"Trained on {data.learned_tokens:,} {what} of {data.records:,} records of {data.origin}, in "
             f"{report.training.steps:,} steps, with seed {report.seed}.",
             "",
         ]
@@ -120,7 +121,9 @@ def _figures(format_name: Format, report: Report) -> str:
         rows.append(("Bits a weight of the quantized layers", _bits(report.source.dtype), bits))
     if report.training is not None:
         before, after = f"{report.training.loss_before:.4f}", f"{report.training.loss_after:.4f}"
-        rows.append(("Held-out loss of the training, nats a token", before, after))
+        each = "label" if _labels(report) else "token"
+        rows.append((f"Held-out loss of the training, nats a {each}", before, after))
+        rows += _accuracy_rows(report.training)
     lines = ["## Figures", ""]
     if report.quality is not None:
         rows += _quality_rows(report.quality)
@@ -130,6 +133,16 @@ def _figures(format_name: Format, report: Report) -> str:
         if report.quality.text.generic:
             lines += ["That text is generic: figures on it say little about yours.", ""]
     return "\n".join(lines)
+
+
+def _accuracy_rows(training: Training) -> list[tuple[str, str, str]]:
+    share = training.majority_share
+    if training.accuracy_before is None or training.accuracy_after is None or share is None:
+        return []
+    before, after, always = (
+        f"{one:.1%}".replace("%", " %") for one in (training.accuracy_before, training.accuracy_after, share)
+    )
+    return [(f"Held-out labels that it tells ({always} by always saying the commonest)", before, after)]
 
 
 def _quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
@@ -163,6 +176,8 @@ def _loading(directory: Path, format_name: Format, report: Report) -> str:
 def _transformers_lines(directory: Path, format_name: Format, report: Report) -> list[str]:
     if format_name == "peft":
         return _peft_lines(report)
+    if _labels(report):
+        return _classifier_lines(report)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     dtype = config.get("dtype") or config.get("torch_dtype")
     return [
@@ -171,6 +186,19 @@ def _transformers_lines(directory: Path, format_name: Format, report: Report) ->
         'directory = "…"  # where this file lies',
         f'model = AutoModelForCausalLM.from_pretrained(directory, dtype="{dtype}")',
         "tokenizer = AutoTokenizer.from_pretrained(directory)",
+    ]
+
+
+def _classifier_lines(report: Report) -> list[str]:
+    assert report.training is not None, "it was trained"
+    names = ", ".join(json.dumps(name, ensure_ascii=False) for name in _labels(report))
+    return [
+        "from transformers import pipeline",
+        "",
+        'directory = "…"  # where this file lies',
+        'classify = pipeline("text-classification", model=directory)',
+        f'classify(["A text.", "Another."], truncation=True, max_length={report.training.sequence_length - 1})',
+        f"# [{{'label': …, 'score': …}}, …]; labels: {names}",
     ]
 
 
@@ -195,6 +223,11 @@ def _peft_lines(report: Report) -> list[str]:
         "model = PeftModel.from_pretrained(base, directory)",
         "tokenizer = AutoTokenizer.from_pretrained(directory)",
     ]
+
+
+def _labels(report: Report) -> list[str]:
+    """What a classifier tells apart; none of other models."""
+    return [] if report.training is None else [*(report.training.data.labels or ())]
 
 
 def _is_hub_id(name: str) -> bool:

@@ -124,7 +124,11 @@ def certify(
         certificates.append(_peft(directory, base, base_settings, sample, dtype, device))
     foreign = sample if sample.learned is None else Sample.of(None, None)  # they score whole windows
     for name, consumer in FOREIGN.items():
-        if name in able:
+        if name in able and sample.labels:
+            certificates.append(
+                _unasked(format_name, name, f"{name} is asked about models that write, and this tells labels apart")
+            )
+        elif name in able:
             certificates.append(_foreign(directory, format_name, foreign, asked, name, consumer, consumers))
     for certificate in certificates:
         if certificate.outcome == "failed":
@@ -159,12 +163,10 @@ def _transformers(
     movable = format_name in UNPACKED and len(quantization.get("config_groups", ())) <= 1
     offload = movable and need_bytes > limit_bytes
     if not offload and device == "cpu" and need_bytes > max(limit_bytes, available_host_bytes()):
-        return Certificate(
-            format=format_name,
-            consumer="transformers",
-            version=None,
-            outcome="not checked",
-            detail=f"transformers can't keep these {format_name} weights on disk, and in memory they would take some "
+        return _unasked(
+            format_name,
+            "transformers",
+            f"transformers can't keep these {format_name} weights on disk, and in memory they would take some "
             f"{need_bytes / 1e9:.1f} GB, more than this machine has free",
         )
     with tempfile.TemporaryDirectory(prefix=".certify-", dir=directory.parent) as scratch:
@@ -186,7 +188,9 @@ def _transformers(
     if certificate.outcome == "failed":
         raise _failure(certificate, ended)
     how = " with its weights on disk" if offload else ""
-    return certificate.model_copy(update={"detail": f"loaded by AutoModelForCausalLM{how}; {certificate.detail}"})
+    kind = "AutoModelForSequenceClassification" if sample.labels else "AutoModelForCausalLM"
+    alike = "; a batch that is filled up gives the same labels" if ended.answer.get("batched") else ""
+    return certificate.model_copy(update={"detail": f"loaded by {kind}{how}; {certificate.detail}{alike}"})
 
 
 def _peft(
@@ -244,13 +248,7 @@ def _foreign(
 ) -> Certificate:
     python = consumers.get(name) or (Path(sys.executable) if consumer.own else None)
     if python is None:
-        return Certificate(
-            format=format_name,
-            consumer=name,
-            version=None,
-            outcome="not checked",
-            detail=f"no environment with {name} is set ({consumer.variable})",
-        )
+        return _unasked(format_name, name, f"no environment with {name} is set ({consumer.variable})")
     with tempfile.TemporaryDirectory(prefix=".certify-", dir=directory.parent) as scratch:
         request = sample.request() | dict(asked) | {"new_tokens": NEW_TOKENS}
         settings = {key: value.format(scratch=scratch) for key, value in consumer.settings.items()}
@@ -260,6 +258,10 @@ def _foreign(
     if certificate.outcome == "failed" and consumer.own:
         raise _failure(certificate, ended)
     return certificate
+
+
+def _unasked(format_name: Format, consumer: str, why: str) -> Certificate:
+    return Certificate(format=format_name, consumer=consumer, version=None, outcome="not checked", detail=why)
 
 
 def _need_bytes(directory: Path, format_name: Format, dtype: torch.dtype) -> int:

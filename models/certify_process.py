@@ -19,6 +19,7 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 LOGIT_BYTES = 256 << 20  # of one float32 slice of logits
+LABEL_TOLERANCE = 0.02  # by what a label may lose to another, over the largest logit
 
 
 def main(request_path: str, answer_path: str) -> None:
@@ -44,13 +45,17 @@ def die_with(parent: int) -> None:
 
 
 def check(request: dict[str, Any]) -> dict[str, Any]:
-    """Loads, generates greedily, and scores the windows. Returns `sample` and `nll`, a mean for each window."""
+    """Loads, generates greedily, and scores the windows. Returns `sample` and `nll`, a mean for each window.
+
+    A classifier generates nothing, and scores labels.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     directory = request["directory"]
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(
+    kind = AutoModelForSequenceClassification if request.get("labels") else AutoModelForCausalLM
+    model = kind.from_pretrained(
         request.get("base") or directory,
         dtype=getattr(torch, request["dtype"]),
         trust_remote_code=False,
@@ -66,6 +71,8 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     # What accelerate keeps on disk is on no device; its hooks move the inputs.
     device = torch.device(request["device"])
     with torch.inference_mode():
+        if request.get("labels"):
+            return classify(model, tokenizer, request["ids"], device)
         nll = [
             score(model, torch.tensor(ids, device=device), first, learned)
             for ids, first, learned in zip(
@@ -77,6 +84,30 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
         ]
         sample = generate(model, tokenizer, request, device)
     return {"nll": nll, "sample": sample}
+
+
+def classify(model: Any, tokenizer: Any, examples: list[list[int]], device: Any) -> dict[str, Any]:
+    """Scores texts whose last id is the number of their label: `nll`, of each label, `sample`, what the first one got,
+    and `batched`, whether the tokenizer can fill texts up for a batch. Raises ValueError where that changes a label.
+    """
+    import torch
+
+    texts = [ids[:-1] for ids in examples]
+    alone = torch.cat([model(input_ids=torch.tensor([ids], device=device)).logits.float().cpu() for ids in texts])
+    labels = torch.tensor([ids[-1] for ids in examples])
+    nll = torch.nn.functional.cross_entropy(alone, labels, reduction="none").tolist()
+    if not all(map(math.isfinite, nll)):
+        raise ValueError("the logits are not finite")
+    batched = tokenizer.pad_token_id is not None and model.config.pad_token_id is not None
+    if batched:
+        filled = tokenizer.pad({"input_ids": texts}, return_tensors="pt")
+        given = {"input_ids": filled["input_ids"], "attention_mask": filled["attention_mask"]}
+        together = model(**{name: one.to(device) for name, one in given.items()}).logits.float().cpu()
+        lost = alone.max(dim=-1).values - alone.gather(-1, together.argmax(dim=-1, keepdim=True))[:, 0]
+        # Sums in another order may turn what was as good as even.
+        if bool((lost > LABEL_TOLERANCE * alone.abs().max()).any()):
+            raise ValueError("texts of a batch that are filled up get other labels than alone")
+    return {"nll": nll, "sample": model.config.id2label[int(alone[0].argmax())], "batched": batched}
 
 
 def rounding_of(request: dict[str, Any]) -> dict[str, Any]:

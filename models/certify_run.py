@@ -56,13 +56,15 @@ def tokenized(tokenizer: Any) -> list[tuple[str, list[int]]]:
 class Sample:
     """The windows that certifiers score, with what the engine says of them.
 
-    learned: of training examples, which tokens are scored, from `first_scored` on; None: all from there.
+    learned: of training examples, which tokens are scored, from `first_scored` on; None: all from there. labels: the
+    last id of each is the number of its label, and the result a classifier.
     """
 
     ids: list[list[int]]
     first_scored: list[int]
     expected: list[float] | None
     learned: list[list[bool]] | None = None
+    labels: bool = False
 
     @classmethod
     def of(cls, windows: Windows | None, expected: list[float] | None) -> "Sample":
@@ -94,6 +96,7 @@ class Sample:
             "ids": self.ids,
             "first_scored": self.first_scored,
             "learned": self.learned,
+            "labels": self.labels,
             "prompt_tokens": PROMPT_TOKENS,
         }
 

@@ -20,22 +20,25 @@ def documents_of(source: Path, param: str, column: str | None = None) -> Iterato
             yield record if isinstance(record, str) else _text_of(record, columns, wanted, where)
 
 
-def rows_of(source: Path, column: str | None = None, wrong: Wrong = refuse) -> Iterator[Row]:
-    """The records of a file, or of a directory's files by their names, as `squeeze.documents.rows_in`."""
+def rows_of(source: Path, column: str | None = None, wrong: Wrong = refuse, label: str | None = None) -> Iterator[Row]:
+    """The records of a file, or of a directory's files by their names, as `squeeze.documents.rows_in`.
+
+    label: a field beside the text.
+    """
     if source.is_dir():
         for one in sorted(source.iterdir()):
-            yield from rows_of(one, column, wrong)
+            yield from rows_of(one, column, wrong, label)
         return
     with source.open("rb") as file:
         parquet = file.read(len(PARQUET)) == PARQUET
         file.seek(0)
         if parquet:
-            yield from _parquet(source, column)
+            yield from _parquet(source, column, label)
         else:
             yield from rows_in(iter(lambda: file.read(PIECE_BYTES), b""), column, wrong)
 
 
-def _parquet(source: Path, column: str | None) -> Iterator[Row]:
+def _parquet(source: Path, column: str | None, label: str | None) -> Iterator[Row]:
     from pyarrow import ArrowException, parquet  # only where such a file is given: it costs 60 MB
 
     columns, wanted = wanted_of(column)
@@ -46,7 +49,9 @@ def _parquet(source: Path, column: str | None) -> Iterator[Row]:
         held = [name for name in columns if name in names]
         if not held:
             raise DataUnusable(f"the file has none of {wanted} among its columns ({', '.join(names[:20])})")
-        for batch in file.iter_batches(batch_size=256, columns=held):
+        if label is not None and label not in names:
+            raise DataUnusable(f"the file has no `{label}` among its columns ({', '.join(names[:20])})")
+        for batch in file.iter_batches(batch_size=256, columns=held if label is None else [*held, label]):
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row

@@ -143,6 +143,8 @@ def result_of(report: Report, directories: Mapping[Format, Path]) -> Result:
         top1_agreement=quality.top1_agreement if quality else None,
         loss_before=training.loss_before if training else None,
         loss_after=training.loss_after if training else None,
+        accuracy_before=training.accuracy_before if training else None,
+        accuracy_after=training.accuracy_after if training else None,
         certified=certified,
     )
 

@@ -66,6 +66,33 @@ ROTATABLE: tuple[str, ...] = (
 )
 
 
+# transformers 5.23 has a model for sequence classification with `score` as its head.
+CLASSIFIABLE: tuple[str, ...] = tuple(
+    name for name in ARCHITECTURES if name not in ("codegen", "cohere", "cohere2", "granite", "olmoe")
+)
+
+
+def refuse_classifier(architectures: object) -> None:
+    """Raises ArchitectureUnsupported where a config's `architectures` name a classifier, which has no output head."""
+    named = architectures if isinstance(architectures, list) else []
+    if any(isinstance(name, str) and name.endswith("ForSequenceClassification") for name in named):
+        raise ArchitectureUnsupported(
+            f"the model is a classifier ({named[0]}): it has a head for labels in place of the one for tokens, which "
+            "every step works with. Name the model that it was made from",
+            param="model",
+        )
+
+
+def refuse_unclassifiable(kind: object, param: str | None = None) -> None:
+    """Raises ArchitectureUnsupported where transformers has no classifier of a family."""
+    if kind not in CLASSIFIABLE:
+        raise ArchitectureUnsupported(
+            f"transformers has no {kind} model for sequence classification, which could be loaded with a "
+            f"classification head. It has of {', '.join(CLASSIFIABLE)}",
+            param=param,
+        )
+
+
 def refuse_unrotatable(kind: object, param: str) -> None:
     """Raises ArchitectureUnsupported where rotations can't be folded into the weights of a family."""
     if kind not in ROTATABLE:

@@ -166,7 +166,7 @@ def _refuse_untrained(step: Train, number: int, formats: Sequence[Format]) -> No
                 f"{name} can't hold what {step.method} learns, which can't be merged into weights. Take peft.",
                 param="formats",
             )
-        if name == "safetensors" and not step.whole:
+        if name == "safetensors" and name not in step.formats:
             raise FormatUnfit(
                 "safetensors holds the merged model, and this step does not merge. Set `merge` to true, or leave "
                 "safetensors out of `formats`.",

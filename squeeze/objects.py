@@ -84,6 +84,10 @@ class Result(Answer):
     top1_agreement: float | None = None
     loss_before: float | None = Field(None, description="Held-out loss of the examples before a step that trains.")
     loss_after: float | None = Field(None, description="And after it, nats a learned token.")
+    accuracy_before: float | None = Field(
+        None, description="Share of the held-out examples whose label is told, before a step that learns labels."
+    )
+    accuracy_after: float | None = Field(None, description="And after it.")
     certified: dict[str, dict[str, str]] = Field(
         default_factory=dict, description="format -> consumer -> `passed`, `not checked` or why not."
     )

@@ -174,6 +174,10 @@ class TrainingData(Part):
     learned_tokens: int = Field(description="Of `tokens`, those whose loss counts.")
     sha256: str
     held_out_sha256: str
+    labels: dict[str, int] | None = Field(
+        None, description="Records to learn from by label, in the order of the labels' numbers; of `head` alone."
+    )
+    held_out_labels: dict[str, int] | None = Field(None, description="Held-out records by label, in the same order.")
 
 
 class TrainingStep(Part):
@@ -249,6 +253,13 @@ class Training(Part):
     loss_quantized: dict[str, float] = Field(
         default_factory=dict,
         description="Held-out, by format, where the next step quantized what was merged; as transformers sees it.",
+    )
+    accuracy_before: float | None = Field(
+        None, description="Share of the measured examples whose label was told, by a head drawn at random; of `head`."
+    )
+    accuracy_after: float | None = Field(None, description="The same, by what was kept.")
+    majority_share: float | None = Field(
+        None, description="Of the commonest label among the measured examples: what always saying that would reach."
     )
     curve: list[TrainingStep]
     held_out: list[HeldOutLoss]

@@ -16,7 +16,7 @@ from squeeze.formats import holders
 from squeeze.merging import Merge
 from squeeze.names import names_a_model
 from squeeze.steps import QAT, Format, Quantize, Step
-from squeeze.training import Adapters, Finetune, QLoRA, Train
+from squeeze.training import Adapters, Finetune, Head, QLoRA, Train
 from squeeze.wire import Wire
 
 USUAL_LENGTH = 2048
@@ -89,7 +89,8 @@ class Data(Wire):
         "`hub:org/name:subset/split`, with `@revision` after the name where it isn't `main`); or `self`: the model "
         "samples its own calibration text, for which it must fit in memory whole. Left out: a generic text that comes "
         "with the installation; figures on it say little about your own text, and the report says so. A step that "
-        "finetunes needs a file or a dataset: text, `prompt` and `completion`, or `messages` of a chat.",
+        "finetunes needs a file or a dataset: text, `prompt` and `completion`, or `messages` of a chat; "
+        "`head` needs `text` and `label`.",
     )
     column: str | None = Field(None, min_length=1, max_length=128, description=_COLUMN)
     samples: int = Field(128, ge=1, le=65536, description="Calibration sequences.")
@@ -204,6 +205,11 @@ class JobSpec(Wire):
                 named |= {f"steps.{number}.models.{n}.model": entry.name for n, entry in enumerate(step.models)}
         return named
 
+    @property
+    def label_column(self) -> str | None:
+        """The field of a record that holds its label, where a step learns labels."""
+        return next((step.label_column for step in self.steps if isinstance(step, Head)), None)
+
     @field_validator("model")
     @classmethod
     def _names_a_model(cls, value: str) -> str:
@@ -258,6 +264,8 @@ class JobSpec(Wire):
                 )
             if isinstance(step, Distill) and self.data.source == SELF:
                 raise ValueError("a student learns from text that is there: name a file or a dataset as data.source")
+            if step is not self.steps[-1] and isinstance(step, Head):
+                raise ValueError("head makes a classifier, which no step goes on with: let it be the last step")
             if step is not self.steps[-1] and not step.whole:
                 raise ValueError(f"the step after {step.method} goes on with a whole model: set its `merge` to true")
             _refuse_unshared(step, self.limits.gpus)

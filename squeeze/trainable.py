@@ -8,11 +8,13 @@ from math import prod
 from typing import Any
 
 from squeeze.shapes import BLOCK, linear_of, number_of
-from squeeze.training import IA3, Adapters, Finetune, LastLayers, LowRank, Prefix, Prompt, QLoRA, Train
+from squeeze.training import IA3, Adapters, Finetune, Head, LastLayers, LowRank, Prefix, Prompt, QLoRA, Train
 
+OUTPUT_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.")
 EMBEDDING = re.compile(r"(?:^|\.)(?:embed_|wte|wpe|word_embeddings)")
 KEYS_AND_VALUES = ("k_proj", "v_proj", "kv_b_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
 LAST_OF_FEED_FORWARD = ("down_proj", "dense_4h_to_h", "fc_out", "fc2", "mlp.c_proj")
+FEWEST_LABELS = 2
 ADAM_BYTES = 8  # two moments in float32
 CODED_BYTES = 2 + 8 / 256  # the same in 8 bits, with a scale for 256 of them each (bitsandbytes)
 NF4_BYTES = (4 + 32 / 64) / 8  # of a weight, with a scale for 64 of them
@@ -25,7 +27,8 @@ class Learned:
 
     linears: those whose inputs are needed for the gradient, as (rows, columns). rank: of what stands beside them.
     blocks: decoder blocks that gradients go through. gradient_bytes, state_bytes: of gradients, and of the
-    optimizer. rounded: weights that are rounded while they are loaded; rounded_bytes: what these then take.
+    optimizer. rounded: weights that are rounded while they are loaded; rounded_bytes: what these then take. left_out:
+    weights that are not loaded.
     """
 
     parameters: int
@@ -37,6 +40,7 @@ class Learned:
     state_bytes: int = 0
     rounded: int = 0
     rounded_bytes: int = 0
+    left_out: int = 0
 
     @property
     def bytes(self) -> int:
@@ -44,8 +48,12 @@ class Learned:
         return self.parameters * 4 * self.apart + self.gradient_bytes + self.state_bytes
 
 
-def learned(step: Finetune, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> Learned:
-    """tensors: shapes by name, as in the files."""
+def learned(
+    step: Finetune, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], labels: int = FEWEST_LABELS
+) -> Learned:
+    """tensors: shapes by name, as in the files. labels: of a classifier; their number is the data's, which plans don't
+    look at, and hardly counts beside the model.
+    """
     blocks = {int(found[1]) for name in tensors if (found := BLOCK.search(name))}
     if isinstance(step, LowRank):
         wanted = step.target_modules or ("*",)
@@ -70,22 +78,29 @@ def learned(step: Finetune, config: Mapping[str, Any], tensors: Mapping[str, tup
         count = _beside(step, config, tensors, len(blocks))
         update = _update_bytes(step, _evenly(count, len(blocks)))
         return Learned(count, True, (), 0, len(blocks), *update)
-    first = max(blocks, default=-1) + 1 - step.layers if isinstance(step, LastLayers) else 0
+    last = step.layers if isinstance(step, LastLayers | Head) else None  # blocks
+    first = 0 if last is None else max(blocks, default=-1) + 1 - last
+    dropped = {name: each for name, each in tensors.items() if isinstance(step, Head) and OUTPUT_HEAD.search(name)}
 
     def learns(name: str) -> bool:
         found = BLOCK.search(name)
         if found is not None:
             return int(found[1]) >= first
-        return not isinstance(step, LastLayers) or not EMBEDDING.search(name)
+        if last == 0:
+            return False
+        return name not in dropped and not (last is not None and EMBEDDING.search(name))
 
     sides = {name: each for name, each in tensors.items() if learns(name)}
+    if isinstance(step, Head):
+        sides["score.weight"] = (labels, number_of(config, "word_embed_proj_dim", "hidden_size", "n_embd", "d_model"))
     return Learned(
         sum(map(prod, sides.values())),
         False,
         tuple(each for name, each in _linears(config, tensors) if learns(name)),
         0,
-        min(len(blocks), step.layers) if isinstance(step, LastLayers) else len(blocks),
+        len(blocks) if last is None else min(len(blocks), last),
         *_update_bytes(step, sides),
+        left_out=sum(map(prod, dropped.values())),
     )
 
 

@@ -300,6 +300,33 @@ class LastLayers(Finetune):
     layers: int = Field(2, ge=1, le=1000, description="Decoder blocks that are trained, counted from the end.")
 
 
+class Head(Finetune):
+    """Trains a classification head, which reads the model's last token, from texts with labels. The model is written
+    with it in place of its output head: what comes of it tells labels apart, and writes no more.
+    """
+
+    method: Literal["head"]
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="At its highest; with `layers`, 5e-5 is usual.")
+    packing: bool = Field(
+        False,
+        description="Put several examples into one sequence, which don't see each other. A batch then holds as many as "
+        "fit; without it, as many as it has sequences.",
+    )
+    layers: int = Field(
+        0, ge=0, le=1000, description="Decoder blocks that are trained beside the head, counted from the end."
+    )
+    label_column: str = Field(
+        "label",
+        min_length=1,
+        max_length=128,
+        description="The column (or JSONL field) that holds the label: a string, a whole number or a bool.",
+    )
+
+    @property
+    def whole(self) -> bool:
+        return False
+
+
 class Rounded(Descent):
     """What training a model with rounded weights takes, beside the grid that they are rounded to."""
 
@@ -343,4 +370,4 @@ class Rounded(Descent):
         return Train(method="qat", steps=self.steps, **shared)
 
 
-TRAINING_METHODS: tuple[type[Train], ...] = (LoRA, QLoRA, IA3, Prompt, Prefix, Full, LastLayers)
+TRAINING_METHODS: tuple[type[Train], ...] = (LoRA, QLoRA, IA3, Prompt, Prefix, Full, LastLayers, Head)

@@ -12,7 +12,7 @@ from squeeze.shapes import Block, Group, Shape
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
 from squeeze.trainable import Learned
-from squeeze.training import Finetune, LowRank, QLoRA
+from squeeze.training import Finetune, Head, LowRank, QLoRA
 
 FLOAT = 4
 # Of processes that have imported what they need, the job's and the certifier's; measured, on a CPU.
@@ -63,7 +63,7 @@ def needed_to_train(
     each = 2 if step.precision in ("bf16", "fp16") else FLOAT
     length = min(spec.data.length, shape.positions or spec.data.length)
     tokens = step.together * length
-    plain = (shape.elements - learned.rounded) * each + learned.rounded_bytes
+    plain = (shape.elements - learned.rounded - learned.left_out) * each + learned.rounded_bytes
     weights = plain if learned.apart else plain + learned.parameters * (FLOAT - each)
     passing = _Pass(shape, step, learned, each, tokens, length)
     through = sorted(map(passing.kept, shape.blocks), reverse=True)[: learned.blocks]
@@ -72,7 +72,8 @@ def needed_to_train(
         activations = learned.blocks * passing.held(tokens, shape.hidden, each) + through[0]
     scored = min(tokens, spec.evaluation.samples * length)
     process, certifying = (PEFT_BYTES, CERTIFIER_PEFT_BYTES) if learned.apart else (PROCESS_BYTES, PROCESS_BYTES)
-    certifier = certifying + plain + int(CERTIFIER_LOGIT_SLICES * _slice(shape, length))
+    slices = 0 if isinstance(step, Head) else CERTIFIER_LOGIT_SLICES  # a few logits, of labels
+    certifier = certifying + plain + int(slices * _slice(shape, length))
     return TrainingMemory(
         process=process + int(TEXT_SHARE * text_bytes),
         weights=weights,
@@ -123,6 +124,8 @@ class _Pass:
         return total + (self.held(tokens, self.length, each) if self.step.packing else 0)
 
     def logits(self, tokens: int, copies: int) -> int:
+        if isinstance(self.step, Head):  # of labels, and of one token of each example
+            return 0
         own = self.held(tokens, self.shape.vocabulary, self.each) if self.each < FLOAT else 0
         return own + copies * self.held(tokens, self.shape.vocabulary, FLOAT)
 

@@ -9,7 +9,7 @@ from math import ceil
 from squeeze.shapes import Shape
 from squeeze.specs import JobSpec
 from squeeze.trainable import Learned
-from squeeze.training import USUAL_EPOCHS, Adapters, Finetune
+from squeeze.training import USUAL_EPOCHS, Adapters, Finetune, Head
 from squeeze.work import (
     BYTE,
     CERTIFIED,
@@ -53,20 +53,26 @@ def counted_training(
     steps = steps or ceil(tokens / (step.sequences * length))
     scored = spec.evaluation.samples * length
     looks = 2 + (steps // step.evaluate_every if step.evaluate_every else 0)
+    looks += 2 * isinstance(step, Head)  # for the accuracy
     forward = [of_token(block, shape, length) for block in shape.blocks]
     through = sum(forward[len(forward) - learned.blocks :])
     again = (1 if learned.apart else 2) + step.activation_checkpointing
     in_blocks = tokens * (sum(forward) + again * through) + looks * scored * sum(forward)
     if learned.rank:
         in_blocks += 6 * tokens * learned.parameters
-    heads = (tokens * (2 if learned.apart else 3) + looks * scored) * of_head(shape)
+    heads = (tokens * (2 if learned.apart else 3) + looks * scored) * _of_head(shape, step)
     reading = sum(of_reading(block, shape) for block in shape.blocks)
     stages = {
         "loading": Count(TEXTS + TOKEN * tokens / max(1.0, step.epochs or 1.0) + _outside(shape), reading),
         "training": Count(heads + steps * UPDATE_VISITS * VISIT * learned.parameters, in_blocks),
         "exporting": _exporting(shape, step, learned, scored, sum(forward), last=last),
     }
-    return stages | ({"certifying": _certifying(shape, spec, scored, length, sum(forward))} if last else {})
+    return stages | ({"certifying": _certifying(shape, spec, step, scored, length, sum(forward))} if last else {})
+
+
+def _of_head(shape: Shape, step: Finetune) -> float:
+    """A token's logits; those of labels are next to nothing."""
+    return 0.0 if isinstance(step, Head) else of_head(shape)
 
 
 def _outside(shape: Shape) -> float:
@@ -81,12 +87,12 @@ def _exporting(shape: Shape, step: Finetune, learned: Learned, scored: int, forw
         return Count(beside)
     moved = KEEP_VISITS * VISIT * isinstance(step, Adapters) + 4 * shape.stored_bytes * BYTE
     elements = sum(block.elements for block in shape.blocks)
-    return Count(beside + scored * of_head(shape) + moved * shape.outside, scored * forward + moved * elements)
+    return Count(beside + scored * _of_head(shape, step) + moved * shape.outside, scored * forward + moved * elements)
 
 
-def _certifying(shape: Shape, spec: JobSpec, scored: int, length: int, forward: float) -> Count:
+def _certifying(shape: Shape, spec: JobSpec, step: Finetune, scored: int, length: int, forward: float) -> Count:
     """A fresh process for each format: load, score, generate."""
     seen = min(scored, max(1, min(CERTIFIED[0], CERTIFIED[1] // length)) * length)
     blocks = sum(of_reading(block, shape) + GENERATED_TOKENS * VISIT * block.active for block in shape.blocks)
-    fixed = START + (seen + GENERATED_TOKENS) * of_head(shape) + _outside(shape)
+    fixed = START + (seen + GENERATED_TOKENS) * _of_head(shape, step) + _outside(shape)
     return Count(len(spec.formats) * fixed, len(spec.formats) * (blocks + seen * forward))

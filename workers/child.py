@@ -164,7 +164,8 @@ def _merged(request: Request, spec: JobSpec, storage: Storage, teller: Teller, b
 
 
 def _check_examples(spec: JobSpec, data: Located, held_out: Located | None) -> None:
-    check_records(data.path, held_out.path if held_out else None, (spec.data.column, spec.evaluation.column))
+    columns = spec.data.column, spec.evaluation.column
+    check_records(data.path, held_out.path if held_out else None, columns, spec.label_column)
 
 
 def _settle(spec: JobSpec, request: Request) -> None:

@@ -4,7 +4,7 @@ from models.train.loop import Task
 from models.train.prepare import Prepared
 from squeeze.specs import JobSpec
 from squeeze.steps import Quantize
-from squeeze.trainable import learned
+from squeeze.trainable import FEWEST_LABELS, learned
 from squeeze.training import Finetune
 from squeeze.training_work import counted_training
 from squeeze.work import counted
@@ -21,7 +21,7 @@ def work_of(prepared: Prepared, task: Task, spec: JobSpec) -> dict[str, float]:
         source.shape(),
         spec,
         step,
-        learned(step, source.config, tensors),
+        learned(step, source.config, tensors, max(len(prepared.labels), FEWEST_LABELS)),
         int(task.plan.steps * step.sequences * filled),
         steps=task.plan.steps,
         last=step is spec.steps[-1],

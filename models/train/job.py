@@ -31,6 +31,7 @@ from models.resources import (
     return_free_memory,
 )
 from models.team import SOLO, Team
+from models.train.accuracy import accuracies, doubts
 from models.train.checkpoints import Checkpoints, Story
 from models.train.choices import try_micro_batch
 from models.train.counting import ahead, summed, work_of
@@ -46,7 +47,7 @@ from squeeze.objects import Stage
 from squeeze.report import Certificate, Report, Spent, Training
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
-from squeeze.training import Adapters, QLoRA, Train
+from squeeze.training import Adapters, Head, QLoRA, Train
 
 LIBRARIES = ("peft", "accelerate")
 
@@ -131,13 +132,17 @@ def _trained(
             task, before = lesson.given(task), lesson.apart(task, accelerator)
     with clock.stage("training"):
         notify.stage(Stage.training)
+        accuracy = task.held_out_accuracy(accelerator) if isinstance(step, Head) else None
         checkpoints = Checkpoints(inputs.work / TRAINING, prepared.mark, processes.team, notes)
         story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
         losses = task.held_out_losses(accelerator)
         samples = {adapter: _sample(task.held_out, losses)}
+        told = None if accuracy is None else (accuracy, task.held_out_accuracy(accelerator))
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
         training = _training(prepared, task, story, _mean(losses))
+        if told is not None:
+            training = training.model_copy(update=accuracies(told, task.held_out))
         if lesson is not None:
             taught = lesson.told(before, lesson.apart(task, accelerator))
             training = training.model_copy(update={"distillation": taught})
@@ -155,7 +160,7 @@ def _trained(
                 prepared.share(model)
             plain = prepared.task(model, packed=packed)
             losses = plain.held_out_losses(accelerator)
-            samples[whole] = _sample(plain.held_out, losses)
+            samples[whole] = _sample(plain.held_out, losses, labels=isinstance(step, Head))
             training = training.model_copy(update={"loss_written": _mean(losses)})
             del plain, model
             _give_back()
@@ -237,6 +242,8 @@ def _write(
         return
     if isinstance(step, Adapters):
         write_merged(source, prepared.sites, method.Merged(adapter), whole, notify)
+    elif isinstance(step, Head):
+        method.write(model, prepared.labels, source, whole)
     else:
         write_trained(model, source, whole)
     write_whole(note, prepared.mark)
@@ -288,6 +295,8 @@ def _warnings(training: Training) -> list[str]:
             f"the teacher's held-out loss is {told.loss_teacher:.4f}, no better than the student's "
             f"{training.loss_before:.4f} before it learned: on this text there is nothing to learn from it"
         )
+    if training.accuracy_after is not None and training.majority_share is not None:
+        return found + doubts(training.accuracy_after, training.majority_share, training.measured_examples)
     if training.measured_tokens < 1000:
         found.append(
             f"the held-out loss was measured on {training.measured_tokens} tokens, which tell little; give more "
@@ -296,8 +305,10 @@ def _warnings(training: Training) -> list[str]:
     return found
 
 
-def _sample(held_out: Examples, losses: tuple[Tensor, Tensor] | None = None) -> Sample:
-    """Held-out examples: with their losses the first few, for those who certify the result; without them all."""
+def _sample(held_out: Examples, losses: tuple[Tensor, Tensor] | None = None, *, labels: bool = False) -> Sample:
+    """Held-out examples: with their losses the first few, for those who certify the result; without them all. labels:
+    each ends with the number of its label.
+    """
     pairs = [held_out.one(number) for number in range(len(held_out))]
     if losses is not None:
         tokens = list(accumulate(len(ids) for ids, _ in pairs))
@@ -306,7 +317,7 @@ def _sample(held_out: Examples, losses: tuple[Tensor, Tensor] | None = None) -> 
         ] or pairs[:1]
     means = None if losses is None else (losses[0] / losses[1])[: len(pairs)].tolist()
     learned = [scored.tolist() for _, scored in pairs]
-    return Sample([ids.tolist() for ids, _ in pairs], [one.index(True) for one in learned], means, learned)
+    return Sample([ids.tolist() for ids, _ in pairs], [one.index(True) for one in learned], means, learned, labels)
 
 
 def _mean(losses: tuple[Tensor, Tensor]) -> float:

@@ -33,7 +33,7 @@ from models.train.optimizers import BAdam, optimizer_of, optimizer_tensors, rest
 from models.train.packing import Batch, Plan, Row
 from models.train.processes import ALONE, Processes, whole
 from models.train.schedule import learning_rate, warmup_steps
-from models.train.scoring import Objective, example_losses, learned_losses, without_virtual_tokens
+from models.train.scoring import Objective, accuracy, example_losses, learned_losses, without_virtual_tokens
 from squeeze.errors import NotFinite
 from squeeze.report import HeldOutLoss, TrainingStep
 from squeeze.training import Train
@@ -71,15 +71,21 @@ class Task:
     def held_out_losses(self, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
         """As `example_losses`."""
         with accelerator.autocast():
-            return example_losses(
-                self.model,
-                self.held_out,
-                self.held_out_rows,
-                packed=self.packed,
-                size=self.step.together,
-                device=self.device,
-                processes=self.processes,
-            )
+            return example_losses(self.model, self.held_out, self.held_out_rows, **self._how)
+
+    def held_out_accuracy(self, accelerator: Accelerator) -> float:
+        """As `accuracy`."""
+        with accelerator.autocast():
+            return accuracy(self.model, self.held_out, self.held_out_rows, **self._how)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {
+            "packed": self.packed,
+            "size": self.step.together,
+            "device": self.device,
+            "processes": self.processes,
+        }
 
 
 def accelerator_of(precision: str, device: torch.device) -> Accelerator:

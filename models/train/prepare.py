@@ -15,7 +15,7 @@ from models.checkpoint import SourceModel, open_or_convert
 from models.data import LEAST_TOKENS
 from models.distill.student import refuse_unteachable, student_of
 from models.distill.vocabulary import refuse_foreign, shared_vocabulary
-from models.finetune import full
+from models.finetune import full, head
 from models.fingerprint import training_fingerprint
 from models.formats.directory import refuse_broken_companions
 from models.frame import Frame
@@ -35,8 +35,9 @@ from squeeze.descent import Precision
 from squeeze.distillation import Distill
 from squeeze.distillation import Sequence as Written
 from squeeze.errors import DataUnusable, ModelMalformed
+from squeeze.records import DATA
 from squeeze.specs import JobSpec
-from squeeze.training import Adapters, Finetune, QLoRA, Train, VirtualTokens
+from squeeze.training import Adapters, Finetune, Head, QLoRA, Train, VirtualTokens
 
 TRAINING = "train"  # in the work directory, what one keeps
 TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,7 +88,14 @@ class Prepared:
 
     def load(self, path: Path, device: torch.device | None = None) -> Any:
         """A model directory's whole model, nothing of it to learn. device: left out, that of the training."""
+        if isinstance(self.step, Head):
+            return head.load(path, self.labels, self.dtype, device or self.device)
         return load_whole(path, self.dtype, device or self.device)
+
+    @property
+    def labels(self) -> list[str]:
+        """By their numbers; none where no labels are learned."""
+        return [*(self.split.data.labels or ())]
 
     def share(self, model: Any) -> None:
         """Leaves this process its part of the weights, where several are to hold a part each."""
@@ -123,7 +131,7 @@ def refuse_untrainable(step: Train, frame: Frame) -> int:
     if isinstance(step, Distill):
         refuse_unteachable(step, frame)
     sites, ahead = method_of(step).sites_of(frame, step), _virtual_tokens(step)
-    if not sites and not ahead:
+    if not sites and not ahead and not isinstance(step, Head):
         raise ModelMalformed("no linear layer of the decoder blocks can be trained", param="target_modules")
     if frame.max_positions is not None and frame.max_positions - ahead < LEAST_TOKENS:
         beside = f" beside {ahead} virtual tokens" if ahead else ""
@@ -167,6 +175,8 @@ def prepare(
         beside = f" beside {ahead} virtual tokens" if ahead else ""
         split.warnings.append(f"sequence_length {spec.data.length} was cut to the model's {length} positions{beside}")
     vocabulary = int(frame.model.config.vocab_size)
+    if len(split.data.labels or ()) > vocabulary:
+        raise DataUnusable(f"there are more labels than the {vocabulary:,} tokens that the model knows", param=DATA)
     _refuse_foreign_ids(split, vocabulary)
     return Prepared(
         step=step,
@@ -175,7 +185,7 @@ def prepare(
         source=source,
         sites=method_of(step).sites_of(frame, step),
         split=split,
-        held_out=_first(split.held_out, spec.evaluation.samples * length),
+        held_out=_first(_mixed(split, spec.seed), spec.evaluation.samples * length),
         length=length,
         precision=precision,
         device=device,
@@ -254,6 +264,17 @@ def resolved(precision: Precision, device: torch.device) -> str:
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _mixed(split: Split, seed: int) -> Examples:
+    """What is held out; with labels in an order that the seed draws, since files are often sorted by label."""
+    examples = split.held_out
+    if split.data.labels is None:
+        return examples
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
+    pairs = [examples.one(number) for number in order]
+    lengths = torch.tensor([0, *(len(ids) for ids, _ in pairs)])
+    return Examples(torch.cat([ids for ids, _ in pairs]), torch.cat([one for _, one in pairs]), lengths.cumsum(0))
 
 
 def _first(examples: Examples, tokens: int) -> Examples:

@@ -115,13 +115,38 @@ def example_losses(
     return sums, counts
 
 
+@torch.no_grad()
+def accuracy(
+    model: Any,
+    examples: Examples,
+    rows: Sequence[Row],
+    *,
+    packed: bool,
+    size: int | None,
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> float:
+    """Share of the examples' learned tokens that the model finds likeliest; the arguments of `example_losses`."""
+    right = count = 0
+    was_training = model.training
+    model.eval()
+    for part in processes.batches(examples, rows, size):
+        batch = part.to(device)
+        told = learned_logits(model, batch, packed=packed).argmax(dim=-1)
+        right += int((told == batch.targets[batch.targets != UNSCORED]).sum())
+        count += len(told)
+    model.train(was_training)
+    right_of_all, all_of_them = processes.total(right, count)
+    return right_of_all / all_of_them
+
+
 def packs(model: Any, device: torch.device, vocabulary: int) -> bool:
     """Whether examples in one sequence stay strangers to each other in this model, found by trying.
 
     Two sequences whose first halves differ: the second half must give the same logits, and the same as alone, both but
     for rounding.
     """
-    if "position_ids" not in inspect.signature(own(model).forward).parameters:
+    if "position_ids" not in inspect.signature(own(model).base_model.forward).parameters:
         return False
     dice = torch.Generator().manual_seed(0)
     first, second = 7, 9

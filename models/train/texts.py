@@ -18,8 +18,9 @@ from models.text import Split as Side
 from models.train.examples import Split, divided, read_examples
 from models.train.whole import load_whole
 from squeeze.distillation import Sequence
+from squeeze.labels import Labelled
 from squeeze.records import row_of
-from squeeze.training import Train
+from squeeze.training import Head, Train
 
 EVERYTHING = 1 << 62  # characters
 
@@ -51,6 +52,7 @@ def examples_of(
         assert teacher is not None, "a distillation has a teacher"
         text, held_out = _taught(inputs, step, teacher, (text, held_out), length, dtype, notify)
         origin, columns = f"{origin}, as the teacher ends it", (None, None)
+    label = step.label_column if isinstance(step, Head) else None
     split = read_examples(
         read_tokenizer(model),
         text,
@@ -58,6 +60,7 @@ def examples_of(
         length,
         origins=(origin, held_out_origin),
         columns=columns,
+        label=label,
     )
     if generic:
         split.warnings.append(
@@ -83,7 +86,12 @@ def _taught(
 ) -> tuple[Path, Path]:
     """(what is trained on as the teacher ends it, what is held out as it is)."""
     spec, device = inputs.spec, torch.device(inputs.device)
-    records = list(divided(*files, (spec.data.column, spec.evaluation.column)))
+    columns = spec.data.column, spec.evaluation.column
+    records = [
+        (is_apart, where, record)
+        for is_apart, where, record in divided(*files, columns)
+        if not isinstance(record, Labelled)
+    ]
     rows = [json.dumps(row_of(record)) for _, _, record in records]
     digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()
     inputs.work.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,31 @@ def pieces_of(tokens: Tokens, length: int, *, cut: bool) -> Iterator[Tokens]:
         yield ids[start : start + length], scored[start : start + length]
 
 
+def labelled_tokens(tokenizer: Any, text: str, number: int, length: int) -> tuple[Tokens, bool]:
+    """(the text's tokens and the number of its label, which alone is learned; whether the text was cut).
+
+    The text is made into tokens as it is when the classifier is asked, and ends where classifiers of transformers look:
+    at the last token that doesn't fill up. It is cut as the tokenizer cuts, most of which keep the beginning.
+    """
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    cut = len(ids) >= length
+    if cut:
+        ids = list(tokenizer(text, truncation=True, max_length=length - 1)["input_ids"])
+    filler = filler_of(tokenizer)
+    while len(ids) > 1 and ids[-1] == filler:
+        ids.pop()
+    return ([*ids, number], [False] * len(ids) + [True]), cut
+
+
+def filler_of(tokenizer: Any) -> int | None:
+    """The token that fills shorter texts of a batch up for a classifier: the tokenizer's own, or that which ends texts,
+    or none.
+    """
+    own: int | None = tokenizer.pad_token_id
+    end: int | None = tokenizer.eos_token_id
+    return end if own is None else own
+
+
 def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
     end = tokenizer.eos_token_id
     return [*ids, end] if end is not None and (not ids or ids[-1] != end) else list(ids)

@@ -1,5 +1,7 @@
 """A whole model, from disk to be trained and back."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,12 @@ def load_whole(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def write_trained(model: Any, source: SourceModel, out: Path) -> None:
+def write_trained(
+    model: Any, source: SourceModel, out: Path, settings: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
     """Writes a directory that loads like the source. The model's weights are rounded in place to the source's type.
+
+    settings: what differs from the source's, by the file that it stands in.
 
     transformers writes the weights, since it alone knows how it had fused and tied them while loading.
     """
@@ -38,3 +44,7 @@ def write_trained(model: Any, source: SourceModel, out: Path) -> None:
         config = without_private(source.config)
         config.pop("torch_dtype", None)
         write_json(partial / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+        for name, changed in (settings or {}).items():
+            file = partial / name
+            known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            write_json(file, known | dict(changed))

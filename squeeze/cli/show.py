@@ -70,6 +70,8 @@ def job(one: Job) -> None:
             lines.append(("bits a weight", f"{one.result.bits_per_weight:.2f}"))
         if one.result.loss_before is not None and one.result.loss_after is not None:
             lines.append(("held-out loss", change_text(one.result.loss_before, one.result.loss_after)))
+        if one.result.accuracy_before is not None and one.result.accuracy_after is not None:
+            lines.append(("accuracy", f"{one.result.accuracy_before:.1%} -> {one.result.accuracy_after:.1%}"))
         if one.result.perplexity_before and one.result.perplexity_after:
             lines.append(("perplexity", change_text(one.result.perplexity_before, one.result.perplexity_after)))
         lines += [
@@ -240,5 +242,13 @@ def _training_lines(one: Training) -> list[tuple[str, str]]:
             f"{one.trainable_parameters:,} parameters, {one.steps:,} steps, {one.tokens_per_second:,.0f} tokens/s",
         ),
         ("held-out loss", change_text(one.loss_before, one.loss_after)),
+        *_accuracy_lines(one),
         ("learned from", f"{one.data.records:,} records of {one.data.origin}, {one.data.held_out_records:,} held out"),
     ]
+
+
+def _accuracy_lines(one: Training) -> list[tuple[str, str]]:
+    if one.accuracy_before is None or one.accuracy_after is None or one.majority_share is None:
+        return []
+    told = f"{one.accuracy_before:.1%} -> {one.accuracy_after:.1%}"
+    return [("accuracy", f"{told}; always saying the commonest label: {one.majority_share:.1%}")]

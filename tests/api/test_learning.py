@@ -64,6 +64,35 @@ def test_what_can_t_be_learned_from_is_refused_with_its_line(
     assert running.client.get("/v1/jobs").json()["data"] == [] and waiting(running.service.queue, "cpu") == 0
 
 
+HEAD = {"kind": "finetune", "method": "head"}
+NAMED = [{"text": f"{n}", "label": "xy"[n % 2]} for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", [*NAMED, {"text": "b"}], "line 5 has no `label`"),
+        ("a.jsonl", [*NAMED, {"text": "b", "label": 0.5}], "line 5: `label` is to be a string, a whole number or a"),
+        ("a.jsonl", NAMED[::2], "all records have the label `x`"),
+        ("a.jsonl", NAMED[:1], "one record; at least 2 are needed"),
+        ("a.txt", b"many words " * 100, "plain text, which has no labels"),
+    ],
+)
+def test_labels_are_looked_at_before_a_classifier_is_trained(
+    shared: Running, name: str, content: bytes | list[Any], words: str
+) -> None:
+    assert words in refused(submitted(shared, uploaded(shared, content, name), steps=[HEAD]))
+
+
+def test_labels_of_the_held_out_text_have_to_be_known_and_other_methods_read_past_them(shared: Running) -> None:
+    good, other = uploaded(shared, NAMED), uploaded(shared, [{"text": "c", "label": "z"}])
+    assert submitted(shared, good, steps=[HEAD]).status_code == 202
+    assert submitted(shared, good, steps=[HEAD], evaluation={"source": good}).status_code == 202
+    told = refused(submitted(shared, good, steps=[HEAD], evaluation={"source": other}), "evaluation.source")
+    assert "no record to learn from has: `z`" in told
+    assert submitted(shared, uploaded(shared, NAMED[::2])).status_code == 202, "text alone is what lora looks at"
+
+
 def test_several_wrong_lines_are_told_at_once_but_not_endlessly(shared: Running) -> None:
     told = refused(submitted(shared, uploaded(shared, [*GOOD, "{", {"prompt": "x"}, GOOD[0], {"text": 3}])))
     assert [line.split(" of ")[0].split(" has")[0].split(":")[0] for line in told.splitlines()] == [

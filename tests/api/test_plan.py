@@ -59,6 +59,10 @@ MODELS = {
     "org/sharded": SHARDED,
     "org/gated": LLAMA,
     "org/unknown": {**LLAMA, "config.json": b'{"model_type": "mamba"}'},
+    "org/classifier": {
+        **LLAMA,
+        "config.json": json.dumps({**CONFIG, "architectures": ["LlamaForSequenceClassification"]}).encode(),
+    },
     "org/custom": {**LLAMA, "config.json": b'{"model_type": "own", "auto_map": {}}'},
     "org/quantized": {**LLAMA, "config.json": json.dumps({**CONFIG, "quantization_config": {"bits": 4}}).encode()},
     "org/gpt2": {"config.json": b'{"model_type": "gpt2"}', "model.safetensors": _safetensors(CONV)},
@@ -209,6 +213,7 @@ def test_fewer_bits_and_larger_groups_make_less(planner: Callable[..., Plan]) ->
         ("org/llama@nowhere", "model_not_found", "nowhere"),
         ("org/gated", "model_gated", "HF_TOKEN"),
         ("org/unknown", "architecture_unsupported", "mamba"),
+        ("org/classifier", "architecture_unsupported", "is a classifier"),
         ("org/custom", "model_unsafe", "Python code"),
         ("org/quantized", "model_already_compressed", "quantized already"),
         ("org/empty", "model_malformed", "no weights"),

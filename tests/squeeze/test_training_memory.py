@@ -76,6 +76,18 @@ def test_activations_grow_with_the_micro_batch_and_its_tokens_and_hardly_with_bl
     assert 4 * last == full
 
 
+def test_a_head_takes_no_logits_of_tokens_and_nothing_of_blocks_that_stay() -> None:
+    size = (512, 8, 32000)
+    alone, one, blocks = (
+        needed(size, 128, {"method": "head", "layers": 0}),
+        needed(size, 128, {"method": "head", "layers": 1}),
+        needed(size, 128, {"method": "last_layers", "layers": 1}),
+    )
+    assert alone.learning == 12 * 2 * 512 and alone.activations == 0
+    assert one.learning - blocks.learning == 12 * 2 * 512 and one.activations > 0
+    assert one.passing < blocks.passing / 5 and one.certifier < blocks.certifier
+
+
 def test_a_large_vocabulary_and_many_examples_take_room() -> None:
     small, large = (needed((512, 4, vocabulary), 512) for vocabulary in (4096, 128000))
     assert large.passing == 3 * 8 * 512 * 128000 * 4 > 20 * small.passing

@@ -46,6 +46,8 @@ def job(*steps: dict[str, Any], **fields: Any) -> JobSpec:
         (lora(method="prompt", merge=True), "can't be merged into the weights: leave `merge` out"),
         (lora(method="prefix", packing=True), "a sequence of its own: leave `packing` out"),
         (lora(method="prefix", activation_checkpointing=True), "lost where activations are computed again"),
+        (lora(method="head", layers=-1), "greater than or equal to 0"),
+        (lora(method="head", merge=True), "Extra inputs"),
         (logits(student={}), "say who learns"),
         (logits(student={"layers": 0}), "greater than or equal to 1"),
         (logits(top_k=0), "a number from 1 to 4096, or `all`"),
@@ -128,3 +130,14 @@ def test_formats_that_can_t_hold_it_are_refused(steps: list[dict[str, Any]], for
         refuse_unfit(spec.steps, spec.formats)
     assert refused.value.param == param
     refuse_unfit(job(lora(merge=True)).steps, ["safetensors"])
+
+
+def test_a_classifier_is_the_last_that_a_job_makes_and_written_whole() -> None:
+    spec = job(lora(method="head"))
+    assert spec.formats == ("safetensors",) and spec.label_column == "label" and job(lora()).label_column is None
+    refuse_unfit(spec.steps, spec.formats)
+    with pytest.raises(ValidationError, match="head makes a classifier, which no step goes on with"):
+        job(lora(method="head"), GPTQ)
+    for name in ("peft", "gguf"):
+        with pytest.raises(FormatUnfit, match="head"):
+            refuse_unfit(spec.steps, (name,))
