@@ -92,5 +92,7 @@ def test_what_a_method_lists_is_what_submit_takes(shared: Running) -> None:
             step |= {"merge": True}
         if each["kind"] == "distill":
             step |= {"student": {"layers": 1}}
+        if each["kind"] == "merge":
+            step |= {"models": ["org/first", "org/second"]}
         answer = shared.client.post("/v1/jobs", json=job | {"steps": [step]})
         assert answer.status_code == 202, answer.text
