@@ -1,10 +1,10 @@
 """What merging does and takes, from the model's shape and the spec alone; docs/plan.md has the terms."""
 
-from squeeze.memory import PROCESS_BYTES
 from squeeze.merging import TIES, Merge
 from squeeze.shapes import Shape
 from squeeze.specs import JobSpec
 from squeeze.training import Train
+from squeeze.training_memory import PEFT_BYTES
 from squeeze.work import (
     BYTE,
     CERTIFIED,
@@ -21,7 +21,7 @@ from squeeze.work import (
 
 MERGE_VISITS = 24  # of an element of a task vector: read, subtracted, compared, counted, its products with the others
 TRIM_VISITS = 16  # of one that is trimmed: two more walks, in which halves are counted
-PART_BYTES = 48 * (1 << 22)  # of the elements that are worked on at once, in float32, with all that is made of them
+PART_BYTES = 48 * (1 << 22)  # of a million elements at once, in float32, with all that is made of them; measured
 COMPARED_VISITS = 8  # of a token of the vocabulary where two models' logits are compared
 
 
@@ -56,4 +56,4 @@ def counted_merging(shape: Shape, spec: JobSpec, step: Merge) -> dict[str, Count
 
 def merging_bytes(largest: int) -> int:
     """Host memory of the merging itself. largest: elements of the largest tensor, which is written in 16 bits."""
-    return PROCESS_BYTES + 2 * 2 * largest + PART_BYTES
+    return PEFT_BYTES + 2 * 2 * largest + PART_BYTES

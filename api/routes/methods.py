@@ -17,7 +17,7 @@ from squeeze.objects import Load, Method, Page
 from squeeze.schemes import Scheme
 from squeeze.steps import STEPS, Format, Quantize, tag_of
 from squeeze.steps import Method as Step
-from squeeze.training import Adapters, Finetune, Train
+from squeeze.training import Adapters, Finetune, Head, Train
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"])
 
@@ -47,6 +47,8 @@ def _method(step: Step) -> Method:
 def _needs(step: Quantize | Train | Merge) -> list[str]:
     if isinstance(step, Merge):
         return ["models or adapters of one base"]
+    if isinstance(step, Head):
+        return ["training data with labels"]
     if isinstance(step, Train):
         return ["training data"] if isinstance(step, Finetune) else []
     return ["calibration data"] if step.needs_calibration else []

@@ -11,8 +11,13 @@ from models.formats.directory import without_private
 from models.quoting import quoted
 from squeeze.errors import ModelAlreadyCompressed, ModelMalformed, VocabulariesDiffer
 
-# What weights of the same shapes can be computed with in another way.
+# What shapes come from, and what weights of the same shapes can be computed with in another way.
 MEANING = (
+    "num_hidden_layers",
+    "n_layer",
+    "hidden_size",
+    "n_embd",
+    "vocab_size",
     "num_attention_heads",
     "n_head",
     "n_heads",
@@ -43,7 +48,7 @@ def refuse_other_settings(base: Path, other: Path, label: str) -> None:
         if own.get(name) != its.get(name):
             raise ModelMalformed(
                 f"{label} has {name} {its.get(name)!r}, the base {own.get(name)!r}: merged are models that were "
-                "finetuned from one base"
+                "finetuned from one base, with its shapes and its vocabulary"
             )
 
 

@@ -16,6 +16,9 @@ def merge(step: MagMax, vectors: Vectors) -> Iterator[Part]:  # noqa: ARG001 - t
     """
     for T in vectors.walk():
         weighted = vectors.weights.unsqueeze(1) * T
-        winner = weighted.abs().argmax(dim=0, keepdim=True)  # (1, k)
-        used = torch.zeros_like(T, dtype=torch.bool).scatter_(0, winner, value=True) & (T != 0)
-        yield Part(weighted.gather(0, winner).squeeze(0), T, T, used)
+        merged, winner = weighted[0], torch.zeros(T.shape[1], dtype=torch.int8)  # at most 32 of them
+        for i in range(1, len(T)):  # argmax along the outer dimension takes ten times as long
+            larger = weighted[i].abs() > merged.abs()
+            merged, winner = torch.where(larger, weighted[i], merged), winner.masked_fill(larger, i)
+        used = torch.stack([winner == i for i in range(len(T))]) & (T != 0)
+        yield Part(merged, T, T, used)

@@ -28,7 +28,7 @@ from models.train.merging import stored_dtype
 from squeeze.errors import NotFinite
 from squeeze.merging import Merge
 
-PART_ELEMENTS = 1 << 22  # of all task vectors together that are in memory at once
+PART_ELEMENTS = 1 << 20  # of all task vectors together that are in memory at once
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Counts:
         """W: the base's part, (k,) float32."""
         T, kept = part.vectors, part.kept
         apart = (kept > 0).any(dim=0) & (kept < 0).any(dim=0)
-        changed, left = (T != 0).sum(dim=1), (kept != 0)
+        changed, left = T.count_nonzero(dim=1), kept != 0
         wide = T.double()
         return cls(
             changed,
-            changed - left.sum(dim=1),
-            (left & apart).sum(dim=1),
-            part.used.sum(dim=1),
+            changed - left.count_nonzero(dim=1),
+            (left & apart).count_nonzero(dim=1),
+            part.used.count_nonzero(dim=1),
             wide @ wide.t(),
             float(W.double().square().sum()),
             T.shape[1],

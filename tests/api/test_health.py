@@ -83,14 +83,22 @@ def test_every_method_is_listed_with_what_it_takes(shared: Running) -> None:
 
 def test_what_a_method_lists_is_what_submit_takes(shared: Running) -> None:
     rows = b'{"prompt": "why?", "completion": "so"}\n{"prompt": "how?", "completion": "thus"}'
-    uploaded = shared.client.post("/v1/files", data={"purpose": "training"}, files={"file": ("rows.jsonl", rows)})
+    labelled = b'{"text": "good", "label": "yes"}\n{"text": "bad", "label": "no"}\n{"text": "fine", "label": "yes"}'
+    sources = {
+        need: shared.client.post(
+            "/v1/files", data={"purpose": "training"}, files={"file": ("rows.jsonl", content)}
+        ).json()["id"]
+        for need, content in (("training data", rows), ("training data with labels", labelled))
+    }
     for each in shared.client.get("/v1/methods").json()["data"]:
         step, job = {"kind": each["kind"], "method": each["method"]}, {**SPEC, "formats": list(each["formats"])}
-        if each["needs"] == ["training data"]:
-            job |= {"data": {"source": uploaded.json()["id"]}}
+        for need in set(each["needs"]) & sources.keys():
+            job |= {"data": {"source": sources[need]}}
         if {"peft", "safetensors"} <= set(each["formats"]):
             step |= {"merge": True}
         if each["kind"] == "distill":
             step |= {"student": {"layers": 1}}
+        if each["kind"] == "merge":
+            step |= {"models": ["org/first", "org/second"]}
         answer = shared.client.post("/v1/jobs", json=job | {"steps": [step]})
         assert answer.status_code == 202, answer.text
