@@ -24,7 +24,7 @@ from workers.worker import Worker
 from .conftest import PROJECT, Place, Running, eventually, kill_child, upload, weights, worker_here, worker_process
 
 AUTO = {"learning_rate": "auto", "batch_size": "auto", "micro_batch_size": "auto"}
-LORA = {"kind": "finetune", "method": "lora", "steps": 80, "rank": 4, "dropout": 0.1} | AUTO
+LORA = {"kind": "finetune", "method": "lora", "steps": 120, "rank": 4, "dropout": 0.1} | AUTO
 
 pytestmark = pytest.mark.slow
 
@@ -137,6 +137,8 @@ def learning(place: Place, job_id: str) -> None:
     def saved() -> list[Path]:
         return [path for path in work.glob("checkpoint-*[0-9]") if int(path.name[-8:]) > 3]
 
+    eventually(lambda: place.job(job_id).stage, "a worker has it, which may have had to start first")
+    eventually(lambda: place.job(job_id).stage == "training", "it trains")
     eventually(saved, "a checkpoint is saved")
 
 
