@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 from api.sources import Files
+from squeeze import adapters
 from squeeze.errors import ModelMalformed
 from squeeze.shapes import MOST, linear_of
 
@@ -18,8 +19,6 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64"), 64),
@@ -74,14 +73,15 @@ def tensors_of(files: Files) -> dict[str, Tensor]:
 
 def adapter_of(files: Files) -> dict[str, Any] | None:
     """The settings of an adapter in peft's layout; None where the files are a whole model's."""
-    return _object(files, ADAPTER, CONFIG_BYTES) if ADAPTER in files.sizes and CONFIG not in files.sizes else None
+    alone = adapters.CONFIG in files.sizes and CONFIG not in files.sizes
+    return _object(files, adapters.CONFIG, CONFIG_BYTES) if alone else None
 
 
 def adapter_tensors_of(files: Files) -> dict[str, Tensor]:
     """Every tensor of an adapter by name."""
-    if ADAPTER_WEIGHTS not in files.sizes:
-        raise ModelMalformed(f"The adapter has no {ADAPTER_WEIGHTS}; ask for it as safetensors.", param="model")
-    return _headers(files, [ADAPTER_WEIGHTS])
+    if adapters.WEIGHTS not in files.sizes:
+        raise ModelMalformed(f"The adapter has no {adapters.WEIGHTS}; ask for it as safetensors.", param="model")
+    return _headers(files, [adapters.WEIGHTS])
 
 
 def _headers(files: Files, shards: list[str]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Whether an adapter in peft's layout can be merged into a base, as far as `adapter_config.json` tells; no torch."""
+"""Adapters in peft's layout: its names, and whether one can be merged, as far as its settings tell; no torch."""
 
 import re
 from collections.abc import Mapping
@@ -7,6 +7,8 @@ from typing import Any
 from squeeze.errors import ModelMalformed
 from squeeze.names import OWN_ID
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of the names in its files
 MERGED = ("LORA", "IA3")
 # With these the base's own weights stay as they are; with others the adapter goes with changed ones.
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")

@@ -20,11 +20,9 @@ from models.formats.directory import write_json
 from models.frame import Frame
 from models.quantized import Site
 from models.safetensors_file import read, read_header
+from squeeze.adapters import CONFIG, PREFIX, WEIGHTS
 from squeeze.errors import ModelMalformed
 from squeeze.training import Adapters
-
-PREFIX = "base_model.model."  # of the names in peft's files
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def chosen(frame: Frame, patterns: Sequence[str], usual: Callable[[Site], bool]) -> list[Site]:

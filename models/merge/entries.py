@@ -6,6 +6,7 @@ Both are read a few rows at a time. What doesn't fit the base is refused from he
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +14,6 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import SourceModel, open_or_convert
-from models.finetune import ia3, lora
-from models.finetune.peft_adapter import CONFIG, PREFIX, WEIGHTS
 from models.finite import all_finite
 from models.formats.directory import COMPUTED
 from models.frame import COMPUTABLE, Frame
@@ -22,7 +21,7 @@ from models.job import Named
 from models.merge.likeness import refuse_other_settings, refuse_other_tokens, warnings_of
 from models.quantized import Site
 from models.safetensors_file import Entry, read, read_header
-from squeeze.adapters import refuse_unmergeable
+from squeeze.adapters import CONFIG, PREFIX, WEIGHTS, refuse_unmergeable
 from squeeze.errors import ModelAlreadyCompressed, ModelMalformed, NotFinite, SqueezeError
 from squeeze.merging import Entry as Wanted
 
@@ -98,7 +97,8 @@ class Adapter:
         for entry in entries.values():
             _refuse_not_finite(read(entry), label, entry.path.name)
         self._refuse_misfits({name.removeprefix(PREFIX): entry for name, entry in entries.items()}, kind)
-        self._merged = lora.Merged(directory) if kind == "LORA" else ia3.Merged(directory)
+        # Only where there is one: with what peft looks at, it costs a process 100 MB.
+        self._merged = import_module(f"models.finetune.{kind.lower()}").Merged(directory)
         theirs = str(config.get("base_model_name_or_path") or "")
         self.warnings = []
         if theirs != model:
@@ -118,8 +118,10 @@ class Adapter:
     def vector(self, name: str, rows: slice, W: Tensor) -> Tensor:
         site, part = self._parts[name]
         if part == "bias":
-            return self._merged.bias(site.name, W) - W
-        return self._merged.weight(site.name, W, transposed=site.transposed, rows=rows) - W
+            changed: Tensor = self._merged.bias(site.name, W)
+        else:
+            changed = self._merged.weight(site.name, W, transposed=site.transposed, rows=rows)
+        return changed - W
 
     def _refuse_misfits(self, entries: dict[str, Entry], kind: str) -> None:
         for site, part in self._parts.values():

@@ -35,6 +35,7 @@ def test_every_setting_that_the_text_names_exists() -> None:
 
 
 def test_every_heading_of_the_contents_exists() -> None:
-    headings = re.findall(r"^## (.+)", TEXT, flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings}
-    assert set(re.findall(r"\]\(#([\w-]+)\)", TEXT)) == anchors
+    headings = re.findall(r"^(#+) (.+)", TEXT, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")): level for level, heading in headings}
+    linked = set(re.findall(r"\]\(#([\w-]+)\)", TEXT))
+    assert {anchor for anchor, level in anchors.items() if level == "##"} <= linked <= anchors.keys()

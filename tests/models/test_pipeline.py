@@ -331,3 +331,9 @@ class StopsAt(Heard):
 def header_bytes(model: Path) -> int:
     with (model / "model.safetensors").open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
+
+
+def test_what_only_some_jobs_need_takes_no_memory_of_the_others() -> None:
+    asked = "import sys, models.pipeline; print({'peft', 'gptqmodel', 'bitsandbytes', 'onnx'} & sys.modules.keys())"
+    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "set()"

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from models.checkpoint import open_model
 from models.finetune import ia3, peft_adapter
 from models.train.merging import write_merged
+from squeeze.adapters import PREFIX
 from squeeze.training import IA3
 from tests.models.engine_parts import frame_of
 from tests.models.job_parts import Heard
@@ -74,7 +75,7 @@ def test_keys_values_and_the_end_of_the_feed_forward_part_get_factors(tmp_path: 
 def _plain(learner: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's own tensors by its own names."""
     return {
-        name.removeprefix(peft_adapter.PREFIX).replace(".base_layer", ""): tensor
+        name.removeprefix(PREFIX).replace(".base_layer", ""): tensor
         for name, tensor in learner.state_dict().items()
         if ".ia3_l" not in name
     }
