@@ -17,7 +17,7 @@ from models.finetune import peft_adapter
 from models.finetune.peft_adapter import adapter_of
 from models.frame import Frame
 from models.quantized import Site
-from squeeze.training import LoRA, LowRank
+from squeeze.finetuning import LoRA, LowRank
 
 __all__ = ["Merged", "adapter_of", "beside", "finetune", "sites_of", "write"]
 

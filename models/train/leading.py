@@ -17,9 +17,9 @@ from models.train.prepare import Prepared
 from models.train.processes import ALONE, Processes
 from squeeze.choosing import Choice
 from squeeze.distillation import Distill
+from squeeze.finetuning import Adapters, Full
 from squeeze.sharding import Way, state_bytes, way_for
 from squeeze.specs import JobSpec
-from squeeze.training import Adapters, Full
 
 WORDS: dict[Way, str] = {
     "ddp": "each of them holds all weights",
