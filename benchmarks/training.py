@@ -68,13 +68,10 @@ def ours(options: Any, room: Path, *, packing: bool) -> tuple[Prepared, Task, St
         model=options.model.resolve(),
         model_name="model",
         revision="0",
-        license=None,
         calibration_text=_examples(room / "rows.jsonl"),
-        evaluation_text=None,
         work=room,
         out=room / "out",
         device="cpu",
-        consumers={},
         job_id="job",
     )
     lora = spec.steps[0]

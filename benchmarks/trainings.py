@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.methods import cell, key, mega, serving, settings  # noqa: E402
+from benchmarks.methods import cell, key, loads_of, mega, serving, settings  # noqa: E402
 from squeeze import Client  # noqa: E402
 from squeeze.errors import SqueezeError  # noqa: E402
 from squeeze.report import Report  # noqa: E402
@@ -124,17 +124,7 @@ def one_job(client: Client, step: Step, source: str) -> dict[str, Any]:
     return learned(report) | {
         "seconds": sum(report.spent.seconds.values()),
         "peak_host_bytes": report.spent.peak_host_bytes,
-        "loads": [
-            {
-                "format": one.format,
-                "consumer": one.consumer,
-                "version": one.version,
-                "outcome": one.outcome,
-                "perplexity": one.perplexity,
-                "expected": one.expected_perplexity,
-            }
-            for one in report.certificates
-        ],
+        "loads": loads_of(report),
     }
 
 

@@ -81,7 +81,7 @@ def told(team: Team, spec: JobSpec) -> Told:
     """As the leader has it, but for the device, which is this process's own."""
     heard = team.tell(None)
     paths: dict[str, Any] = {name: _path(text) for name, text in heard["paths"].items()}
-    inputs = Inputs(spec=spec, device=str(team.device), consumers={}, **paths, **heard["texts"])
+    inputs = Inputs(spec=spec, device=str(team.device), **paths, **heard["texts"])
     processes = Processes(team, heard["way"], heard["at_once"])
     choices = [Choice.model_validate(one) for one in heard["choices"]]
     return Told(inputs, processes, heard["mark"], choices, [_path(text) for text in heard["places"]])
