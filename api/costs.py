@@ -9,6 +9,7 @@ from api.tensors import Tensor
 from jobs import history
 from squeeze.choosing import supposed
 from squeeze.distillation import Distill
+from squeeze.finetuning import Finetune
 from squeeze.memory import PROCESS_BYTES, needed
 from squeeze.merging import Merge
 from squeeze.merging_work import counted_merging, merging_bytes
@@ -17,7 +18,6 @@ from squeeze.shapes import Shape, shape_of
 from squeeze.specs import JobSpec
 from squeeze.steps import RTN, Format, Quantize
 from squeeze.trainable import Learned, learned
-from squeeze.training import Finetune
 from squeeze.training_memory import needed_to_train
 from squeeze.training_work import counted_training, tokens_to_train
 from squeeze.work import Count, counted

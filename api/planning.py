@@ -25,12 +25,13 @@ from squeeze.errors import (
     SpecInvalid,
     SqueezeError,
 )
+from squeeze.finetuning import Adapters, Head, LoRA
 from squeeze.formats import refuse_unfit
 from squeeze.objects import Obstacle, Plan
 from squeeze.shapes import BLOCK
 from squeeze.specs import SELF, JobSpec, hub_text
 from squeeze.steps import Format, Grouped, Quantize
-from squeeze.training import Adapters, Head, LoRA, Train
+from squeeze.training import Train
 
 LEAST = {"bits": 2, "target_bytes": None}
 

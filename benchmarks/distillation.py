@@ -90,13 +90,9 @@ def one(options: Any, arm: str, rate: float, seed: int) -> tuple[float, Distilla
             model=options.model.resolve(),
             model_name="model",
             revision="0",
-            license=None,
-            calibration_text=None,
-            evaluation_text=None,
             work=Path(room),
             out=Path(room) / "out",
             device="cpu",
-            consumers={},
             job_id="job",
         )
         distill = spec.steps[0]

@@ -85,14 +85,9 @@ def inputs_of(spec: JobSpec, model: Path, folder: Path) -> Any:
         spec=spec,
         model=model,
         model_name="bench/random",
-        revision=None,
-        license=None,
-        calibration_text=None,
-        evaluation_text=None,
         work=folder / "work",
         out=folder / "out",
         device="cpu",
-        consumers={},
         job_id="job-benchmark",
     )
 

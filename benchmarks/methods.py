@@ -29,6 +29,7 @@ from squeeze import Client  # noqa: E402
 from squeeze.architectures import HELD_BY  # noqa: E402
 from squeeze.errors import FormatUnfit, SqueezeError  # noqa: E402
 from squeeze.formats import CAPACITIES, refuse_unfit  # noqa: E402
+from squeeze.report import Report  # noqa: E402
 from squeeze.specs import JobSpec  # noqa: E402
 from squeeze.steps import Format  # noqa: E402
 from tests.models.tiny import FAMILIES  # noqa: E402
@@ -185,20 +186,18 @@ def one_job(client: Client, directory: Path, model: str, step: Step) -> dict[str
         "source_bytes": report.source.bytes,
         "bytes": {size.format: size.weight_bytes for size in report.sizes},
         "left_out": left_out,
-        "loads": [
-            {
-                "format": one.format,
-                "consumer": one.consumer,
-                "version": one.version,
-                "outcome": one.outcome,
-                "perplexity": one.perplexity,
-                "expected": one.expected_perplexity,
-                "detail": one.detail,
-            }
-            for one in report.certificates
-        ],
+        "loads": loads_of(report),
         "device": report.device,
     }
+
+
+def loads_of(report: Report) -> list[dict[str, Any]]:
+    """What each consumer said of each result."""
+    fields = {"format", "consumer", "version", "outcome", "perplexity", "detail"}
+    return [
+        one.model_dump(mode="json", include=fields) | {"expected": one.expected_perplexity}
+        for one in report.certificates
+    ]
 
 
 def fits(spec: JobSpec, name: Format) -> bool:

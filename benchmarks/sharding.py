@@ -111,13 +111,10 @@ def one_of(options: Any, room: str, model: str, way: Way, size: int, rank: int) 
         model=Path(model),
         model_name="model",
         revision="0",
-        license=None,
         calibration_text=_examples(Path(room) / f"rows-{rank}.jsonl"),
-        evaluation_text=None,
         work=Path(room) / "work",
         out=Path(room) / "out",
         device="cpu",
-        consumers={},
         job_id="job",
     )
     prepared = prepare(inputs, full)

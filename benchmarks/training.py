@@ -28,8 +28,8 @@ from models.progress import Silent
 from models.train.checkpoints import Checkpoints, Story
 from models.train.loop import Task, accelerator_of, train
 from models.train.prepare import Prepared, begun, prepare
+from squeeze.finetuning import LoRA
 from squeeze.specs import JobSpec
-from squeeze.training import LoRA
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 RANK, ALPHA, RATE, SEED, BATCH, MICRO = 8, 16.0, 1e-3, 3, 8, 4
@@ -68,13 +68,10 @@ def ours(options: Any, room: Path, *, packing: bool) -> tuple[Prepared, Task, St
         model=options.model.resolve(),
         model_name="model",
         revision="0",
-        license=None,
         calibration_text=_examples(room / "rows.jsonl"),
-        evaluation_text=None,
         work=room,
         out=room / "out",
         device="cpu",
-        consumers={},
         job_id="job",
     )
     lora = spec.steps[0]

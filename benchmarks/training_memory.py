@@ -70,14 +70,10 @@ def inputs_of(spec: JobSpec, model: Path, folder: Path, length: int) -> Any:
         spec=spec,
         model=model,
         model_name="bench/random",
-        revision=None,
-        license=None,
         calibration_text=_examples(folder / "rows.jsonl", length),
-        evaluation_text=None,
         work=folder / "work",
         out=folder / "out",
         device="cpu",
-        consumers={},
         job_id="job-benchmark",
     )
 

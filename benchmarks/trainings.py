@@ -11,8 +11,12 @@ Python's own manual, a record a paragraph), posts one job a case, and keeps a ro
 
 import argparse
 import json
+import json.decoder
+import json.encoder
 import sys
 import tempfile
+from collections.abc import Iterable
+from inspect import getsource as source_of
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -20,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.methods import cell, key, mega, serving, settings  # noqa: E402
+from benchmarks.methods import cell, key, loads_of, mega, serving, settings  # noqa: E402
 from squeeze import Client  # noqa: E402
 from squeeze.errors import SqueezeError  # noqa: E402
 from squeeze.report import Report  # noqa: E402
@@ -54,6 +58,8 @@ def cases() -> list[Step]:
         {"method": "full", "learning_rate": 3e-4, "optimizer": "badam", "block_steps": 10},
         {"method": "full", "learning_rate": 3e-4, "ema": 0.9},
         {"method": "last_layers", "learning_rate": 5e-4},
+        {"method": "head"},
+        {"method": "head", "layers": 2, "learning_rate": 3e-4},
     )
     taught: tuple[Step, ...] = (
         {"method": "logits", **STUDENT},
@@ -86,11 +92,14 @@ def main() -> None:
     ]
     if wanted:
         with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as client:
-            source = client.files.upload(text(Path(folder)), "training").id
+            sources = {
+                name: client.files.upload(write(Path(folder)), "training").id
+                for name, write in (("text", text), ("labels", labelled))
+            }
             for number, step in enumerate(wanted, start=1):
                 print(f"{number}/{len(wanted)} {json.dumps(step)}", flush=True)
                 try:
-                    found = one_job(client, step, source)
+                    found = one_job(client, step, sources["labels" if step["method"] == "head" else "text"])
                 except SqueezeError as error:
                     found = {"refused": error.message}
                 print("   ", json.dumps(found)[:300], flush=True)
@@ -103,9 +112,27 @@ def main() -> None:
 
 def text(folder: Path) -> Path:
     """The manual's paragraphs as records, in its own order."""
-    parts = [part.strip() for topic in sorted(topics) for part in topics[topic].split("\n\n")]
-    path = folder / "manual.jsonl"
-    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts if len(part) >= LEAST_RECORD))
+    return records(folder / "manual.jsonl", ({"text": part} for part in paragraphs()))
+
+
+def labelled(folder: Path) -> Path:
+    """As many of the manual's paragraphs as there are parts of a few modules, and which of the two each is."""
+    code = [part for module in (argparse, json.decoder, json.encoder, tempfile) for part in parts_of(source_of(module))]
+    rows = [{"text": part, "label": "code"} for part in code]
+    rows += [{"text": part, "label": "prose"} for part in paragraphs()[: len(code)]]
+    return records(folder / "labelled.jsonl", rows)
+
+
+def paragraphs() -> list[str]:
+    return [part for topic in sorted(topics) for part in parts_of(topics[topic])]
+
+
+def parts_of(whole: str) -> list[str]:
+    return [part.strip() for part in whole.split("\n\n") if len(part.strip()) >= LEAST_RECORD]
+
+
+def records(path: Path, rows: Iterable[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -124,17 +151,7 @@ def one_job(client: Client, step: Step, source: str) -> dict[str, Any]:
     return learned(report) | {
         "seconds": sum(report.spent.seconds.values()),
         "peak_host_bytes": report.spent.peak_host_bytes,
-        "loads": [
-            {
-                "format": one.format,
-                "consumer": one.consumer,
-                "version": one.version,
-                "outcome": one.outcome,
-                "perplexity": one.perplexity,
-                "expected": one.expected_perplexity,
-            }
-            for one in report.certificates
-        ],
+        "loads": loads_of(report),
     }
 
 
@@ -157,6 +174,7 @@ def learned(report: Report) -> dict[str, Any]:
         "trainable_parameters": training.trainable_parameters,
         "tokens_per_second": training.tokens_per_second,
         "teacher": None if taught is None else taught.loss_teacher,
+        "accuracy": [training.accuracy_before, training.accuracy_after],
         "divergence": None if taught is None else [taught.divergence_before, taught.divergence_after],
     }
 
@@ -169,12 +187,13 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"(5 M parameters, five blocks, trained on source code), {STEPS} steps of {BATCH} × {LENGTH} tokens of the",
         "English of Python's manual, a tenth of whose paragraphs are held out. Losses are means over these, in",
         "nats a token. Students are three of the five blocks; their losses before and after are their own, and",
-        "the teacher's stands beside them. The last rows, of `qat`, learn from the generic text, and their losses",
-        "are the divergence from the original: what GPTQ's codes began with, and what was left of it. Memory is",
-        "the largest resident size of the job's process, some 450 MB of it libraries. The last column is a fresh",
-        "process: peft or transformers loads what was written and scores the same held-out text; in brackets how",
-        "far its perplexity is off. The machine did other things too: tokens a second are good for orders of",
-        "magnitude.",
+        "the teacher's stands beside them. Those of `head` are of a label for each text, a paragraph of the manual",
+        "or a part of one of Python's modules, with the share told right in brackets. The last rows, of `qat`,",
+        "learn from the generic text, and their losses are the divergence from the original: what GPTQ's codes",
+        "began with, and what was left of it. Memory is the largest resident size of the job's process, some",
+        "450 MB of it libraries. The last column is a fresh process: peft or transformers loads what was written",
+        "and scores the same held-out text; in brackets how far its perplexity is off. The machine did other",
+        "things too: tokens a second are good for orders of magnitude.",
         "",
         "| method | settings | loss before | after | trainable | tokens/s | peak memory | loads |",
         "|---|---|---|---|---|---|---|---|",
@@ -189,9 +208,11 @@ def page(rows: list[dict[str, Any]]) -> str:
         if "refused" in row:
             lines.append(f"{begins} refused: {cell(row['refused'])} | | | | | |")
             continue
+        before, after = row.get("accuracy") or (None, None)
+        right = f" (right {before:.0%} → {after:.0%})" if before is not None and after is not None else ""
         teacher = f" (teacher {row['teacher']:.4f})" if row.get("teacher") else ""
         lines.append(
-            f"{begins} {row['before']:.4g} | {row['after']:.4g}{teacher} | {row['trainable_parameters']:,} "
+            f"{begins} {row['before']:.4g} | {row['after']:.4g}{teacher}{right} | {row['trainable_parameters']:,} "
             f"| {row['tokens_per_second']:,.0f} | {mega(row['peak_host_bytes'])} "
             f"| {'; '.join(map(loading, row['loads']))} |"
         )

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from models.disk import write_whole
+from squeeze.finetuning import QLoRA
 from squeeze.report import Quality, Report, Text, Training
 from squeeze.steps import Format
-from squeeze.training import QLoRA
 
 LOADING = {
     "compressed-tensors": "pip install transformers compressed-tensors",

@@ -111,17 +111,16 @@ def quantize(
     ids = [one for one in (calibration, window_ids) if one is not None]
     calls = Calls(frame, ids, team)
     reference_calls = calls if reference is frame else Calls(reference, ids, team)
-    resumed = kept.resume(room)
-    if resumed is None:
-        blocks: list[Block] = []
-        activations = Activations(
+    blocks, activations = kept.resume(room) or (
+        [],
+        Activations(
             Stream(room, calls.enter(calibration)),
             Stream(room, reference_calls.enter(window_ids)),
             Stream(room, calls.enter(window_ids)),
             Stream(room, calls.enter(calibration if step.by_block or "drift" in step.wanted() else None)),
-        )
-    else:
-        blocks, activations = resumed
+        ),
+    )
+    if blocks:
         notify.event(
             "info",
             f"going on after block {len(blocks)} of {frame.count}, which an earlier attempt finished",
@@ -158,13 +157,17 @@ def quantize(
             saved_at, cost = time.monotonic(), time.monotonic() - now
     if start < frame.count:
         kept.save(frame.count, blocks, activations)
+    for name in ("original", "compressed"):
+        setattr(activations, name, _whole(getattr(activations, name), room, team))
+    return Quantization(_written(frame, step, schemes, kept.directory), blocks, activations)
+
+
+def _written(frame: Frame, step: Quantize, schemes: dict[str, Scheme], directory: Path) -> QuantizedModel:
+    """The codes that all blocks left in a directory."""
     sites = {site.name: site for n in range(frame.count) for site in frame.sites(n)}
     chosen = {name: site for name, site in sites.items() if name in schemes}
     ignored = tuple(name for name in sites if name not in chosen)
-    model = QuantizedModel(kept.directory, step, chosen, schemes, ignored, frame.source.dtype)
-    for name in ("original", "compressed"):
-        setattr(activations, name, _whole(getattr(activations, name), room, team))
-    return Quantization(model, blocks, activations)
+    return QuantizedModel(directory, step, chosen, schemes, ignored, frame.source.dtype)
 
 
 def _refuse_unsharable(step: Quantize, calibration: Tensor | None, team: Team) -> None:

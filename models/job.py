@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -56,15 +56,15 @@ class Inputs:
     spec: JobSpec
     model: Path
     model_name: str
-    revision: str | None
-    license: str | None
-    calibration_text: Path | None
-    evaluation_text: Path | None
     work: Path
     out: Path
     device: str
-    consumers: Mapping[str, Path]
     job_id: str
+    revision: str | None = None
+    license: str | None = None
+    calibration_text: Path | None = None
+    evaluation_text: Path | None = None
+    consumers: Mapping[str, Path] = field(default_factory=dict)
     snapshot_seconds: float = SNAPSHOT_SECONDS
     activation_bytes: int | None = None
     merged: tuple[Named, ...] = ()

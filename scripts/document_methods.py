@@ -16,10 +16,11 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.document_report import type_name  # noqa: E402
 from squeeze.distillation import DISTILLING_METHODS, Distill, Student  # noqa: E402
+from squeeze.finetuning import TRAINING_METHODS  # noqa: E402
 from squeeze.formats import CAPACITIES, Capacity, holders  # noqa: E402
 from squeeze.merging import MERGING_METHODS, Entry, Merge  # noqa: E402
 from squeeze.steps import METHODS, Grouped, Method, Quantize, tag_of  # noqa: E402
-from squeeze.training import TRAINING_METHODS, Train  # noqa: E402
+from squeeze.training import Train  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 MARKS = {

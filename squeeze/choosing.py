@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from squeeze.finetuning import Finetune, Full, LastLayers, LowRank
 from squeeze.specs import JobSpec
-from squeeze.training import Finetune, Full, LastLayers, LowRank
 
 LENGTH_SHARE, LENGTH_STEP = 0.95, 64
 LENGTH_MOST = 131_072  # what a request may ask for

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from squeeze.errors import FormatUnfit
+from squeeze.finetuning import Adapters
 from squeeze.merging import Merge
 from squeeze.schemes import Activations, Element, Group, Scheme
 from squeeze.steps import CODE_BITS, Format, Grouped, Quantize
-from squeeze.training import Adapters, Train
+from squeeze.training import Train
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, f
 
 from squeeze.descent import Auto, or_auto
 from squeeze.distillation import Distill, Hidden, OnPolicy
+from squeeze.finetuning import Adapters, Finetune, Head, QLoRA
 from squeeze.formats import holders
 from squeeze.merging import Merge
 from squeeze.names import names_a_model
 from squeeze.steps import QAT, Format, Quantize, Step
-from squeeze.training import Adapters, Finetune, Head, QLoRA, Train
+from squeeze.training import Train
 from squeeze.wire import Wire
 
 USUAL_LENGTH = 2048

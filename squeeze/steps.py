@@ -1,6 +1,6 @@
 """The steps of a job, one class per method: what it takes, with units, ranges and defaults.
 
-Those that quantize are here, those that train in `squeeze.training`, those that distill in `squeeze.distillation`,
+Those that quantize are here, those that finetune in `squeeze.finetuning`, those that distill in `squeeze.distillation`,
 those that merge in `squeeze.merging`. A method is found by its name: `kind` and `method` are the folder and the file in
 `models/` (`quantize`, `gptq` -> `models/quantize/gptq.py`). A new method adds its class and that file, nothing else.
 """
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from squeeze.distillation import DISTILLING_METHODS
+from squeeze.finetuning import TRAINING_METHODS
 from squeeze.merging import MERGING_METHODS, Merge
 from squeeze.schemes import Activations, Scheme
-from squeeze.training import TRAINING_METHODS, Rounded, Train
+from squeeze.training import Rounded, Train
 from squeeze.wire import Wire
 
 Kind = Literal["quantize", "finetune", "distill", "merge"]

@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
+from squeeze.finetuning import IA3, Adapters, Finetune, Head, LastLayers, LowRank, Prefix, Prompt, QLoRA
 from squeeze.shapes import BLOCK, linear_of, number_of
-from squeeze.training import IA3, Adapters, Finetune, Head, LastLayers, LowRank, Prefix, Prompt, QLoRA, Train
+from squeeze.training import Train
 
 OUTPUT_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.")
 EMBEDDING = re.compile(r"(?:^|\.)(?:embed_|wte|wpe|word_embeddings)")

@@ -7,12 +7,12 @@ what the backward pass needs of the forward one.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from squeeze.finetuning import Finetune, Head, LowRank, QLoRA
 from squeeze.memory import PROCESS_BYTES
 from squeeze.shapes import Block, Group, Shape
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
 from squeeze.trainable import Learned
-from squeeze.training import Finetune, Head, LowRank, QLoRA
 
 FLOAT = 4
 # Of processes that have imported what they need, the job's and the certifier's; measured, on a CPU.

@@ -6,10 +6,11 @@ they are, backwards costs what forwards does; through weights that learn, twice 
 
 from math import ceil
 
+from squeeze.finetuning import Adapters, Finetune, Head
 from squeeze.shapes import Shape
 from squeeze.specs import JobSpec
 from squeeze.trainable import Learned
-from squeeze.training import USUAL_EPOCHS, Adapters, Finetune, Head
+from squeeze.training import USUAL_EPOCHS
 from squeeze.work import (
     BYTE,
     CERTIFIED,

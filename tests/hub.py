@@ -4,10 +4,12 @@ Also runnable: `python -m tests.hub --repo org/name=DIR --port 0`.
 """
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
-from scripts.hub import Hub, HubFile, serve
+from scripts.hub import Hub, HubFile, HubRepo, serve
 
 _STEP_BYTES = 1 << 14
 
@@ -40,6 +42,12 @@ class FaultyHub(Hub):
         self.faults = Faults()
         self.sent: list[tuple[str, int]] = []
         self.asked: list[tuple[str, str]] = []
+
+    def add_files(self, name: str, files: Mapping[str, bytes], directory: Path) -> HubRepo:
+        """A model of these files, which are written to the directory."""
+        for file, content in files.items():
+            (directory / file).write_bytes(content)
+        return self.add(name, directory)
 
     def refuses(self, method: str, path: str) -> int | None:
         self.asked.append((method, path))

@@ -11,13 +11,14 @@ from api.auth import Project
 from api.problems import refusals
 from squeeze.architectures import ARCHITECTURES, HELD_BY
 from squeeze.errors import ServiceUnavailable, Unauthenticated
+from squeeze.finetuning import Adapters, Finetune, Head
 from squeeze.formats import CAPACITIES
 from squeeze.merging import Merge
 from squeeze.objects import Load, Method, Page
 from squeeze.schemes import Scheme
 from squeeze.steps import STEPS, Format, Quantize, tag_of
 from squeeze.steps import Method as Step
-from squeeze.training import Adapters, Finetune, Head, Train
+from squeeze.training import Train
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"])
 

@@ -14,10 +14,11 @@ from peft import LoraConfig
 from torch import Tensor
 
 from models.finetune import peft_adapter
+from models.finetune.fused import fuse
 from models.finetune.peft_adapter import adapter_of
 from models.frame import Frame
 from models.quantized import Site
-from squeeze.training import LoRA, LowRank
+from squeeze.finetuning import LoRA, LowRank
 
 __all__ = ["Merged", "adapter_of", "beside", "finetune", "sites_of", "write"]
 
@@ -49,7 +50,9 @@ def beside(model: Any, step: LowRank, names: Sequence[str], init: bool | str) ->
         bias="none",
         task_type="CAUSAL_LM",
     )
-    return peft_adapter.wrapped(model, config)
+    learner = peft_adapter.wrapped(model, config)
+    fuse(learner)
+    return learner
 
 
 def write(model: Any, step: LoRA, initial: Mapping[str, Tensor], out: Path, base: str, revision: str | None) -> None:

@@ -22,7 +22,7 @@ from models.quantized import Site
 from models.safetensors_file import read, read_header
 from squeeze.adapters import CONFIG, PREFIX, WEIGHTS
 from squeeze.errors import ModelMalformed
-from squeeze.training import Adapters
+from squeeze.finetuning import Adapters
 
 
 def chosen(frame: Frame, patterns: Sequence[str], usual: Callable[[Site], bool]) -> list[Site]:

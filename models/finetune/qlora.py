@@ -20,7 +20,7 @@ from models.quantized import Site
 from models.resources import map_large_memory
 from models.train.scoring import own
 from squeeze.errors import FormatUnfit
-from squeeze.training import QLoRA
+from squeeze.finetuning import QLoRA
 
 __all__ = ["Merged", "adapter_of", "finetune", "load", "sites_of", "start_at_what_is_lost", "write"]
 

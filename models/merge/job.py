@@ -1,27 +1,27 @@
 """The step of a job that merges: from a base and what was made from it to one model, measured against the base."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 from models import engine
-from models.card import write_card
 from models.certify import certify
 from models.certify_run import tokenized
 from models.checkpoint import SourceModel, open_model, open_or_convert
-from models.disk import write_whole
+from models.closing import certified, closed, spent
 from models.evaluation import Measured, measure
 from models.fingerprint import merging_fingerprint
 from models.formats.directory import linked, refuse_broken_companions
 from models.frame import Frame
-from models.job import Inputs, Outcome, libraries, params_named, result_of, size_part, source_part
+from models.job import Inputs, Outcome, libraries, params_named, size_part, source_part
 from models.material import Material, read_tokenizer
 from models.merge.entries import Source, open_entry
 from models.merge.stream import Counts, write_merged
 from models.progress import Notify
-from models.resources import Clock, cpu_seconds, device_name, peak_gpu_bytes, peak_host_bytes, return_free_memory
+from models.resources import Clock, device_name, return_free_memory
 from models.teamwork import compute_dtype
 from models.train.counting import summed
 from squeeze import __version__
@@ -29,7 +29,7 @@ from squeeze.errors import SqueezeError
 from squeeze.merging import Merge
 from squeeze.merging_work import counted_merging
 from squeeze.objects import Stage
-from squeeze.report import Certificate, MergedEntry, Merging, Report, Spent
+from squeeze.report import Certificate, MergedEntry, Merging, Report
 from squeeze.specs import JobSpec
 from squeeze.steps import RTN, Format
 from squeeze.training import Train
@@ -102,17 +102,8 @@ def run_merging(inputs: Inputs, step: Merge, notify: Notify) -> Outcome:
         notify.stage(Stage.exporting)
         for directory in places.values():
             linked(done.whole, directory)
-    with clock.stage("certifying"):
-        notify.stage(Stage.certifying)
-        certificates = []
-        for number, (name, directory) in enumerate(places.items(), start=1):
-            certificates += _certified(inputs, done, name, directory, notify)
-            notify.advance(number, len(places), "formats")
-    report = _report(inputs, done, places, certificates, clock)
-    for name, directory in places.items():
-        write_card(directory, name, report)
-    write_whole(inputs.out / "report.json", report.model_dump_json(indent=2) + "\n")
-    return Outcome(places, report, result_of(report, places))
+    certificates = certified(places, partial(_certified, inputs, done, notify), clock, notify)
+    return closed(inputs, places, _report(inputs, done, places, certificates, clock))
 
 
 def for_what_follows(inputs: Inputs, done: Done) -> Inputs:
@@ -239,7 +230,7 @@ def _entry(inputs: Inputs, step: Merge, entries: list[Source], counts: Counts, n
     )
 
 
-def _certified(inputs: Inputs, done: Done, name: Format, directory: Path, notify: Notify) -> list[Certificate]:
+def _certified(inputs: Inputs, done: Done, notify: Notify, name: Format, directory: Path) -> list[Certificate]:
     device = torch.device(inputs.device)
     return certify(
         directory,
@@ -276,14 +267,11 @@ def _report(
         damping_escalations=0,
         certificates=certificates,
         warnings=done.warnings,
-        spent=Spent(
-            seconds=clock.seconds,
-            work=done.work,
-            cpu_seconds=round(cpu_seconds(), 3),
-            gpu_seconds=round(clock.seconds.get("evaluating", 0.0), 3) if device.type == "cuda" else 0.0,
-            peak_host_bytes=peak_host_bytes(),
-            peak_gpu_bytes=peak_gpu_bytes(),
-            certifier_peak_host_bytes=max((one.peak_host_bytes or 0 for one in certificates), default=0) or None,
+        spent=spent(
+            clock,
+            done.work,
+            certificates,
+            gpu_seconds=clock.seconds.get("evaluating", 0.0) if device.type == "cuda" else 0.0,
         ),
     )
 

@@ -5,6 +5,7 @@ loading -> calibrating -> compressing (evaluating in the same pass) -> evaluatin
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ import torch
 
 from models import casts, engine
 from models.allocation import allot, allots
-from models.card import write_card
 from models.certify import certify
 from models.certify_run import tokenized
 from models.checkpoint import SourceModel, open_or_convert
-from models.disk import write_whole
+from models.closing import certified, closed, spent
 from models.evaluation import Measured, measure
 from models.fingerprint import fingerprint
 from models.formats import layout
@@ -29,21 +29,20 @@ from models.job import (
     libraries,
     params_named,
     quantize_step,
-    result_of,
     size_part,
     source_part,
 )
 from models.material import Material, read_tokenizer
 from models.progress import Notify
 from models.quantized import QuantizedModel
-from models.resources import Clock, cpu_seconds, device_name, peak_gpu_bytes, peak_host_bytes
+from models.resources import Clock, device_name
 from models.rotation import told
 from models.team import Team
 from models.teamwork import Frames, frames_of, lead
 from models.train import rounded
 from squeeze import __version__
 from squeeze.objects import Stage
-from squeeze.report import Allocation, Block, Certificate, Report, Spent, Tuning
+from squeeze.report import Allocation, Block, Certificate, Report, Tuning
 from squeeze.schemes import Scheme
 from squeeze.steps import QAT, Format, Grouped, Quantize
 from squeeze.work import counted
@@ -74,14 +73,8 @@ def run_quantization(
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
         directories = written.export(notify)
-    with clock.stage("certifying"):
-        notify.stage(Stage.certifying)
-        certificates = written.certify(directories, notify)
-    report = completed(written.report(directories, certificates, clock))
-    for name, directory in directories.items():
-        write_card(directory, name, report)
-    write_whole(inputs.out / "report.json", report.model_dump_json(indent=2) + "\n")
-    return Outcome(directories, report, result_of(report, directories))
+    certificates = certified(directories, partial(written.certify, notify), clock, notify)
+    return closed(inputs, directories, completed(written.report(directories, certificates, clock)))
 
 
 @dataclass(frozen=True)
@@ -232,23 +225,20 @@ class _Written:
             layout(name).write(stored, self.codes.model, directories[name], notify)
         return directories
 
-    def certify(self, directories: dict[Format, Path], notify: Notify) -> list[Certificate]:
-        certificates, frame = [], self.begun.frames.result
-        for number, (name, directory) in enumerate(directories.items()):
-            certificates += certify(
-                directory,
-                name,
-                expected=self.measured.nll_after if self.measured else None,
-                windows=self.begun.texts.windows,
-                source_bytes=self.begun.source.weight_bytes,
-                dtype=frame.dtype,
-                device=frame.device.type,
-                consumers=self.inputs.consumers,
-                texts=tokenized(self.begun.tokenizer),
-                notify=notify,
-            )
-            notify.advance(number + 1, len(directories), "formats")
-        return certificates
+    def certify(self, notify: Notify, name: Format, directory: Path) -> list[Certificate]:
+        frame = self.begun.frames.result
+        return certify(
+            directory,
+            name,
+            expected=self.measured.nll_after if self.measured else None,
+            windows=self.begun.texts.windows,
+            source_bytes=self.begun.source.weight_bytes,
+            dtype=frame.dtype,
+            device=frame.device.type,
+            consumers=self.inputs.consumers,
+            texts=tokenized(self.begun.tokenizer),
+            notify=notify,
+        )
 
     def report(self, directories: dict[Format, Path], certificates: list[Certificate], clock: Clock) -> Report:
         inputs, spec, begun, blocks = self.inputs, self.inputs.spec, self.begun, self.codes.blocks
@@ -274,13 +264,11 @@ class _Written:
             damping_escalations=sum(layer.damping_escalations for block in blocks for layer in block.layers),
             certificates=certificates,
             warnings=begun.warnings,
-            spent=Spent(
-                seconds=clock.seconds,
-                work=begun.work,
-                cpu_seconds=round(cpu_seconds(), 3),
-                gpu_seconds=round(clock.seconds["compressing"] * self.team.size, 3) if on_gpu else 0.0,
-                peak_host_bytes=max([peak_host_bytes(), *(block.peak_host_bytes for block in blocks)]),
-                peak_gpu_bytes=peak_gpu_bytes(),
-                certifier_peak_host_bytes=max((one.peak_host_bytes or 0 for one in certificates), default=0) or None,
+            spent=spent(
+                clock,
+                begun.work,
+                certificates,
+                gpu_seconds=clock.seconds["compressing"] * self.team.size if on_gpu else 0.0,
+                earlier_bytes=max((block.peak_host_bytes for block in blocks), default=0),
             ),
         )

@@ -20,9 +20,9 @@ from models.train.loop import Task
 from models.train.packing import batch_of
 from squeeze import __version__
 from squeeze.choosing import Choice, batch_for, length_for, micro_batch_for, rate_for, settled
+from squeeze.finetuning import Finetune
 from squeeze.specs import JobSpec
 from squeeze.trainable import learned
-from squeeze.training import Finetune
 from squeeze.training_memory import needed_to_train
 
 FILE = "choices.json"

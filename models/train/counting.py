@@ -2,10 +2,10 @@
 
 from models.train.loop import Task
 from models.train.prepare import Prepared
+from squeeze.finetuning import Finetune
 from squeeze.specs import JobSpec
 from squeeze.steps import Quantize
 from squeeze.trainable import FEWEST_LABELS, learned
-from squeeze.training import Finetune
 from squeeze.training_work import counted_training
 from squeeze.work import counted
 

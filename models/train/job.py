@@ -4,50 +4,49 @@ import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
+from accelerate import Accelerator
 from torch import Tensor
 
-from models.card import write_card
 from models.certify import certify, loss_in_transformers
-from models.certify_run import MAX_TOKENS, MAX_WINDOWS, Sample
+from models.certify_run import Sample
 from models.checkpoint import SourceModel
+from models.closing import certified, closed, spent
 from models.disk import write_whole
 from models.distill.lesson import Lesson
 from models.formats.directory import write_companions, written_whole
-from models.job import Inputs, Outcome, libraries, result_of, size_part, source_part
+from models.job import Inputs, Outcome, libraries, size_part, source_part
 from models.material import read_tokenizer
 from models.plain import saturated
 from models.progress import Notify, Silent
 from models.resources import (
     Clock,
-    cpu_seconds,
     device_name,
     map_large_memory,
-    peak_gpu_bytes,
-    peak_host_bytes,
     return_free_memory,
 )
 from models.team import SOLO, Team
-from models.train.accuracy import accuracies, doubts
-from models.train.checkpoints import Checkpoints, Story
+from models.train.accuracy import accuracies
+from models.train.checkpoints import Checkpoints
 from models.train.choices import try_micro_batch
 from models.train.counting import ahead, summed, work_of
-from models.train.examples import Examples
 from models.train.leading import lead, told
-from models.train.loop import Task, accelerator_of, train
+from models.train.loop import accelerator_of, train
 from models.train.merging import stored_dtype, write_merged
 from models.train.prepare import TRAINING, Prepared, begun, method_of, prepare
+from models.train.telling import doubts_of, mean, sample_of, training_part
 from models.train.whole import write_trained
 from squeeze import __version__
 from squeeze.distillation import Distill
+from squeeze.finetuning import Adapters, Head, QLoRA
 from squeeze.objects import Stage
-from squeeze.report import Certificate, Report, Spent, Training
+from squeeze.report import Certificate, Report, Training
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
-from squeeze.training import Adapters, Head, QLoRA, Train
+from squeeze.training import Train
 
 LIBRARIES = ("peft", "accelerate")
 
@@ -136,13 +135,13 @@ def _trained(
         checkpoints = Checkpoints(inputs.work / TRAINING, prepared.mark, processes.team, notes)
         story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
         losses = task.held_out_losses(accelerator)
-        samples = {adapter: _sample(task.held_out, losses)}
-        told = None if accuracy is None else (accuracy, task.held_out_accuracy(accelerator))
+        samples = {adapter: sample_of(task.held_out, losses)}
+        right = None if accuracy is None else (accuracy, task.held_out_accuracy(accelerator))
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
-        training = _training(prepared, task, story, _mean(losses))
-        if told is not None:
-            training = training.model_copy(update=accuracies(told, task.held_out))
+        training = training_part(prepared, task, story, mean(losses))
+        if right is not None:
+            training = training.model_copy(update=accuracies(right, task.held_out))
         if lesson is not None:
             taught = lesson.told(before, lesson.apart(task, accelerator))
             training = training.model_copy(update={"distillation": taught})
@@ -155,19 +154,23 @@ def _trained(
         del task, initial
         _give_back()
         if whole is not None:
-            with processes.loading():
-                model = prepared.load(whole, prepared.first_device)
-                prepared.share(model)
-            plain = prepared.task(model, packed=packed)
-            losses = plain.held_out_losses(accelerator)
-            samples[whole] = _sample(plain.held_out, losses, labels=isinstance(step, Head))
-            training = training.model_copy(update={"loss_written": _mean(losses)})
-            del plain, model
+            samples[whole], loss = _as_written(prepared, whole, packed, accelerator)
+            training = training.model_copy(update={"loss_written": loss})
             _give_back()
-    warnings += _warnings(training)
+    warnings += doubts_of(training)
     for warning in warnings:
         notify.event("warning", warning)
     return Trained(prepared, whole, training, warnings, samples, work)
+
+
+def _as_written(prepared: Prepared, whole: Path, packed: bool, accelerator: Accelerator) -> tuple[Sample, float]:
+    """The whole model read back: held-out examples with its losses, and their mean."""
+    with prepared.processes.loading():
+        model = prepared.load(whole, prepared.first_device)
+        prepared.share(model)
+    task = prepared.task(model, packed=packed)
+    losses = task.held_out_losses(accelerator)
+    return sample_of(task.held_out, losses, labels=isinstance(prepared.step, Head)), mean(losses)
 
 
 def run_training(
@@ -183,20 +186,11 @@ def run_training(
     places: dict[Format, Path] = {name: inputs.out / name for name in formats}
     adapter, whole = places.get("peft", inputs.work / "adapter"), places.get("safetensors")
     done = trained(inputs, step, adapter, whole, clock, notify, team)
-    with clock.stage("certifying"):
-        notify.stage(Stage.certifying)
-        certificates = []
-        for number, (name, directory) in enumerate(places.items(), start=1):
-            certificates += _certified(inputs, done, name, directory, notify)
-            notify.advance(number, len(places), "formats")
-    report = completed(_report(inputs, done, places, certificates, clock))
-    for name, directory in places.items():
-        write_card(directory, name, report)
-    write_whole(inputs.out / "report.json", report.model_dump_json(indent=2) + "\n")
-    return Outcome(places, report, result_of(report, places))
+    certificates = certified(places, partial(_certified, inputs, done, notify), clock, notify)
+    return closed(inputs, places, completed(_report(inputs, done, places, certificates, clock)))
 
 
-def _certified(inputs: Inputs, done: Trained, name: Format, directory: Path, notify: Notify) -> list[Certificate]:
+def _certified(inputs: Inputs, done: Trained, notify: Notify, name: Format, directory: Path) -> list[Certificate]:
     step, dtype = done.prepared.step, str(done.prepared.dtype).removeprefix("torch.")
     return certify(
         directory,
@@ -249,81 +243,6 @@ def _write(
     write_whole(note, prepared.mark)
 
 
-def _training(prepared: Prepared, task: Task, story: Story, after: float) -> Training:
-    rows, step, best = task.plan.rows, prepared.step, story.best
-    places = sum(one.tokens for one in story.curve)
-    seconds = sum(one.seconds for one in story.curve)
-    held_out = task.held_out
-    return Training(
-        method=step.method,
-        precision=cast(Literal["fp32", "bf16", "fp16"], prepared.precision),
-        trainable_parameters=sum(one.numel() for one in task.learning.values()),
-        trained_modules=len(prepared.sites),
-        data=prepared.split.data,
-        sequence_length=prepared.length,
-        packed=task.packed,
-        sequences=len(rows),
-        filled=prepared.split.data.tokens / (len(rows) * prepared.length),
-        measured_examples=len(held_out),
-        measured_tokens=int(held_out.scored.sum()),
-        steps=story.done,
-        planned_steps=task.plan.steps,
-        stopped=story.stopped,
-        best_step=best.step if best is not None and step.evaluate_every is not None else story.done,
-        loss_before=story.held_out[0].loss,
-        loss_after=after,
-        curve=story.curve,
-        held_out=story.held_out,
-        tokens_per_second=round(places / max(seconds, 1e-9), 1),
-        resumed=story.resumed,
-        processes=prepared.processes.size,
-        sharding=prepared.processes.way if prepared.processes.size > 1 else None,
-        chosen=prepared.choices.made if prepared.choices else [],
-    )
-
-
-def _warnings(training: Training) -> list[str]:
-    found = []
-    if training.loss_after >= training.loss_before:
-        found.append(
-            f"the held-out loss rose from {training.loss_before:.4f} to {training.loss_after:.4f}: nothing was learned "
-            "that holds for other examples. Take a lower learning_rate, fewer epochs, or more examples."
-        )
-    told = training.distillation
-    if told is not None and told.loss_teacher is not None and told.loss_teacher >= training.loss_before:
-        found.append(
-            f"the teacher's held-out loss is {told.loss_teacher:.4f}, no better than the student's "
-            f"{training.loss_before:.4f} before it learned: on this text there is nothing to learn from it"
-        )
-    if training.accuracy_after is not None and training.majority_share is not None:
-        return found + doubts(training.accuracy_after, training.majority_share, training.measured_examples)
-    if training.measured_tokens < 1000:
-        found.append(
-            f"the held-out loss was measured on {training.measured_tokens} tokens, which tell little; give more "
-            "examples, or a text of its own as evaluation.source"
-        )
-    return found
-
-
-def _sample(held_out: Examples, losses: tuple[Tensor, Tensor] | None = None, *, labels: bool = False) -> Sample:
-    """Held-out examples: with their losses the first few, for those who certify the result; without them all. labels:
-    each ends with the number of its label.
-    """
-    pairs = [held_out.one(number) for number in range(len(held_out))]
-    if losses is not None:
-        tokens = list(accumulate(len(ids) for ids, _ in pairs))
-        pairs = [
-            pair for pair, sofar in zip(pairs[:MAX_WINDOWS], tokens, strict=False) if sofar <= MAX_TOKENS
-        ] or pairs[:1]
-    means = None if losses is None else (losses[0] / losses[1])[: len(pairs)].tolist()
-    learned = [scored.tolist() for _, scored in pairs]
-    return Sample([ids.tolist() for ids, _ in pairs], [one.index(True) for one in learned], means, learned, labels)
-
-
-def _mean(losses: tuple[Tensor, Tensor]) -> float:
-    return float(losses[0].sum() / losses[1].sum())
-
-
 def _give_back() -> None:
     gc.collect()
     return_free_memory()
@@ -350,14 +269,11 @@ def _report(
         damping_escalations=0,
         certificates=certificates,
         warnings=done.warnings,
-        spent=Spent(
-            seconds=clock.seconds,
-            work=done.work,
-            cpu_seconds=round(cpu_seconds(), 3),
-            gpu_seconds=round(clock.seconds["training"] * done.training.processes, 3) if device.type == "cuda" else 0.0,
-            peak_host_bytes=peak_host_bytes(),
-            peak_gpu_bytes=peak_gpu_bytes(),
-            certifier_peak_host_bytes=max((one.peak_host_bytes or 0 for one in certificates), default=0) or None,
+        spent=spent(
+            clock,
+            done.work,
+            certificates,
+            gpu_seconds=clock.seconds["training"] * done.training.processes if device.type == "cuda" else 0.0,
         ),
     )
 
@@ -392,7 +308,7 @@ def added(report: Report, inputs: Inputs, done: Trained) -> Report:
     measured on the same held-out examples.
     """
     device, losses = done.prepared.device.type, {}
-    everything = _sample(done.prepared.held_out)
+    everything = sample_of(done.prepared.held_out)
     for size in report.sizes:
         name = cast(Format, size.format)
         losses[name] = loss_in_transformers(inputs.out / name, name, everything, done.prepared.dtype, device)

@@ -17,9 +17,9 @@ from models.train.prepare import Prepared
 from models.train.processes import ALONE, Processes
 from squeeze.choosing import Choice
 from squeeze.distillation import Distill
+from squeeze.finetuning import Adapters, Full
 from squeeze.sharding import Way, state_bytes, way_for
 from squeeze.specs import JobSpec
-from squeeze.training import Adapters, Full
 
 WORDS: dict[Way, str] = {
     "ddp": "each of them holds all weights",
@@ -81,7 +81,7 @@ def told(team: Team, spec: JobSpec) -> Told:
     """As the leader has it, but for the device, which is this process's own."""
     heard = team.tell(None)
     paths: dict[str, Any] = {name: _path(text) for name, text in heard["paths"].items()}
-    inputs = Inputs(spec=spec, device=str(team.device), consumers={}, **paths, **heard["texts"])
+    inputs = Inputs(spec=spec, device=str(team.device), **paths, **heard["texts"])
     processes = Processes(team, heard["way"], heard["at_once"])
     choices = [Choice.model_validate(one) for one in heard["choices"]]
     return Told(inputs, processes, heard["mark"], choices, [_path(text) for text in heard["places"]])

@@ -35,9 +35,10 @@ from squeeze.descent import Precision
 from squeeze.distillation import Distill
 from squeeze.distillation import Sequence as Written
 from squeeze.errors import DataUnusable, ModelMalformed
+from squeeze.finetuning import Adapters, Finetune, Head, QLoRA, VirtualTokens
 from squeeze.records import DATA
 from squeeze.specs import JobSpec
-from squeeze.training import Adapters, Finetune, Head, QLoRA, Train, VirtualTokens
+from squeeze.training import Train
 
 TRAINING = "train"  # in the work directory, what one keeps
 TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

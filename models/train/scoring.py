@@ -1,7 +1,7 @@
 """Losses of batches: of the learned tokens alone, each example by itself."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -97,15 +97,11 @@ def example_losses(
     the rows; all get the result.
     """
     sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    for part in processes.batches(examples, rows, size):
-        batch = part.to(device)
+    for batch in _evaluated(model, processes.batches(examples, rows, size), device):
         each = learned_losses(model, batch, packed=packed).double().cpu()
         owners = batch.owners[batch.targets != UNSCORED].cpu()
         sums.index_add_(0, owners, each)
         counts.index_add_(0, owners, torch.ones_like(each))
-    model.train(was_training)
     processes.sum(sums)
     processes.sum(counts)
     if not torch.isfinite(sums).all():
@@ -128,14 +124,10 @@ def accuracy(
 ) -> float:
     """Share of the examples' learned tokens that the model finds likeliest; the arguments of `example_losses`."""
     right = count = 0
-    was_training = model.training
-    model.eval()
-    for part in processes.batches(examples, rows, size):
-        batch = part.to(device)
+    for batch in _evaluated(model, processes.batches(examples, rows, size), device):
         told = learned_logits(model, batch, packed=packed).argmax(dim=-1)
         right += int((told == batch.targets[batch.targets != UNSCORED]).sum())
         count += len(told)
-    model.train(was_training)
     right_of_all, all_of_them = processes.total(right, count)
     return right_of_all / all_of_them
 
@@ -166,6 +158,15 @@ def packs(model: Any, device: torch.device, vocabulary: int) -> bool:
     spread = alone.float().std()
     leaked, apart = ((inside - one).square().mean().sqrt() / spread for one in (other, alone.float()))
     return bool(leaked <= LEAK_TOLERANCE.get(alone.dtype, 0.0) and apart <= POSITION_TOLERANCE.get(alone.dtype, 0.1))
+
+
+def _evaluated(model: Any, batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on the device, while the model drops nothing."""
+    was_training = model.training
+    model.eval()
+    for batch in batches:
+        yield batch.to(device)
+    model.train(was_training)
 
 
 def _logits(model: Any, batch: Batch, *, packed: bool) -> Tensor:

@@ -18,9 +18,10 @@ from models.text import Split as Side
 from models.train.examples import Split, divided, read_examples
 from models.train.whole import load_whole
 from squeeze.distillation import Sequence
+from squeeze.finetuning import Head
 from squeeze.labels import Labelled
 from squeeze.records import row_of
-from squeeze.training import Head, Train
+from squeeze.training import Train
 
 EVERYTHING = 1 << 62  # characters
 

@@ -42,10 +42,7 @@ MODELS = {
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyHub]:
     with FaultyHub() as hub:
         for name, files in MODELS.items():
-            directory = tmp_path_factory.mktemp("hub")
-            for file, content in files.items():
-                (directory / file).write_bytes(content)
-            hub.add(name, directory)
+            hub.add_files(name, files, tmp_path_factory.mktemp("hub"))
         yield hub
 
 

@@ -82,12 +82,11 @@ def sick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyHub]:
     """A Hub that has MODELS, and may be made ill."""
     with FaultyHub() as hub:
         for name, files in MODELS.items():
-            directory = tmp_path_factory.mktemp("hub")
-            for file, content in files.items():
-                (directory / file).write_bytes(content)
-            hub.add(name, directory)
+            hub.add_files(name, files, tmp_path_factory.mktemp("hub"))
         hub.repos["org/gated"].token = "hf_of_somebody_else"
-        hub.add_dataset("org/texts", directory)
+        texts = tmp_path_factory.mktemp("texts")
+        (texts / "train.txt").write_bytes(b" " * (2 << 20))
+        hub.add_dataset("org/texts", texts)
         yield hub
 
 

@@ -28,11 +28,9 @@ def inputs_of(spec: JobSpec, model: Path, text: Path | None, room: Path) -> Inpu
         revision="0123abc",
         license="mit",
         calibration_text=text,
-        evaluation_text=None,
         work=room / "work",
         out=room / "out",
         device="cpu",
-        consumers={},
         job_id="job-x",
         snapshot_seconds=0.0,
     )

@@ -15,9 +15,9 @@ from models.finetune import ia3
 from models.formats import Layout
 from models.frame import Frame
 from squeeze.architectures import ARCHITECTURES, HELD_BY
+from squeeze.finetuning import IA3
 from squeeze.formats import CAPACITIES
 from squeeze.steps import STEPS, Format, Kind, tag_of
-from squeeze.training import IA3
 from tests.models.engine_parts import frame_of
 from tests.models.tiny import FAMILIES
 

@@ -4,8 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from squeeze.choosing import Choice, batch_for, length_for, micro_batch_for, rate_for, settled, supposed
+from squeeze.finetuning import Finetune
 from squeeze.specs import JobSpec
-from squeeze.training import Finetune
 
 AUTO = {"learning_rate": "auto", "batch_size": "auto", "micro_batch_size": "auto"}
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
+from squeeze.finetuning import Finetune
 from squeeze.shapes import shape_of
 from squeeze.steps import Format
 from squeeze.trainable import learned
-from squeeze.training import Finetune
 from squeeze.training_memory import TrainingMemory, needed_to_train
 from tests.squeeze.making import config, tensors, training
 

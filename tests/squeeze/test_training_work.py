@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
+from squeeze.finetuning import Finetune
 from squeeze.shapes import Shape
 from squeeze.specs import JobSpec
 from squeeze.trainable import Learned, learned
-from squeeze.training import Finetune
 from squeeze.training_work import UPDATE_VISITS, counted_training, tokens_to_train
 from squeeze.work import TEXTS, VISIT, Count, of_head, of_token
 from tests.squeeze.making import config, llama, tensors, training

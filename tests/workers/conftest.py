@@ -22,6 +22,8 @@ from jobs.settings import Settings
 from squeeze.objects import Status
 from squeeze.specs import JobSpec
 from storage import open_storage
+from tests.hub import FaultyHub
+from workers.forkserver import DEFAULT_ENTRY
 from workers.groups import Ledger
 from workers.spawn import ForkServer
 from workers.worker import Worker
@@ -190,6 +192,19 @@ class Running:
         self._thread.join(PATIENCE_SECONDS)
         assert self._statuses, "the attempt has not ended"
         return self._statuses[0]
+
+
+@pytest.fixture(scope="module")
+def warm_server(tmp_path_factory: pytest.TempPathFactory, hub: FaultyHub) -> Iterator[ForkServer]:
+    """Jobs of it pull from the Hub that the module has as `hub`."""
+    with pytest.MonkeyPatch.context() as environ:
+        environ.setenv("HF_ENDPOINT", hub.url)
+        ledger = Ledger(tmp_path_factory.mktemp("warm"), "warm")
+        server = ForkServer(ledger, DEFAULT_ENTRY)
+        server.start()
+    yield server
+    server.close()
+    ledger.close()
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from tests.hub import FaultyHub
 from tests.models import tiny
 from tests.models.merge.parts import finetuned
 from workers.forkserver import DEFAULT_ENTRY
-from workers.groups import Ledger
 from workers.spawn import ForkServer
 from workers.worker import Worker
 
@@ -51,18 +50,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyHub]:
         hub.add("tiny/tuned", finetuned(directory, tmp_path_factory.mktemp("tuned") / "model", 1))
         hub.add("tiny/small", tiny.llama(tmp_path_factory.mktemp("small"), num_hidden_layers=1))
         yield hub
-
-
-@pytest.fixture(scope="module")
-def warm_server(tmp_path_factory: pytest.TempPathFactory, hub: FaultyHub) -> Iterator[ForkServer]:
-    with pytest.MonkeyPatch.context() as environ:
-        environ.setenv("HF_ENDPOINT", hub.url)
-        ledger = Ledger(tmp_path_factory.mktemp("warm"), "warm")
-        server = ForkServer(ledger, DEFAULT_ENTRY)
-        server.start()
-    yield server
-    server.close()
-    ledger.close()
 
 
 @pytest.fixture
@@ -144,6 +131,26 @@ def test_a_job_that_trains_on_uploaded_examples_gives_an_adapter_and_is_told_of_
 
 
 @pytest.mark.slow
+def test_a_classification_head_learns_labels_and_a_job_without_them_is_told_so(place: Place, worker: Worker) -> None:
+    rows = [{"text": f"number {n} is {'odd' if n % 2 else 'even'}", "label": "ab"[n % 2]} for n in range(80)]
+    head = {"kind": "finetune", "method": "head", "layers": 1, "steps": 16, "learning_rate": 3e-3, "batch_size": 16}
+    text = "\n".join(map(json.dumps, rows))
+    job_id = place.submit(steps=[head], **SMALL | {"data": {"source": upload(place, text), "sequence_length": 64}})
+    assert worker.run_job(job_id) == Status.succeeded, place.job(job_id).error
+    with place.database.read() as session:
+        report = listing.report(session, PROJECT, job_id)
+        artifacts = {artifact.filename for artifact in listing.artifacts(session, PROJECT, job_id)}
+    assert {"safetensors/config.json", "safetensors/model.safetensors"} <= artifacts
+    assert report["training"]["accuracy_after"] > report["training"]["accuracy_before"]
+    assert {one["consumer"]: one["outcome"] for one in report["certificates"]}["transformers"] == "passed"
+
+    nameless = "\n".join(json.dumps({"text": row["text"]}) for row in rows)
+    job_id = place.submit(steps=[head], **SMALL | {"data": {"source": upload(place, nameless)}})
+    assert worker.run_job(job_id) == Status.failed
+    error = place.job(job_id).error
+    assert error is not None and error["code"] == "data_unusable" and "label" in error["message"]
+
+
 def test_a_student_from_the_hub_learns_and_what_it_became_learns_more(place: Place, worker: Worker) -> None:
     rows = "\n".join(json.dumps({"text": f"line {n} says that {n} is followed by {n + 1}"}) for n in range(60))
     fields = SMALL | {"data": {"source": upload(place, rows), "sequence_length": 64}}

@@ -81,9 +81,14 @@ def test_a_ledger_of_another_boot_or_container_ends_nothing(tmp_path: Path, proc
     assert process.poll() is None
 
 
-def test_a_ledger_cut_short_by_a_power_failure_ends_nothing(tmp_path: Path) -> None:
-    (tmp_path / "one.json").write_text('{"where": ["b')
+def test_a_ledger_cut_short_by_a_power_failure_ends_nothing(tmp_path: Path, process: "subprocess.Popen[bytes]") -> None:
+    ledger = Ledger(tmp_path, "one")
+    ledger.add(group_of(process))
+    ledger.close()
+    kept = tmp_path / "one.json"
+    kept.write_text(kept.read_text()[:-3])
     Ledger(tmp_path, "one").close()
+    assert process.poll() is None
 
 
 def test_two_living_workers_can_not_have_one_name(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from tests.hub import FaultyHub
 from tests.models import tiny
 from workers.checkpoints import MANIFEST
 from workers.forkserver import DEFAULT_ENTRY
-from workers.groups import Ledger
 from workers.spawn import ForkServer
 from workers.worker import Worker
 
@@ -34,18 +33,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyHub]:
     with FaultyHub() as hub:
         hub.add("tiny/llama", tiny.llama(tmp_path_factory.mktemp("llama")))
         yield hub
-
-
-@pytest.fixture(scope="module")
-def warm_server(tmp_path_factory: pytest.TempPathFactory, hub: FaultyHub) -> Iterator[ForkServer]:
-    with pytest.MonkeyPatch.context() as environ:
-        environ.setenv("HF_ENDPOINT", hub.url)
-        ledger = Ledger(tmp_path_factory.mktemp("warm"), "warm")
-        server = ForkServer(ledger, DEFAULT_ENTRY)
-        server.start()
-    yield server
-    server.close()
-    ledger.close()
 
 
 @pytest.fixture

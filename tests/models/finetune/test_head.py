@@ -24,9 +24,9 @@ from models.train.scoring import example_losses
 from models.train.turns import labelled_tokens
 from squeeze.architectures import ARCHITECTURES, CLASSIFIABLE
 from squeeze.errors import ArchitectureUnsupported, DataUnusable
+from squeeze.finetuning import Head
 from squeeze.labels import Labelled
 from squeeze.trainable import learned
-from squeeze.training import Head
 from tests.models.job_parts import Heard
 from tests.models.tiny import FAMILIES, tokenizer
 from tests.models.train.parts import begin, go_on, inputs_for, seen, spec_of, written

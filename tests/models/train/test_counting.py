@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from models.train.counting import ahead, summed, work_of
+from squeeze.finetuning import Finetune
 from squeeze.trainable import learned
-from squeeze.training import Finetune
 from squeeze.work import counted
 from tests.models.job_parts import spec_of as quantizing
 from tests.models.tiny import FAMILIES

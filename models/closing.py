@@ -1,0 +1,54 @@
+"""How every job ends, whatever its steps: its results certified one by one, what it took, cards and report written."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from models.card import write_card
+from models.disk import write_whole
+from models.job import Inputs, Outcome, result_of
+from models.progress import Notify
+from models.resources import Clock, cpu_seconds, peak_gpu_bytes, peak_host_bytes
+from squeeze.objects import Stage
+from squeeze.report import Certificate, Report, Spent
+from squeeze.steps import Format
+
+
+def certified(
+    directories: Mapping[Format, Path],
+    certify: Callable[[Format, Path], list[Certificate]],
+    clock: Clock,
+    notify: Notify,
+) -> list[Certificate]:
+    """What consumers say of each result. certify: of one."""
+    certificates = []
+    with clock.stage("certifying"):
+        notify.stage(Stage.certifying)
+        for number, (name, directory) in enumerate(directories.items(), start=1):
+            certificates += certify(name, directory)
+            notify.advance(number, len(directories), "formats")
+    return certificates
+
+
+def spent(
+    clock: Clock, work: dict[str, float], certificates: list[Certificate], *, gpu_seconds: float, earlier_bytes: int = 0
+) -> Spent:
+    """What the job took. work: operations by stage. gpu_seconds: of all processes. earlier_bytes: the peak of host
+    memory in attempts before this one.
+    """
+    return Spent(
+        seconds=clock.seconds,
+        work=work,
+        cpu_seconds=round(cpu_seconds(), 3),
+        gpu_seconds=round(gpu_seconds, 3),
+        peak_host_bytes=max(peak_host_bytes(), earlier_bytes),
+        peak_gpu_bytes=peak_gpu_bytes(),
+        certifier_peak_host_bytes=max((one.peak_host_bytes or 0 for one in certificates), default=0) or None,
+    )
+
+
+def closed(inputs: Inputs, directories: dict[Format, Path], report: Report) -> Outcome:
+    """Writes the report, and a card beside each result."""
+    for name, directory in directories.items():
+        write_card(directory, name, report)
+    write_whole(inputs.out / "report.json", report.model_dump_json(indent=2) + "\n")
+    return Outcome(directories, report, result_of(report, directories))
