@@ -173,12 +173,18 @@ def _refuse_untrained(step: Train, number: int, formats: Sequence[Format]) -> No
                 "safetensors out of `formats`.",
                 param=f"steps.{number}.merge",
             )
-        if name not in ("peft", "safetensors"):
+        if name not in ("peft", "safetensors", *step.formats):
             raise FormatUnfit(
                 f"{name} can't hold what {step.method} makes; peft holds an adapter, safetensors a whole model. "
                 "Change `formats`, or add a step that quantizes.",
                 param="formats",
             )
+    if "peft" in formats and "gptq" in step.formats and "gptq" not in formats:
+        raise FormatUnfit(
+            "the adapter goes with the weights as this job rounds them, which gptq alone would hold: add gptq to "
+            "`formats`, or leave `formats` out.",
+            param="formats",
+        )
 
 
 def _refuse_unmixed(number: int, step: Grouped, name: Format) -> None:
