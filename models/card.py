@@ -35,7 +35,7 @@ def write_card(directory: Path, format_name: Format, report: Report) -> None:
         _front_matter(format_name, report),
         f"# {_short_name(report)}, {_made_by(format_name, report)} ({format_name})\n",
         _origin(report),
-        _recipe(report),
+        _recipe(format_name, report),
         _figures(format_name, report),
         _loading(directory, format_name, report),
     ]
@@ -81,7 +81,7 @@ def _origin(report: Report) -> str:
     )
 
 
-def _recipe(report: Report) -> str:
+def _recipe(format_name: Format, report: Report) -> str:
     lines = ["## Recipe", ""]
     for number, step in enumerate(report.recipe, start=1):
         settings = ", ".join(
@@ -94,7 +94,7 @@ def _recipe(report: Report) -> str:
     if report.merging is not None:
         named = [f"`{one.model}` ({one.kind}, weight {one.weight:.3g})" for one in report.merging.models]
         lines += [f"Merged: {', '.join(named)}.", ""]
-    if report.training is not None:
+    if report.training is not None and not _is_base(format_name, report):
         data = report.training.data
         what = "labels" if _labels(report) else "tokens"
         lines += [
@@ -238,10 +238,10 @@ def _peft_lines(report: Report) -> list[str]:
 def _companion(format_name: Format, report: Report) -> list[str]:
     """What goes together of a job that trained an adapter beside weights that it rounded."""
     if format_name == "peft" and _beside_gptq(report):
-        what = (
-            "It was trained beside the `gptq` result of the same job, and goes with that: on other weights, also those"
-        )
-        return [f"{what} that both were made from, it has not been measured.", ""]
+        return [
+            "It was trained beside the `gptq` result of the same job, and goes with that and no other weights.",
+            "",
+        ]
     if _is_base(format_name, report):
         return ["Nothing of it was trained: it is what the adapter of the same job (`peft`) stands beside.", ""]
     return []
@@ -249,7 +249,8 @@ def _companion(format_name: Format, report: Report) -> list[str]:
 
 def _beside_gptq(report: Report) -> bool:
     """Whether a job's adapter was trained beside weights that it rounded before, and wrote."""
-    return report.recipe[-1]["method"] == "qlora" and report.recipe[-1]["base"] == "gptq"
+    last = report.recipe[-1]
+    return (last["method"], last.get("base")) == ("qlora", "gptq")
 
 
 def _is_base(format_name: Format, report: Report) -> bool:
