@@ -84,8 +84,8 @@ class LoRA(LowRank):
 
 
 class QLoRA(LowRank):
-    """LoRA beside weights that are rounded while they are loaded, and stay so: a quarter or half of the memory
-    (arXiv 2305.14314). Merged, what was learned is added to the weights as they came.
+    """LoRA beside weights that are rounded while they are loaded, or before by GPTQ, and stay so: a quarter or half of
+    the memory (arXiv 2305.14314). Merged, what was learned is added to the weights as they came.
     """
 
     method: Literal["qlora"]

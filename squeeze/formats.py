@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from squeeze.errors import FormatUnfit
-from squeeze.finetuning import Adapters
+from squeeze.finetuning import Adapters, QLoRA
 from squeeze.merging import Merge
 from squeeze.schemes import Activations, Element, Group, Scheme
 from squeeze.steps import CODE_BITS, Format, Grouped, Quantize
@@ -172,6 +172,12 @@ def _refuse_untrained(step: Train, number: int, formats: Sequence[Format]) -> No
                 "safetensors holds the merged model, and this step does not merge. Set `merge` to true, or leave "
                 "safetensors out of `formats`.",
                 param=f"steps.{number}.merge",
+            )
+        if name == "gptq" and isinstance(step, QLoRA) and name not in step.formats:
+            raise FormatUnfit(
+                f"gptq would hold what the adapter stands beside, and that is {step.base}, which is rounded anew "
+                "whenever it is loaded. Set `base` to gptq, or leave gptq out of `formats`.",
+                param=f"steps.{number}.base",
             )
         if name not in ("peft", "safetensors", *step.formats):
             raise FormatUnfit(
