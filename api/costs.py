@@ -9,7 +9,7 @@ from api.tensors import Tensor
 from jobs import history
 from squeeze.choosing import supposed
 from squeeze.distillation import Distill
-from squeeze.finetuning import Finetune
+from squeeze.finetuning import Finetune, QLoRA
 from squeeze.memory import PROCESS_BYTES, needed
 from squeeze.merging import Merge
 from squeeze.merging_work import counted_merging, merging_bytes
@@ -89,7 +89,9 @@ def learned_of(step: Finetune, config: dict[str, Any], tensors: dict[str, Tensor
 
 
 def kept_bytes(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
-    """On the worker's disk: of a training two checkpoints, and every whole model that a next step goes on with."""
+    """On the worker's disk: of a training two checkpoints, a byte a weight of a base that is rounded for it, and every
+    whole model that a next step goes on with.
+    """
     step = next((step for step in spec.steps if isinstance(step, Finetune)), None)
     merged = 2 * sum(tensor.elements for tensor in tensors.values()) if isinstance(spec.steps[0], Merge) else 0
     merged *= len(spec.steps) > 1  # otherwise it is the result
@@ -97,7 +99,8 @@ def kept_bytes(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]
         return merged
     known = learned_of(step, config, tensors)
     whole = 2 * sum(tensor.elements for tensor in tensors.values()) if step is not spec.steps[-1] else 0
-    return 2 * (4 * known.parameters + known.state_bytes) + whole + merged
+    codes = known.rounded if isinstance(step, QLoRA) and step.base == "gptq" else 0
+    return 2 * (4 * known.parameters + known.state_bytes) + codes + whole + merged
 
 
 def _ignored(spec: JobSpec) -> list[str]:

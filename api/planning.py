@@ -12,6 +12,7 @@ from api.sources import Files, files_of, refuse_absent_dataset
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
 from jobs import files as uploads
 from squeeze.architectures import ARCHITECTURES, HELD_BY, refuse_classifier, refuse_unclassifiable, refuse_unrotatable
+from squeeze.bases import rounding
 from squeeze.distillation import Distill
 from squeeze.errors import (
     ArchitectureUnsupported,
@@ -25,7 +26,7 @@ from squeeze.errors import (
     SpecInvalid,
     SqueezeError,
 )
-from squeeze.finetuning import Adapters, Head, LoRA
+from squeeze.finetuning import Adapters, Head, LoRA, QLoRA
 from squeeze.formats import refuse_unfit
 from squeeze.objects import Obstacle, Plan
 from squeeze.shapes import BLOCK
@@ -143,6 +144,9 @@ def _in_the_model(
                 refuse_unclassifiable(kind, "model")
             except ArchitectureUnsupported as error:
                 yield error
+        beforehand = rounding(step, (linear.columns for linear in linears)) if isinstance(step, QLoRA) else None
+        if beforehand is not None:
+            step = beforehand  # noqa: PLW2901 - what it can't hold is in its way too
         if not isinstance(step, Quantize):
             continue
         if step.rotation is not None and kind in ARCHITECTURES:
@@ -190,14 +194,16 @@ def _result_bytes(
     """Of the weight files, by format."""
     step = next((step for step in spec.steps if isinstance(step, Quantize)), None)
     if step is None:
-        return _trained_bytes(spec, config, tensors)
+        return _trained_bytes(spec, config, tensors, linears)
     if isinstance(step, Grouped) and step.target_bytes is not None:
         return dict.fromkeys(spec.formats, step.target_bytes)
     return _estimates(spec, step, tensors, linears)
 
 
-def _trained_bytes(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[Format, int]:
-    """What was learned beside the weights in 32 bits, and a whole model in 16."""
+def _trained_bytes(
+    spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor], linears: list[Linear]
+) -> dict[Format, int]:
+    """What was learned beside the weights in 32 bits, a whole model in 16, and what it was learned beside, rounded."""
     step = spec.steps[-1]
     if isinstance(step, Distill):
         return _student_bytes(step, spec, tensors)
@@ -206,6 +212,9 @@ def _trained_bytes(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Ten
         "peft": beside * (2 if isinstance(step, LoRA) and step.init == "pissa" else 1),
         "safetensors": 2 * sum(tensor.elements for tensor in tensors.values()),
     }
+    beforehand = rounding(step, (linear.columns for linear in linears)) if isinstance(step, QLoRA) else None
+    if beforehand is not None:
+        sizes |= _estimates(spec.model_copy(update={"formats": ("gptq",)}), beforehand, tensors, linears)
     return {name: sizes[name] for name in spec.formats if name in sizes}
 
 

@@ -39,6 +39,7 @@ CASES: tuple[tuple[tuple[int, int, int], int, dict[str, Any]], ...] = (
     ((1024, 8, 4096), 256, {"method": "last_layers", "micro_batch_size": 2}),
     ((1024, 8, 4096), 256, {"method": "qlora", "base": "nf4", "micro_batch_size": 2}),
     ((1024, 8, 4096), 256, {"method": "qlora", "base": "int8", "micro_batch_size": 2}),
+    ((1024, 8, 4096), 256, {"method": "qlora", "base": "gptq", "micro_batch_size": 2}),
 )
 
 

@@ -33,9 +33,9 @@ def write_card(directory: Path, format_name: Format, report: Report) -> None:
     """Writes the card of one format of a report's result."""
     parts = [
         _front_matter(format_name, report),
-        f"# {_short_name(report)}, {_recipe_in_short(report)} ({format_name})\n",
+        f"# {_short_name(report)}, {_made_by(format_name, report)} ({format_name})\n",
         _origin(report),
-        _recipe(report),
+        _recipe(format_name, report),
         _figures(format_name, report),
         _loading(directory, format_name, report),
     ]
@@ -63,6 +63,8 @@ def _front_matter(format_name: Format, report: Report) -> str:
 def _relation(format_name: Format, report: Report) -> str:
     if format_name == "peft":
         return "adapter"
+    if _is_base(format_name, report):
+        return "quantized"
     kinds = {step["kind"] for step in report.recipe}
     if "quantize" in kinds:
         return "quantized"
@@ -79,7 +81,7 @@ def _origin(report: Report) -> str:
     )
 
 
-def _recipe(report: Report) -> str:
+def _recipe(format_name: Format, report: Report) -> str:
     lines = ["## Recipe", ""]
     for number, step in enumerate(report.recipe, start=1):
         settings = ", ".join(
@@ -92,7 +94,7 @@ def _recipe(report: Report) -> str:
     if report.merging is not None:
         named = [f"`{one.model}` ({one.kind}, weight {one.weight:.3g})" for one in report.merging.models]
         lines += [f"Merged: {', '.join(named)}.", ""]
-    if report.training is not None:
+    if report.training is not None and not _is_base(format_name, report):
         data = report.training.data
         what = "labels" if _labels(report) else "tokens"
         lines += [
@@ -111,26 +113,29 @@ def _recipe(report: Report) -> str:
 
 def _figures(format_name: Format, report: Report) -> str:
     rows: list[tuple[str, str, str]] = []
+    trained = None if _is_base(format_name, report) else report.training
+    rounded = _is_base(format_name, report) or not _beside_gptq(report)
+    quality = report.quality if rounded else None
     for size in report.sizes:
         if size.format == format_name:
             before, after = _megabytes(report.source.bytes), _megabytes(size.weight_bytes)
             smaller = "" if size.ratio is None else f" ({size.ratio:.2f} times smaller)"
             rows.append(("Weights", before, after + smaller))
-    if report.bits_per_weight is not None:
+    if report.bits_per_weight is not None and rounded:
         bits = f"{report.bits_per_weight:.2f}"
         rows.append(("Bits a weight of the quantized layers", _bits(report.source.dtype), bits))
-    if report.training is not None:
-        before, after = f"{report.training.loss_before:.4f}", f"{report.training.loss_after:.4f}"
+    if trained is not None:
+        before, after = f"{trained.loss_before:.4f}", f"{trained.loss_after:.4f}"
         each = "label" if _labels(report) else "token"
         rows.append((f"Held-out loss of the training, nats a {each}", before, after))
-        rows += _accuracy_rows(report.training)
+        rows += _accuracy_rows(trained)
     lines = ["## Figures", ""]
-    if report.quality is not None:
-        rows += _quality_rows(report.quality)
+    if quality is not None:
+        rows += _quality_rows(quality)
     lines += ["| | original | this model |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows), ""]
-    if report.quality is not None:
-        lines += [f"Measured on {_text(report.quality.text)}; {report.quality.protocol}.", ""]
-        if report.quality.text.generic:
+    if quality is not None:
+        lines += [f"Measured on {_text(quality.text)}; {quality.protocol}.", ""]
+        if quality.text.generic:
             lines += ["That text is generic: figures on it say little about yours.", ""]
     return "\n".join(lines)
 
@@ -157,8 +162,10 @@ def _quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
 
 
 def _loading(directory: Path, format_name: Format, report: Report) -> str:
-    more = " accelerate bitsandbytes" if format_name == "peft" and report.recipe[-1]["method"] == "qlora" else ""
-    lines = ["## Loading", "", f"```sh\n{LOADING[format_name]}{more}\n```", ""]
+    more = ""
+    if format_name == "peft" and report.recipe[-1]["method"] == "qlora":
+        more = " optimum gptqmodel" if _beside_gptq(report) else " accelerate bitsandbytes"
+    lines = ["## Loading", "", *_companion(format_name, report), f"```sh\n{LOADING[format_name]}{more}\n```", ""]
     if format_name != "gguf":
         program = ONNX_LINES if format_name == "onnx" else _transformers_lines(directory, format_name, report)
         lines += ["```python", *program, "```", ""]
@@ -204,25 +211,51 @@ def _classifier_lines(report: Report) -> list[str]:
 
 def _peft_lines(report: Report) -> list[str]:
     step, name = report.recipe[-1], _public_name(report)
-    rounded, how = [], 'dtype="auto"'
-    if step["method"] == "qlora":
+    rounded, how, base = [], 'dtype="auto"', json.dumps(name, ensure_ascii=False)
+    if _beside_gptq(report):
+        rounded, base = ['rounded = "…"  # where the gptq directory of the same job lies'], "rounded"
+    elif step["method"] == "qlora":
         assert report.training is not None, "it was trained"
         dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[report.training.precision]
-        settings = QLoRA.model_validate(step).base_settings(dtype)
+        settings = QLoRA.model_validate(step).base_settings(dtype) or {}
         told = ", ".join(
             f"{key}={json.dumps(value) if isinstance(value, str) else value}" for key, value in settings.items()
         )
         rounded, how = [f"rounding = BitsAndBytesConfig({told})"], f'dtype="{dtype}", quantization_config=rounding'
+    more = ", BitsAndBytesConfig" if rounded and base != "rounded" else ""
     return [
         "from peft import PeftModel",
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if rounded else ''}",
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}",
         "",
         'directory = "…"  # where this file lies',
         *rounded,
-        f'base = AutoModelForCausalLM.from_pretrained("{name}", {how})',
+        f"base = AutoModelForCausalLM.from_pretrained({base}, {how})",
         "model = PeftModel.from_pretrained(base, directory)",
         "tokenizer = AutoTokenizer.from_pretrained(directory)",
     ]
+
+
+def _companion(format_name: Format, report: Report) -> list[str]:
+    """What goes together of a job that trained an adapter beside weights that it rounded."""
+    if format_name == "peft" and _beside_gptq(report):
+        return [
+            "It was trained beside the `gptq` result of the same job, and goes with that and no other weights.",
+            "",
+        ]
+    if _is_base(format_name, report):
+        return ["Nothing of it was trained: it is what the adapter of the same job (`peft`) stands beside.", ""]
+    return []
+
+
+def _beside_gptq(report: Report) -> bool:
+    """Whether a job's adapter was trained beside weights that it rounded before, and wrote."""
+    last = report.recipe[-1]
+    return (last["method"], last.get("base")) == ("qlora", "gptq")
+
+
+def _is_base(format_name: Format, report: Report) -> bool:
+    """Whether a directory holds what an adapter was trained beside."""
+    return format_name == "gptq" and _beside_gptq(report)
 
 
 def _labels(report: Report) -> list[str]:
@@ -242,6 +275,10 @@ def _public_name(report: Report) -> str:
 
 def _short_name(report: Report) -> str:
     return report.source.model.partition("@")[0].rstrip("/").rpartition("/")[2]
+
+
+def _made_by(format_name: Format, report: Report) -> str:
+    return "gptq at 4 bits" if _is_base(format_name, report) else _recipe_in_short(report)
 
 
 def _recipe_in_short(report: Report) -> str:

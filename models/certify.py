@@ -215,11 +215,14 @@ def _peft(
         }
         command = [sys.executable, "-m", "models.certify_process"]
         ended = run_program(command, request, Path(scratch), environment(scratch) | {"PYTHONPATH": str(ROOT)}, None)
-    exact = dtype == torch.float32 and device == "cpu" and base_settings is None
+    coded = "quantization_config" in read_config(base)
+    exact = dtype == torch.float32 and device == "cpu" and base_settings is None and not coded
     certificate = judge("peft", "peft", sample, ended, TOLERANCE_EXACT if exact else sample.tolerance)
     if certificate.outcome == "failed":
         raise _failure(certificate, ended)
-    rounded = "" if base_settings is None else ", rounded by bitsandbytes as it was then"
+    rounded = ", as gptq holds it" if coded else ""
+    if base_settings is not None:
+        rounded = ", rounded by bitsandbytes as it was then"
     detail = f"loaded by PeftModel on the model that it was trained on{rounded}; {certificate.detail}"
     return certificate.model_copy(update={"detail": detail})
 

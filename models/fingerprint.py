@@ -52,9 +52,10 @@ def training_fingerprint(
     data: TrainingData,
     length: int,
     student: tuple[SourceModel, str | None] | None = None,
+    samples: int | None = None,
 ) -> str:
     """As `fingerprint`, of what a step that trains leaves. length: of a sequence, in tokens. student: with its
-    revision, where another model learns.
+    revision, where another model learns. samples: sequences that a base is rounded on, where one is.
 
     Any number of processes goes on from it, whatever each of them holds.
     """
@@ -65,6 +66,7 @@ def training_fingerprint(
         "student": None if student is None else _of_model(*student),
         "data": data.model_dump(),
         "length": length,
+        "samples": samples,
         "device": device,
         "versions": [
             __version__,

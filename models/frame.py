@@ -155,6 +155,12 @@ class Frame:
                 found[linears[0].rpartition(".")[0]] = linears
         return found
 
+    def put(self, site: Site, module: nn.Module) -> None:
+        """Has a module stand where a linear stood, before weights are loaded."""
+        index = int(site.name.removeprefix(f"{self.blocks_path}.").partition(".")[0])
+        block, linear = self._skeletons[index], self._sites[index][site.name][1]
+        block.set_submodule(next(place for place, one in block.named_modules() if one is linear), module)
+
     def skeleton(self, index: int) -> nn.Module:
         """One decoder block as it is between times: without weights."""
         return self._skeletons[index]
@@ -185,14 +191,18 @@ class Frame:
         It runs like any model of transformers; its experts stay unfused.
         """
         parent, _, leaf = self.blocks_path.rpartition(".")
-        owner = self.model.get_submodule(parent)
-        setattr(owner, leaf, nn.ModuleList(self._skeletons))
         try:
-            self._fill(self.model, "")
-            yield self.model
+            yield self.loaded()
         finally:
             _empty(self.model)
-            setattr(owner, leaf, nn.ModuleList(self._hollows))
+            setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._hollows))
+
+    def loaded(self) -> Any:
+        """As `whole`, of a frame that is for nothing else: the model keeps its blocks and its weights."""
+        parent, _, leaf = self.blocks_path.rpartition(".")
+        setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._skeletons))
+        self._fill(self.model, "")
+        return self.model
 
     def refuse_misfits(self) -> None:
         """Compares what the config asks for with the headers of the weight files, before any tensor is read."""

@@ -49,6 +49,16 @@ def read_tokenizer(model: Path) -> Any:
     return tokenizer
 
 
+def few_tokens(count: int, length: int, widest: int) -> list[str]:
+    """A warning where so many calibration sequences of so many tokens are few. widest: most inputs of a layer."""
+    if count * length >= TOKENS_PER_INPUT * widest:
+        return []
+    return [
+        f"{count * length:,} calibration tokens are few for layers with {widest:,} inputs; below "
+        f"{TOKENS_PER_INPUT * widest:,} the rounding fits the sample rather than the language"
+    ]
+
+
 def refuse_too_large_for_self(spec: JobSpec, step: Quantize, frame: Frame) -> None:
     """Raises DataUnusable where a model that is to sample its own text doesn't fit in memory; needs no weights."""
     if spec.data.source == SELF and step.needs_calibration:
@@ -133,11 +143,7 @@ class Material:
                     f"the calibration text gave {count} sequences of {length} tokens, fewer than the {self.samples} of "
                     f"{self.length} asked for"
                 )
-            if count * length < TOKENS_PER_INPUT * self.widest:
-                found.append(
-                    f"{count * length:,} calibration tokens are few for layers with {self.widest:,} inputs; below "
-                    f"{TOKENS_PER_INPUT * self.widest:,} the rounding fits the sample rather than the language"
-                )
+            found += few_tokens(count, length, self.widest)
             found += repetition_warnings(self.calibration.ids, "calibration text")
         found += self._of_language()
         sampled = self.calibration is not None and self.spec.data.source == SELF

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from squeeze.descent import AT_ITS_HIGHEST, Rate
-from squeeze.training import Train
+from squeeze.training import Train, Written
 
 
 class Finetune(Train):
@@ -36,7 +36,7 @@ class Adapters(Finetune):
         return self.merge
 
     @property
-    def formats(self) -> tuple[Literal["peft", "safetensors"], ...]:
+    def formats(self) -> tuple[Written, ...]:
         return ("peft", "safetensors") if self.merge else ("peft",)
 
 
@@ -84,18 +84,25 @@ class LoRA(LowRank):
 
 
 class QLoRA(LowRank):
-    """LoRA beside weights that are rounded while they are loaded, and stay so: a quarter or half of the memory
-    (arXiv 2305.14314). Merged, what was learned is added to the weights as they came.
+    """LoRA beside weights that are rounded while they are loaded, or before by GPTQ, and stay so: a quarter or half of
+    the memory (arXiv 2305.14314). Merged, what was learned is added to the weights as they came.
     """
 
     method: Literal["qlora"]
-    base: Literal["nf4", "int8"] = Field(
+    base: Literal["nf4", "int8", "gptq"] = Field(
         "nf4",
         description="What the weights are rounded to: 4 bits with a scale for 64 weights, or 8 bits with one for each "
-        "output row, where inputs are rounded too (LLM.int8(), arXiv 2208.07339). Embeddings, norms and the output "
-        "head keep 16 bits or more.",
+        "output row, where inputs are rounded too (LLM.int8(), arXiv 2208.07339). `gptq`: 4 bits that this job finds "
+        "on the training examples before it trains (arXiv 2210.17323), and writes as `gptq`, so that the adapter can "
+        "be served beside the very weights that it was trained on. Embeddings, norms and the output head keep 16 bits "
+        "or more.",
     )
     double_quantization: bool = Field(True, description="Of nf4: keep the scales themselves in 8 bits.")
+    group_size: Literal[32, 64, 128, "channel"] | None = Field(
+        None,
+        description="Of gptq: input columns that share one scale; `channel`: one scale for each output row. Left out: "
+        "the largest of 128, 64 and 32 that divides the inputs of every layer, or else `channel`.",
+    )
     init: Literal["default", "loftq"] = Field(
         "default",
         description="Where the narrow matrices start. `default`: their product is nothing. `loftq`: at the largest "
@@ -115,10 +122,28 @@ class QLoRA(LowRank):
             )
         return self
 
-    def base_settings(self, dtype: str) -> dict[str, Any]:
-        """What transformers' BitsAndBytesConfig is told, so that the same base comes of it. dtype: of the computation,
-        as torch calls it.
+    @model_validator(mode="after")
+    def _says_nothing_of_another_base(self) -> Self:
+        if self.base != "gptq" and self.group_size is not None:
+            raise ValueError(f"group_size is of gptq, and {self.base} has groups of its own: set base to gptq")
+        if self.base == "gptq" and not self.double_quantization:
+            raise ValueError("double_quantization is of nf4; the scales of gptq have 16 bits: leave it out")
+        if self.base == "gptq" and self.dora:
+            raise ValueError("peft loads no `dora` beside weights of gptq: leave `dora` out, or take base nf4 or int8")
+        return self
+
+    @property
+    def formats(self) -> tuple[Written, ...]:
+        if self.base != "gptq":
+            return super().formats
+        return ("peft", "gptq", "safetensors") if self.merge else ("peft", "gptq")
+
+    def base_settings(self, dtype: str) -> dict[str, Any] | None:
+        """What transformers' BitsAndBytesConfig is told, so that the same base comes of it; None where its codes are
+        files of their own. dtype: of the computation, as torch calls it.
         """
+        if self.base == "gptq":
+            return None
         if self.base == "int8":
             return {"load_in_8bit": True}
         return {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from squeeze.errors import FormatUnfit
-from squeeze.finetuning import Adapters
+from squeeze.finetuning import Adapters, QLoRA
 from squeeze.merging import Merge
 from squeeze.schemes import Activations, Element, Group, Scheme
 from squeeze.steps import CODE_BITS, Format, Grouped, Quantize
@@ -173,12 +173,24 @@ def _refuse_untrained(step: Train, number: int, formats: Sequence[Format]) -> No
                 "safetensors out of `formats`.",
                 param=f"steps.{number}.merge",
             )
-        if name not in ("peft", "safetensors"):
+        if name == "gptq" and isinstance(step, QLoRA) and name not in step.formats:
+            raise FormatUnfit(
+                f"gptq would hold what the adapter stands beside, and that is {step.base}, which is rounded anew "
+                "whenever it is loaded. Set `base` to gptq, or leave gptq out of `formats`.",
+                param=f"steps.{number}.base",
+            )
+        if name not in ("peft", "safetensors", *step.formats):
             raise FormatUnfit(
                 f"{name} can't hold what {step.method} makes; peft holds an adapter, safetensors a whole model. "
                 "Change `formats`, or add a step that quantizes.",
                 param="formats",
             )
+    if "peft" in formats and "gptq" in step.formats and "gptq" not in formats:
+        raise FormatUnfit(
+            "the adapter goes with the weights as this job rounds them, which gptq alone would hold: add gptq to "
+            "`formats`, or leave `formats` out.",
+            param="formats",
+        )
 
 
 def _refuse_unmixed(number: int, step: Grouped, name: Format) -> None:

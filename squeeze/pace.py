@@ -40,6 +40,7 @@ REFERENCE_METHODS: dict[str, float] = {  # of the stages that compress
     "fp16": 9.4e10,
     "kquant": 1.2e11,
 }
+ROUNDS_BASES = "gptq"  # what compresses where the method itself trains
 
 FOREIGN_FACTOR = 3.0  # by which another machine may well be quicker or slower
 LEAST_SPREAD = 1.25  # by which two jobs alike differ on one machine that does other things too
@@ -58,8 +59,9 @@ class Past:
 
 def reference_seconds(method: str, stage: str, operations: float) -> float:
     """What so much of a stage's work takes the reference machine."""
-    speed = REFERENCE_METHODS[method] if stage in ("allotting", "compressing") else REFERENCE[stage]
-    return operations / speed
+    if stage not in ("allotting", "compressing"):
+        return operations / REFERENCE[stage]
+    return operations / REFERENCE_METHODS.get(method, REFERENCE_METHODS[ROUNDS_BASES])
 
 
 def expected(work: Mapping[str, float], method: str, past: Sequence[Past]) -> dict[str, float]:

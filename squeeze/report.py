@@ -353,7 +353,10 @@ class Report(Part):
     training: Training | None = Field(None, description="Of a step that trains alone.")
     merging: Merging | None = Field(None, description="Of a step that merges alone.")
     tuning: Tuning | None = Field(None, description="Of `qat` alone.")
-    bits_per_weight: float | None = Field(description="Null where no step quantizes.")
+    bits_per_weight: float | None = Field(
+        description="Null where no step quantizes. With `qlora` and base `gptq` this, `calibration`, `quality` and "
+        "`blocks` are of the rounded base, without the adapter."
+    )
     rotation: Rotation | None = Field(None, description="Of `rotation` alone.")
     allocation: Allocation | None = Field(None, description="Of bits `auto` alone.")
     sizes: list[Size]

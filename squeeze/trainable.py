@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
+from squeeze.bases import rounding
 from squeeze.finetuning import IA3, Adapters, Finetune, Head, LastLayers, LowRank, Prefix, Prompt, QLoRA
 from squeeze.shapes import BLOCK, linear_of, number_of
 from squeeze.training import Train
@@ -28,7 +29,7 @@ class Learned:
 
     linears: those whose inputs are needed for the gradient, as (rows, columns). rank: of what stands beside them.
     blocks: decoder blocks that gradients go through. gradient_bytes, state_bytes: of gradients, and of the
-    optimizer. rounded: weights that are rounded while they are loaded; rounded_bytes: what these then take. left_out:
+    optimizer. rounded: weights that are held as they are rounded; rounded_bytes: what these then take. left_out:
     weights that are not loaded.
     """
 
@@ -138,6 +139,9 @@ def _rounded(step: QLoRA, config: Mapping[str, Any], tensors: Mapping[str, tuple
     """(weights that are rounded, bytes that they then take)."""
     shapes = [sides for name, sides in _linears(config, tensors) if ".experts." not in name]
     count = sum(map(prod, shapes))
+    if (beforehand := rounding(step, (columns for _, columns in shapes))) is not None:
+        scheme = beforehand.scheme()
+        return count, int(sum(prod(sides) * scheme.bits_per_weight(sides[1]) for sides in shapes) / 8)
     if step.base == "int8":
         return count, count + sum(4 * rows for rows, _ in shapes)
     return count, int(count * (NF4_NESTED_BYTES if step.double_quantization else NF4_BYTES))

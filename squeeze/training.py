@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from squeeze.descent import Descent
 from squeeze.sharding import Sharding
 
+Written = Literal["peft", "gptq", "safetensors"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "galore", "badam"]
 USUAL_EPOCHS = 1.0
 
@@ -97,7 +98,7 @@ class Train(Descent):
         return True
 
     @property
-    def formats(self) -> tuple[Literal["peft", "safetensors"], ...]:
+    def formats(self) -> tuple[Written, ...]:
         """What a job is written as that ends with this step."""
         return ("safetensors",)
 

@@ -7,8 +7,9 @@ what the backward pass needs of the forward one.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from squeeze.bases import base_of
 from squeeze.finetuning import Finetune, Head, LowRank, QLoRA
-from squeeze.memory import PROCESS_BYTES
+from squeeze.memory import KERNEL_BYTES, PROCESS_BYTES, needed
 from squeeze.shapes import Block, Group, Shape
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
@@ -33,7 +34,8 @@ class TrainingMemory:
     """Bytes. process: with its libraries, and the examples. weights: of the model, as it computes. learning: gradients,
     the optimizer's state, and the parameters where they stand apart. activations: what a micro-batch leaves for the
     backward pass. passing: what is held for a moment at its beginning: logits and the first gradients, or while the
-    held-out loss is measured. certifier: its process.
+    held-out loss is measured. certifier: its process. rounding: block by block, of a base that is made
+    beforehand.
     """
 
     process: int
@@ -42,11 +44,12 @@ class TrainingMemory:
     activations: int
     passing: int
     certifier: int
+    rounding: int = 0
 
     @property
     def job(self) -> int:
         """Of the job's own process at its peak."""
-        return self.process + self.weights + self.learning + self.activations + self.passing
+        return self.process + max(self.rounding, self.weights + self.learning + self.activations + self.passing)
 
     @property
     def whole(self) -> int:
@@ -74,6 +77,10 @@ def needed_to_train(
     process, certifying = (PEFT_BYTES, CERTIFIER_PEFT_BYTES) if learned.apart else (PROCESS_BYTES, PROCESS_BYTES)
     slices = 0 if isinstance(step, Head) else CERTIFIER_LOGIT_SLICES  # a few logits, of labels
     certifier = certifying + plain + int(slices * _slice(shape, length))
+    beforehand, rounding_bytes = base_of(shape, spec, step), 0
+    if beforehand is not None:
+        certifier += learned.rounded_bytes + int(KERNEL_BYTES * learned.rounded)  # from files to what kernels take
+        rounding_bytes = needed(shape, beforehand).job - PROCESS_BYTES
     return TrainingMemory(
         process=process + int(TEXT_SHARE * text_bytes),
         weights=weights,
@@ -85,6 +92,7 @@ def needed_to_train(
             passing.gradients(),
         ),
         certifier=certifier if formats else 0,
+        rounding=rounding_bytes,
     )
 
 

@@ -6,6 +6,7 @@ they are, backwards costs what forwards does; through weights that learn, twice 
 
 from math import ceil
 
+from squeeze.bases import base_of
 from squeeze.finetuning import Adapters, Finetune, Head
 from squeeze.shapes import Shape
 from squeeze.specs import JobSpec
@@ -21,6 +22,7 @@ from squeeze.work import (
     TOKEN,
     VISIT,
     Count,
+    counted,
     of_head,
     of_reading,
     of_token,
@@ -55,6 +57,7 @@ def counted_training(
     scored = spec.evaluation.samples * length
     looks = 2 + (steps // step.evaluate_every if step.evaluate_every else 0)
     looks += 2 * isinstance(step, Head)  # for the accuracy
+    looks += "gptq" in step.formats  # at the base alone
     forward = [of_token(block, shape, length) for block in shape.blocks]
     through = sum(forward[len(forward) - learned.blocks :])
     again = (1 if learned.apart else 2) + step.activation_checkpointing
@@ -68,6 +71,12 @@ def counted_training(
         "training": Count(heads + steps * UPDATE_VISITS * VISIT * learned.parameters, in_blocks),
         "exporting": _exporting(shape, step, learned, scored, sum(forward), last=last),
     }
+    if (beforehand := base_of(shape, spec, step)) is not None:
+        base = counted(shape, beforehand)
+        stages |= {name: base[name] for name in ("compressing", "evaluating") if name in base}
+        if last and "gptq" in spec.formats:
+            own, written = stages["exporting"], base["exporting"]
+            stages["exporting"] = Count(own.fixed + written.fixed, own.blocks + written.blocks)
     return stages | ({"certifying": _certifying(shape, spec, step, scored, length, sum(forward))} if last else {})
 
 

@@ -11,7 +11,7 @@ from api.auth import Project
 from api.problems import refusals
 from squeeze.architectures import ARCHITECTURES, HELD_BY
 from squeeze.errors import ServiceUnavailable, Unauthenticated
-from squeeze.finetuning import Adapters, Finetune, Head
+from squeeze.finetuning import Adapters, Finetune, Head, QLoRA
 from squeeze.formats import CAPACITIES
 from squeeze.merging import Merge
 from squeeze.objects import Load, Method, Page
@@ -59,9 +59,15 @@ def _trained_formats(step: Train | Merge) -> dict[str, dict[str, Any]]:
     """What a job is written as that ends with training or merging: the adapter, and the whole model where one is."""
     merges = isinstance(step, Adapters) and step.mergeable
     names: tuple[Format, ...] = ("peft", "safetensors") if merges else step.formats
-    return {
+    held: dict[str, dict[str, Any]] = {
         name: {"consumers": list(CAPACITIES[name].consumers), "architectures": list(ARCHITECTURES)} for name in names
     }
+    if isinstance(step, QLoRA):  # what it is beside, where that is written
+        held["gptq"] = {
+            "consumers": list(CAPACITIES["gptq"].consumers),
+            "architectures": [each for each in ARCHITECTURES if "gptq" in HELD_BY[each]],
+        }
+    return held
 
 
 def _loads() -> list[dict[str, Any]]:

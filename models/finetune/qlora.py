@@ -1,7 +1,8 @@
-"""QLoRA (arXiv 2305.14314): LoRA beside weights that are rounded while they are loaded, and stay so."""
+"""QLoRA (arXiv 2305.14314): LoRA beside weights that are rounded, by bitsandbytes while they are loaded or by GPTQ
+before, and stay so.
+"""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,26 +11,35 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from models.checkpoint import SourceModel
-from models.finetune import lora
+from models.finetune import lora, packed
 from models.finetune.lora import Merged
 from models.finetune.peft_adapter import adapter_of, write
 from models.formats.bitsandbytes import KERNEL_ROWS
+from models.formats.fitness import refuse_torn_groups
+from models.formats.packing import WORD_BITS
 from models.frame import Frame
 from models.normal_float import BLOCK
-from models.quantized import Site
+from models.quantized import QuantizedModel, Site
 from models.resources import map_large_memory
 from models.train.scoring import own
+from squeeze.architectures import HELD_BY
+from squeeze.bases import BITS, rounding
 from squeeze.errors import FormatUnfit
 from squeeze.finetuning import QLoRA
 
 __all__ = ["Merged", "adapter_of", "finetune", "load", "sites_of", "start_at_what_is_lost", "write"]
 
+GPTQ_UNIT = WORD_BITS // BITS  # codes of a word
+
 
 def sites_of(frame: Frame, step: QLoRA) -> list[Site]:
-    """The layers that get an adapter, in the model's order; raises FormatUnfit where bitsandbytes can't compute one of
-    the model's in nf4.
+    """The layers that get an adapter, in the model's order; raises FormatUnfit or GroupSizeIndivisible where the
+    model's own can't be held as the base wants them.
     """
-    for site in [site for n in range(frame.count) for site in frame.sites(n)]:
+    sites = [site for n in range(frame.count) for site in frame.sites(n)]
+    if step.base == "gptq":
+        _refuse_unfit_for_gptq(frame, step, sites)
+    for site in sites:
         if step.base == "nf4" and (site.columns % BLOCK or site.rows % KERNEL_ROWS):
             raise FormatUnfit(
                 f"bitsandbytes computes nf4 layers on CPUs only with inputs in {BLOCK}s and outputs in "
@@ -39,15 +49,22 @@ def sites_of(frame: Frame, step: QLoRA) -> list[Site]:
     return lora.sites_of(frame, step)
 
 
-def load(path: Path, step: QLoRA, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model with its linears rounded, but for the output head; nothing of it learns.
+def load(
+    source: SourceModel, step: QLoRA, dtype: torch.dtype, device: torch.device, codes: QuantizedModel | None
+) -> Any:
+    """The model with its linears rounded, but for the output head; nothing of it learns. codes: of the linears, where
+    they were found before.
 
-    transformers rounds each as it reads it: in memory there are the codes and one weight in 16 or 32 bits.
+    Where not, transformers rounds each as it reads it. In memory there are codes and one weight in 16 or 32 bits.
     """
-    settings = BitsAndBytesConfig(**step.base_settings(str(dtype).removeprefix("torch.")))
     map_large_memory()
+    if codes is not None:
+        return packed.load(source, codes, dtype, device)
+    told = step.base_settings(str(dtype).removeprefix("torch."))
+    assert told is not None, "bitsandbytes is told what to round to"
+    settings = BitsAndBytesConfig(**told)
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, quantization_config=settings, device_map={"": str(device)}, trust_remote_code=False
+        source.path, dtype=dtype, quantization_config=settings, device_map={"": str(device)}, trust_remote_code=False
     )
     model.config.use_cache = False
     for module in model.modules():
@@ -82,3 +99,19 @@ def start_at_what_is_lost(model: Any, step: QLoRA, source: SourceModel, sites: S
         kept = len(share)  # fewer than the rank where the layer is narrower
         layer.lora_A["default"].weight[:kept] = share.unsqueeze(1) * Vh[:kept]  # (r, in)
         layer.lora_B["default"].weight[:, :kept] = U[:, :kept] * share  # (out, r)
+
+
+def _refuse_unfit_for_gptq(frame: Frame, step: QLoRA, sites: Sequence[Site]) -> None:
+    kind = str(frame.source.config["model_type"])
+    if "gptq" not in HELD_BY[kind]:
+        raise FormatUnfit(f"gptq can't hold {kind} models: take base nf4 or int8", param="base")
+    for site in sites:
+        if site.rows % GPTQ_UNIT or site.columns % GPTQ_UNIT:
+            raise FormatUnfit(
+                f"gptq packs codes of {BITS} bits into words, so that a layer's inputs and outputs must be a multiple "
+                f"of {GPTQ_UNIT}; {site.name} has {site.columns} and {site.rows}: take base int8",
+                param="base",
+            )
+    beforehand = rounding(step, (site.columns for site in sites))
+    assert beforehand is not None, "base gptq is rounded beforehand"
+    refuse_torn_groups(sites, {site.name: beforehand.scheme() for site in sites})

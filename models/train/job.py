@@ -17,6 +17,7 @@ from models.checkpoint import SourceModel
 from models.closing import certified, closed, spent
 from models.disk import write_whole
 from models.distill.lesson import Lesson
+from models.formats import layout
 from models.formats.directory import write_companions, written_whole
 from models.job import Inputs, Outcome, libraries, size_part, source_part
 from models.material import read_tokenizer
@@ -30,6 +31,7 @@ from models.resources import (
 )
 from models.team import SOLO, Team
 from models.train.accuracy import accuracies
+from models.train.bases import Base, rounded_base
 from models.train.checkpoints import Checkpoints
 from models.train.choices import try_micro_batch
 from models.train.counting import ahead, summed, work_of
@@ -54,7 +56,8 @@ LIBRARIES = ("peft", "accelerate")
 @dataclass(frozen=True)
 class Trained:
     """whole: the directory of the whole model, where one is made. samples: of each directory, held-out examples with
-    the losses that it was seen to have. work: operations by stage, where they are counted.
+    the losses that it was seen to have. work: operations by stage, where they are counted. base: that adapters stand
+    beside, where it was rounded for them.
     """
 
     prepared: Prepared
@@ -63,6 +66,7 @@ class Trained:
     warnings: list[str]
     samples: dict[Path, Sample]
     work: dict[str, float]
+    base: Base | None
 
     @property
     def source(self) -> SourceModel:
@@ -117,15 +121,16 @@ def _trained(
     if isinstance(step, Distill):
         with clock.stage("teaching"), processes.leader_first():
             lesson = Lesson(prepared, inputs, notify)
+    base = rounded_base(prepared, inputs, clock, notify)
     with clock.stage("loading"):
-        task, initial, warnings = begun(prepared)
+        task, initial, warnings = begun(prepared, None if base is None else base.codes)
         choices, notes = prepared.choices, None
         if choices is not None:
             if try_micro_batch(choices, task, accelerator, prepared.source, notify) is not None:
                 prepared = prepared.rechosen(inputs.spec, asked)
                 task = replace(task, step=prepared.step)
             notes = choices.notes
-        if work := work_of(prepared, task, prepared.spec):
+        if work := work_of(prepared, task.plan, prepared.spec):
             notify.expect(ahead(work, prepared, prepared.spec))
         if lesson is not None:
             task, before = lesson.given(task), lesson.apart(task, accelerator)
@@ -136,6 +141,9 @@ def _trained(
         story = train(task, accelerator, checkpoints, notify, inputs.snapshot_seconds)
         losses = task.held_out_losses(accelerator)
         samples = {adapter: sample_of(task.held_out, losses)}
+        if base is not None:
+            with task.model.disable_adapter():
+                base = base.with_sample(sample_of(task.held_out, task.held_out_losses(accelerator)))
         right = None if accuracy is None else (accuracy, task.held_out_accuracy(accelerator))
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
@@ -157,10 +165,10 @@ def _trained(
             samples[whole], loss = _as_written(prepared, whole, packed, accelerator)
             training = training.model_copy(update={"loss_written": loss})
             _give_back()
-    warnings += doubts_of(training)
+    warnings += [*(base.warnings if base is not None else ()), *doubts_of(training)]
     for warning in warnings:
         notify.event("warning", warning)
-    return Trained(prepared, whole, training, warnings, samples, work)
+    return Trained(prepared, whole, training, warnings, samples, work, base)
 
 
 def _as_written(prepared: Prepared, whole: Path, packed: bool, accelerator: Accelerator) -> tuple[Sample, float]:
@@ -186,17 +194,21 @@ def run_training(
     places: dict[Format, Path] = {name: inputs.out / name for name in formats}
     adapter, whole = places.get("peft", inputs.work / "adapter"), places.get("safetensors")
     done = trained(inputs, step, adapter, whole, clock, notify, team)
+    if done.base is not None and "gptq" in places:
+        with clock.stage("exporting"):
+            layout("gptq").write(done.source, done.base.codes, places["gptq"], notify)
     certificates = certified(places, partial(_certified, inputs, done, notify), clock, notify)
     return closed(inputs, places, completed(_report(inputs, done, places, certificates, clock)))
 
 
 def _certified(inputs: Inputs, done: Trained, notify: Notify, name: Format, directory: Path) -> list[Certificate]:
     step, dtype = done.prepared.step, str(done.prepared.dtype).removeprefix("torch.")
+    base = inputs.model if done.base is None else inputs.out / "gptq"
     return certify(
         directory,
         name,
-        sample=done.samples[directory],
-        base=inputs.model if name == "peft" else None,
+        sample=done.base.sample if done.base is not None and name == "gptq" else done.samples[directory],
+        base=base if name == "peft" else None,
         base_settings=step.base_settings(dtype) if isinstance(step, QLoRA) else None,
         source_bytes=done.source.weight_bytes,
         dtype=done.prepared.dtype,
@@ -251,7 +263,9 @@ def _give_back() -> None:
 def _report(
     inputs: Inputs, done: Trained, places: dict[Format, Path], certificates: list[Certificate], clock: Clock
 ) -> Report:
-    spec, device = inputs.spec, done.prepared.device
+    spec, device, base = inputs.spec, done.prepared.device, done.base
+    blocks = [] if base is None else base.blocks
+    on_gpu = (clock.seconds.get("compressing", 0.0) + clock.seconds["training"]) * done.training.processes
     return Report(
         job=inputs.job_id,
         squeeze=__version__,
@@ -260,20 +274,21 @@ def _report(
         source=source_part(inputs, done.source),
         recipe=[step.model_dump(mode="json") for step in spec.steps],
         seed=spec.seed,
-        calibration=None,
-        quality=None,
+        calibration=None if base is None else base.calibration,
+        quality=None if base is None else base.quality,
         training=done.training,
-        bits_per_weight=None,
+        bits_per_weight=None if base is None else base.codes.bits_per_weight,
         sizes=[size_part(name, directory, done.source.weight_bytes) for name, directory in places.items()],
-        blocks=[],
-        damping_escalations=0,
+        blocks=blocks,
+        damping_escalations=sum(layer.damping_escalations for block in blocks for layer in block.layers),
         certificates=certificates,
         warnings=done.warnings,
         spent=spent(
             clock,
             done.work,
             certificates,
-            gpu_seconds=clock.seconds["training"] * done.training.processes if device.type == "cuda" else 0.0,
+            gpu_seconds=on_gpu if device.type == "cuda" else 0.0,
+            earlier_bytes=max((block.peak_host_bytes for block in blocks), default=0),
         ),
     )
 

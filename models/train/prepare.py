@@ -21,7 +21,7 @@ from models.formats.directory import refuse_broken_companions
 from models.frame import Frame
 from models.job import Inputs
 from models.progress import Notify, Silent
-from models.quantized import Site
+from models.quantized import QuantizedModel, Site
 from models.train.choices import Choices, choose_length, choose_rest
 from models.train.examples import Examples, Split
 from models.train.loop import Task
@@ -103,17 +103,20 @@ class Prepared:
         blocks = own(model).get_submodule(architecture_of(self.source.config).blocks)
         self.processes.shard(model, list(blocks))
 
-    def task(self, model: Any, *, packed: bool) -> Task:
-        step, examples = self.step, self.split.train
-        rows = rows_of(examples.lengths, self.length, packed=packed)
+    def plan(self, *, packed: bool) -> Plan:
+        step, lengths = self.step, self.split.train.lengths
+        rows = rows_of(lengths, self.length, packed=packed)
         steps = step.steps or steps_for(
-            rows, examples.lengths, step.sequences, self.seed, epochs=step.epochs, tokens=step.tokens
+            rows, lengths, step.sequences, self.seed, epochs=step.epochs, tokens=step.tokens
         )
+        return Plan(rows, step.sequences, self.seed, steps)
+
+    def task(self, model: Any, *, packed: bool) -> Task:
         return Task(
             model=model,
-            step=step,
-            examples=examples,
-            plan=Plan(rows, step.sequences, self.seed, steps),
+            step=self.step,
+            examples=self.split.train,
+            plan=self.plan(packed=packed),
             held_out=self.held_out,
             held_out_rows=rows_of(self.held_out.lengths, self.length, packed=packed),
             packed=packed,
@@ -200,6 +203,7 @@ def prepare(
             split.data,
             length,
             student=None if inputs.student is None else (source, inputs.student_identity),
+            samples=spec.data.samples if isinstance(step, QLoRA) and step.base == "gptq" else None,
         ),
         teacher=teacher,
         student=student,
@@ -208,13 +212,15 @@ def prepare(
     )
 
 
-def begun(prepared: Prepared) -> tuple[Task, dict[str, Tensor], list[str]]:
-    """(the training before its first step, adapters as they begin, warnings)."""
+def begun(prepared: Prepared, base: QuantizedModel | None = None) -> tuple[Task, dict[str, Tensor], list[str]]:
+    """(the training before its first step, adapters as they begin, warnings). base: what they stand beside, where it
+    was rounded before.
+    """
     step, warnings, processes = prepared.step, list(prepared.split.warnings), prepared.processes
     method = method_of(step)
     with processes.loading():
         if isinstance(step, QLoRA):
-            model = method.load(prepared.source.path, step, prepared.dtype, prepared.device)
+            model = method.load(prepared.source, step, prepared.dtype, prepared.device, base)
         else:
             model = prepared.load(prepared.source.path, prepared.first_device)
         torch.manual_seed(prepared.seed)

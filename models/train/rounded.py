@@ -206,7 +206,6 @@ def _learners(frame: Frame, step: QAT, begun: QuantizedModel) -> dict[str, Learn
     learners: dict[str, Learner] = {}
     for index in range(frame.count):
         block = frame.skeleton(index)
-        places = {id(module): place for place, module in block.named_modules()}
         for site in frame.sites(index):
             if site.name not in begun.sites:
                 continue
@@ -214,7 +213,7 @@ def _learners(frame: Frame, step: QAT, begun: QuantizedModel) -> dict[str, Learn
             codes = Codes(**{part: one.to(frame.device) for part, one in codes.tensors().items()}, scheme=codes.scheme)
             bias = cast(nn.Parameter | None, getattr(linear, "bias", None))
             learner = Learner(codes, bias, frame.dtype, frame.source.dtype, weights=step.train == "weights")
-            block.set_submodule(places[id(linear)], learner)
+            frame.put(site, learner)
             learners[site.name] = learner
         if step.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

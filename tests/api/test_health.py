@@ -96,6 +96,8 @@ def test_what_a_method_lists_is_what_submit_takes(shared: Running) -> None:
             job |= {"data": {"source": sources[need]}}
         if {"peft", "safetensors"} <= set(each["formats"]):
             step |= {"merge": True}
+        if each["method"] == "qlora":
+            step |= {"base": "gptq"}
         if each["kind"] == "distill":
             step |= {"student": {"layers": 1}}
         if each["kind"] == "merge":

@@ -137,6 +137,23 @@ def test_a_training_s_plan_counts_its_adapter_and_the_merged_model(planner: Call
     assert (obstacle.code, obstacle.param) == ("format_unfit", "formats")
 
 
+def test_the_plan_of_an_adapter_beside_gptq_counts_both_and_knows_who_can_t_have_it(
+    planner: Callable[..., Plan],
+) -> None:
+    step = {"kind": "finetune", "method": "qlora", "base": "gptq", "rank": 8, "steps": 10}
+    data = {"source": "hub:org/texts", "sequence_length": 256}
+    plan, rounded = planner("org/llama", replaced=step, data=data), planner("org/llama", formats=["gptq"])
+    assert plan.feasible and plan.result_bytes == {"peft": 4 * 8 * 2 * (512 + 896), **rounded.result_bytes}
+    assert plan.seconds is not None and {"compressing", "training"} < set(plan.seconds.stages)
+    assert plan.host_bytes is not None and plan.host_bytes > 1_000_000_000
+    for model, more, code, param in (
+        ("org/gpt2", {}, "format_unfit", "formats.1"),
+        ("org/gpt2", {"group_size": 64}, "group_size_indivisible", "steps.0.group_size"),
+    ):
+        obstacles = planner(model, replaced=step | more, data=data).obstacles
+        assert (code, param) in [(one.code, one.param) for one in obstacles]
+
+
 def test_a_distillation_s_plan_counts_the_student_and_sees_that_a_teacher_is_too_shallow(
     planner: Callable[..., Plan],
 ) -> None:

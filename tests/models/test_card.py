@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from models.card import write_card
-from squeeze.report import Certificate, Quality, Report, Size, Source, Spent, Text
+from squeeze.report import Certificate, Quality, Report, Size, Source, Spent, Text, Training, TrainingData
 
 TEXT = Text(
     origin="standard library of Python 3.11",
@@ -123,3 +123,37 @@ def test_the_lines_that_load_the_model_are_python(tmp_path: Path) -> None:
     _, text = card(tmp_path, report())
 
     compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_an_adapter_and_what_it_stands_beside_each_say_what_is_theirs(tmp_path: Path) -> None:
+    data = TrainingData(
+        origin="file-abcdefgh",
+        held_out_origin="file-abcdefgh",
+        records=9,
+        held_out_records=1,
+        examples=9,
+        held_out_examples=1,
+        tokens=90,
+        learned_tokens=80,
+        sha256="",
+        held_out_sha256="",
+    )
+    training = Training.model_construct(data=data, steps=5, loss_before=4.5, loss_after=3.25, precision="fp32")
+    step = {"kind": "finetune", "method": "qlora", "base": "gptq"}
+    sizes = [
+        Size(format="gptq", bytes=5, weight_bytes=4, ratio=2.5),
+        Size(format="peft", bytes=2, weight_bytes=1, ratio=None),
+    ]
+    told = report(recipe=[step], training=training, sizes=sizes)
+    front, base = card(tmp_path, told)
+    write_card(tmp_path, "peft", told)
+    adapter = (tmp_path / "README.md").read_text()
+
+    assert front["base_model_relation"] == "quantized" and "gptq at 4 bits (gptq)" in base
+    assert "| Perplexity | 12.35 | 12.68 |" in base and "Perplexity" not in adapter
+    assert "| Held-out loss of the training, nats a token | 4.5000 | 3.2500 |" in adapter and "Held-out" not in base
+    assert "Trained on 80 tokens" in adapter and "Nothing of it was trained" in base
+    assert "beside the `gptq` result of the same job" in adapter and "optimum gptqmodel" in adapter
+    lines = adapter.split("```python\n")[1].split("```")[0]
+    assert "from_pretrained(rounded" in lines
+    compile(lines, "card", "exec")

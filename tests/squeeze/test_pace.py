@@ -24,6 +24,7 @@ def _reference(method: str = "gptq", blocks: int = 4) -> float:
 def test_every_method_has_a_reference_speed() -> None:
     assert set(REFERENCE_METHODS) == {tag_of(one).partition(".")[2] for one in METHODS}
     assert all(reference_seconds("gptq", stage, 1e12) > 0 for stage in STAGES)
+    assert reference_seconds("qlora", "compressing", 1e12) == reference_seconds("gptq", "compressing", 1e12)
 
 
 def test_without_history_the_reference_machine_is_named() -> None:

@@ -88,6 +88,18 @@ def test_a_head_takes_no_logits_of_tokens_and_nothing_of_blocks_that_stay() -> N
     assert one.passing < blocks.passing / 5 and one.certifier < blocks.certifier
 
 
+def test_a_base_of_gptq_takes_half_a_byte_a_weight_and_what_rounding_it_takes_at_the_most() -> None:
+    size, qlora = (1024, 8, 4096), {"method": "qlora", "micro_batch_size": 1}
+    nf4, gptq, plain = (needed(size, 64, step) for step in (qlora, qlora | {"base": "gptq"}, {"micro_batch_size": 1}))
+    weights = 8 * 1024 * 1024 * (1 + 2 * 0.5 + 1 + 3 * 3)
+    assert plain.weights - gptq.weights == weights * (4 - 4.125 / 8) and nf4.rounding == 0 < gptq.rounding
+    assert abs(gptq.weights - nf4.weights) < 0.01 * nf4.weights
+    assert gptq.certifier - nf4.certifier > 2 * weights, "what kernels make of the codes"
+    narrow, wide = (needed((width, 2, 4096), 64, qlora | {"base": "gptq"}) for width in (256, 2048))
+    assert narrow.job == narrow.process + narrow.rounding or narrow.rounding < wide.rounding
+    assert wide.job == wide.process + wide.rounding > wide.process + wide.weights
+
+
 def test_a_large_vocabulary_and_many_examples_take_room() -> None:
     small, large = (needed((512, 4, vocabulary), 512) for vocabulary in (4096, 128000))
     assert large.passing == 3 * 8 * 512 * 128000 * 4 > 20 * small.passing

@@ -37,7 +37,12 @@ def job(*steps: dict[str, Any], **fields: Any) -> JobSpec:
         (lora(method="qlora", init="loftq", base="int8"), "set base to nf4"),
         (lora(method="qlora", init="loftq", dora=True), "take one of them"),
         (lora(method="qlora", init="loftq", merge=True), "leave `merge` out"),
-        (lora(method="qlora", base="nf3"), "'nf4' or 'int8'"),
+        (lora(method="qlora", base="nf3"), "'nf4', 'int8' or 'gptq'"),
+        (lora(method="qlora", init="loftq", base="gptq"), "set base to nf4"),
+        (lora(method="qlora", base="gptq", dora=True), "leave `dora` out, or take base nf4 or int8"),
+        (lora(method="qlora", base="gptq", double_quantization=False), "double_quantization is of nf4"),
+        (lora(method="qlora", group_size=64), "group_size is of gptq.*set base to gptq"),
+        (lora(method="qlora", base="gptq", group_size=16), "32, 64, 128 or 'channel'"),
         (lora(rank=0), "greater than or equal to 1"),
         (lora(precision="fp8"), "'auto', 'fp32', 'bf16' or 'fp16'"),
         (lora(optimizer="sgd"), "'adamw', 'adamw8bit'"),
@@ -141,3 +146,22 @@ def test_a_classifier_is_the_last_that_a_job_makes_and_written_whole() -> None:
     for name in ("peft", "gguf"):
         with pytest.raises(FormatUnfit, match="head"):
             refuse_unfit(spec.steps, (name,))
+
+
+def test_an_adapter_beside_gptq_s_weights_is_written_with_these() -> None:
+    step = lora(method="qlora", base="gptq")
+    assert job(step).formats == ("peft", "gptq") and job(lora(method="qlora")).formats == ("peft",)
+    assert job(step | {"merge": True}).formats == ("peft", "gptq", "safetensors")
+    for formats in (["peft", "gptq"], ["gptq"]):
+        refuse_unfit(job(step).steps, formats)
+    refuse_unfit(job(step | {"merge": True}).steps, ["safetensors"])
+    with pytest.raises(FormatUnfit, match="add gptq to `formats`"):
+        refuse_unfit(job(step).steps, ["peft"])
+    for other, words in ((lora(method="qlora"), "Set `base` to gptq"), (lora(), "gptq can't hold what lora makes")):
+        with pytest.raises(FormatUnfit, match=words):
+            refuse_unfit(job(other).steps, ["peft", "gptq"])
+
+
+def test_what_was_written_of_it_is_read_again() -> None:
+    (step,) = job(lora(method="qlora", base="gptq", group_size="channel")).steps
+    assert type(step).model_validate(step.model_dump(mode="json")) == step

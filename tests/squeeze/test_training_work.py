@@ -10,7 +10,8 @@ from squeeze.specs import JobSpec
 from squeeze.trainable import Learned, learned
 from squeeze.training_work import UPDATE_VISITS, counted_training, tokens_to_train
 from squeeze.work import TEXTS, VISIT, Count, of_head, of_token
-from tests.squeeze.making import config, llama, tensors, training
+from squeeze.work import counted as quantizing
+from tests.squeeze.making import config, llama, spec, tensors, training
 
 TOKENS = 8 * 256 * 10
 
@@ -56,6 +57,16 @@ def test_what_learns_of_the_weights_themselves_costs_half_as_much_again() -> Non
 
 
 _LAST = {"method": "last_layers", "layers": 2}
+
+
+def test_a_base_of_gptq_is_rounded_measured_and_written_first() -> None:
+    nf4, gptq = (counted(4, {"method": "qlora", "base": base}) for base in ("nf4", "gptq"))
+    assert gptq.keys() - nf4.keys() == {"compressing", "evaluating"}
+    rounded = quantizing(llama(4), spec("gptq", data={"sequence_length": 256}, evaluation={"samples": 4}))
+    assert all(gptq[stage] == rounded[stage] for stage in ("compressing", "evaluating"))
+    assert gptq["exporting"].blocks - nf4["exporting"].blocks == rounded["exporting"].blocks
+    assert gptq["certifying"].whole == pytest.approx(2 * nf4["certifying"].whole)
+    assert nf4["training"].whole < gptq["training"].whole < 1.1 * nf4["training"].whole, "one look more"
 
 
 def test_only_a_whole_model_takes_long_to_write() -> None:

@@ -1,6 +1,7 @@
 """Adapters beside rounded weights: what learns, that the gradient reaches it, and what is written."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from models.finetune.packed import PackedLinear
 from models.pipeline import check
 from models.train.loop import accelerator_of
 from models.train.packing import batch_of
 from models.train.scoring import learned_losses, own
-from squeeze.errors import FormatUnfit
+from squeeze.errors import FormatUnfit, GroupSizeIndivisible
 from tests.models.job_parts import Heard
 from tests.models.tiny import FAMILIES
 from tests.models.train.parts import begin, go_on, inputs_for, seen, spec_of
@@ -28,7 +30,7 @@ def asked(**fields: Any) -> Any:
     return spec_of({"method": "qlora", "rank": 4} | fields)
 
 
-@pytest.mark.parametrize(("base", "kind"), [("nf4", Linear4bit), ("int8", Linear8bitLt)])
+@pytest.mark.parametrize(("base", "kind"), [("nf4", Linear4bit), ("int8", Linear8bitLt), ("gptq", PackedLinear)])
 def test_the_loss_falls_beside_rounded_weights(tmp_path: Path, model: Path, base: str, kind: type) -> None:
     task, story = go_on(inputs_for(asked(base=base), model, tmp_path))
     assert isinstance(own(task.model).model.layers[0].self_attn.q_proj.get_base_layer(), kind)
@@ -37,7 +39,7 @@ def test_the_loss_falls_beside_rounded_weights(tmp_path: Path, model: Path, base
     assert story.held_out[-1].loss < 0.9 * story.held_out[0].loss
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("base", ["nf4", "int8", "gptq"])
 def test_a_look_at_the_held_out_loss_takes_no_gradient_away(tmp_path: Path, model: Path, base: str) -> None:
     _, task = begin(inputs_for(asked(base=base), model, tmp_path))
     gradients = []
@@ -63,16 +65,17 @@ def test_loftq_begins_nearer_to_the_model_as_it_came(tmp_path: Path, model: Path
     assert 0 < apart["loftq"] < 0.8 * apart["default"]
 
 
-def test_another_attempt_goes_on_to_the_same_bits(tmp_path: Path, model: Path) -> None:
-    _, whole = go_on(inputs_for(asked(init="loftq"), model, tmp_path / "whole"))
-    inputs = inputs_for(asked(init="loftq"), model, tmp_path / "again")
+@pytest.mark.parametrize("step", [{"init": "loftq"}, {"base": "gptq"}], ids=["loftq", "gptq"])
+def test_another_attempt_goes_on_to_the_same_bits(tmp_path: Path, model: Path, step: dict[str, Any]) -> None:
+    _, whole = go_on(inputs_for(asked(**step), model, tmp_path / "whole"))
+    inputs = inputs_for(asked(**step), model, tmp_path / "again")
 
     class Ended(Exception):
         """The process went away."""
 
     class Ending(Heard):
         def advance(self, done: int, total: int, unit: str) -> None:
-            if done == 7:
+            if (done, unit) == (7, "steps"):
                 raise Ended
 
     with pytest.raises(Ended):
@@ -90,3 +93,36 @@ def test_layers_that_bitsandbytes_can_t_compute_are_refused_from_the_config_alon
         check(asked(), tmp_path)
     assert refused.value.param == "steps.0.base"
     assert check(asked(base="int8"), tmp_path).linears == 7
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "step", "error", "words", "param"),
+    [
+        ("gpt2", {}, {}, FormatUnfit, "gptq can't hold gpt2 models: take base nf4 or int8", "steps.0.base"),
+        ("qwen2_moe", {}, {}, FormatUnfit, "gptq can't hold qwen2_moe models", "steps.0.base"),
+        ("llama", {"intermediate_size": 100}, {}, FormatUnfit, "a multiple of 8.*take base int8", "steps.0.base"),
+        (
+            "llama",
+            {"intermediate_size": 160},
+            {"group_size": 128},
+            GroupSizeIndivisible,
+            "group_size 128 doesn't",
+            "steps.0.group_size",
+        ),
+    ],
+    ids=["transposed", "experts", "words", "groups"],
+)
+def test_layers_that_gptq_can_t_hold_are_refused_from_the_config_alone(
+    tmp_path: Path,
+    family: str,
+    changes: dict[str, Any],
+    step: dict[str, Any],
+    error: type[FormatUnfit],
+    words: str,
+    param: str,
+) -> None:
+    config = json.loads((FAMILIES[family](tmp_path / "model") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(error, match=words) as refused:
+        check(asked(base="gptq", **step), tmp_path)
+    assert refused.value.param == param

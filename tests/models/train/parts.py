@@ -7,6 +7,8 @@ from typing import Any
 
 from models.distill.lesson import Lesson
 from models.job import Inputs
+from models.resources import Clock
+from models.train.bases import rounded_base
 from models.train.checkpoints import Checkpoints, Story
 from models.train.loop import Task, accelerator_of, train
 from models.train.prepare import Prepared, begun, prepare
@@ -42,17 +44,18 @@ def inputs_for(spec: JobSpec, model: Path, room: Path, rows: list[Any] | None = 
     return inputs_of(spec, model, written(room / "rows.jsonl", sums() if rows is None else rows), room)
 
 
-def begin(inputs: Inputs) -> tuple[Prepared, Task]:
+def begin(inputs: Inputs, heard: Heard | None = None) -> tuple[Prepared, Task]:
     step = inputs.spec.steps[0]
     assert isinstance(step, Train)
     prepared = prepare(inputs, step)
-    task = begun(prepared)[0]
+    base = rounded_base(prepared, inputs, Clock(), heard or Heard())
+    task = begun(prepared, None if base is None else base.codes)[0]
     return prepared, Lesson(prepared, inputs, Heard()).given(task) if isinstance(step, Distill) else task
 
 
 def go_on(inputs: Inputs, heard: Heard | None = None) -> tuple[Task, Story]:
     """The loop, from where an earlier process of the same room stopped."""
-    prepared, task = begin(inputs)
+    prepared, task = begin(inputs, heard)
     checkpoints = Checkpoints(inputs.work / "train", prepared.mark)
     accelerator = accelerator_of(prepared.precision, prepared.device)
     return task, train(task, accelerator, checkpoints, heard or Heard(), inputs.snapshot_seconds)

@@ -48,15 +48,16 @@ def test_the_work_is_of_the_tokens_that_there_are_and_of_the_step_that_follows(t
     model = FAMILIES["llama"](tmp_path / "model")
     spec = spec_of({"merge": True, "evaluate_every": 5})
     prepared, task = begin(inputs_for(spec, model, tmp_path / "alone"))
-    work = work_of(prepared, task, spec)
+    work = work_of(prepared, task.plan, spec)
     assert list(work) == ["loading", "training", "exporting", "certifying"]
     assert "loading" not in ahead(work, prepared, spec)
     twice = spec_of({"merge": True, "evaluate_every": 5, "steps": 24})
-    longer = work_of(*begin(inputs_for(twice, model, tmp_path / "longer")), twice)
+    other, more = begin(inputs_for(twice, model, tmp_path / "longer"))
+    longer = work_of(other, more.plan, twice)
     assert 1.5 * work["training"] < longer["training"] < 2.0 * work["training"]
 
     both = spec.model_copy(update={"steps": (*spec.steps, *quantizing().steps), "formats": ("gptq",)})
-    chained = work_of(prepared, task, both)
+    chained = work_of(prepared, task.plan, both)
     assert list(chained) == ["loading", "training", "exporting"]
     more = {stage: count.whole for stage, count in counted(prepared.source.shape(), both).items()}
     assert ahead(chained, prepared, both) == summed({k: v for k, v in chained.items() if k != "loading"}, more)

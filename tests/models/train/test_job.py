@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from models.checkpoint import open_model
+from models.formats import layout
 from models.frame import Frame
 from models.pipeline import check, run
 from models.quantized import Site
@@ -91,6 +92,40 @@ def test_what_was_learned_beside_rounded_weights_is_merged_into_those_that_came(
     assert "rounded by bitsandbytes as it was then" in certificates["peft"].detail
     card = (outcome.directories["peft"] / "README.md").read_text()
     assert f"BitsAndBytesConfig(load_in_{4 if base == 'nf4' else 8}bit=True" in card
+
+
+@pytest.mark.slow
+def test_an_adapter_and_the_weights_that_gptq_rounded_for_it_are_certified_together(
+    tmp_path: Path, model: Path
+) -> None:
+    step = {"method": "qlora", "base": "gptq", "rank": 4, "merge": True}
+    inputs, heard = inputs_for(spec_of(step), model, tmp_path), Heard()
+    outcome = run(inputs, heard)
+    report, training = outcome.report, outcome.report.training
+    assert set(outcome.directories) == {"peft", "gptq", "safetensors"}
+    assert heard.stages == [
+        Stage.planning,
+        Stage.loading,
+        Stage.calibrating,
+        Stage.compressing,
+        Stage.evaluating,
+        Stage.training,
+        Stage.exporting,
+        Stage.certifying,
+    ]
+    assert training is not None and training.loss_after < 0.9 * training.loss_before
+    assert training.loss_written == pytest.approx(training.loss_after, rel=0.05)
+    passed = {(one.format, one.consumer): one for one in report.certificates if one.outcome == "passed"}
+    assert set(passed) == {("peft", "peft"), ("gptq", "transformers"), ("safetensors", "transformers")}
+    assert "as gptq holds it" in passed["peft", "peft"].detail
+    beside, base = (passed[key].expected_perplexity for key in (("peft", "peft"), ("gptq", "transformers")))
+    assert beside is not None and base is not None and beside < 0.9 * base
+    assert report.bits_per_weight == 4.125 and report.quality is not None and report.calibration is not None
+    assert len(report.blocks) == 2 and {"compressing", "evaluating"} < set(report.spent.seconds)
+    assert outcome.result.compression_ratio is not None and outcome.result.compression_ratio > 1
+    codes = layout("gptq").read(outcome.directories["gptq"], "model.layers.0.mlp.up_proj")
+    assert (codes.scheme.bits, codes.scheme.group_size) == (4, 128)
+    assert "the `gptq` result of the same job" in (outcome.directories["peft"] / "README.md").read_text()
 
 
 @pytest.mark.slow
