@@ -50,6 +50,7 @@ def cases() -> list[Step]:
         {"method": "qlora", "learning_rate": 1e-3, "base": "nf4", "init": "loftq"},
         {"method": "qlora", "learning_rate": 1e-3, "base": "int8"},
         {"method": "qlora", "learning_rate": 1e-3, "base": "gptq"},
+        {"method": "qlora", "learning_rate": 1e-3, "base": "gptq"},
         {"method": "ia3"},
         {"method": "prompt"},
         {"method": "prefix"},
