@@ -85,8 +85,14 @@ class Stream:
         return [tuple(kept.shape) for kept in self._kept]
 
     def replace(self, index: int, batch: Tensor) -> None:
-        """Another batch in the place of one, whose room it takes."""
-        self._room.drop(self._kept[index])
+        """Another batch in the place of one, whose room it takes, and whose memory where it fits: what stays for as long
+        as a block then never lies between what comes and goes, and the heap keeps no holes.
+        """
+        kept = self._kept[index]
+        if isinstance(kept, Tensor) and (kept.shape, kept.dtype) == (batch.shape, batch.dtype):
+            kept.copy_(batch)
+            return
+        self._room.drop(kept)
         self._kept[index] = self._room.keep(batch)
 
     def append(self, batch: Tensor) -> None:
