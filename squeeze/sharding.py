@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-Sharding = Literal["auto", "ddp", "full", "hybrid", "offload"]
-Way = Literal["ddp", "full", "hybrid", "offload"]
+Sharding = Literal["auto", "ddp", "full", "hybrid", "offload", "zero1", "zero2", "zero3"]
+Way = Literal["ddp", "full", "hybrid", "offload", "zero1", "zero2", "zero3"]
 
 LEARNING_BYTES = 16  # of a weight that learns: itself, its gradient and AdamW's two moments, each float32
 ROOM = 0.5  # of a device's free memory that weights and state may take; the rest is for activations and logits

@@ -41,6 +41,7 @@ from models.train.loop import Task, accelerator_of, train
 from models.train.merging import stored_dtype, write_merged
 from models.train.prepare import TRAINING, Prepared, begun, method_of, prepare
 from models.train.whole import write_trained
+from models.train.zero import numel
 from squeeze import __version__
 from squeeze.distillation import Distill
 from squeeze.objects import Stage
@@ -162,6 +163,7 @@ def _trained(
             losses = plain.held_out_losses(accelerator)
             samples[whole] = _sample(plain.held_out, losses, labels=isinstance(step, Head))
             training = training.model_copy(update={"loss_written": _mean(losses)})
+            processes.let_go()
             del plain, model
             _give_back()
     warnings += _warnings(training)
@@ -257,7 +259,7 @@ def _training(prepared: Prepared, task: Task, story: Story, after: float) -> Tra
     return Training(
         method=step.method,
         precision=cast(Literal["fp32", "bf16", "fp16"], prepared.precision),
-        trainable_parameters=sum(one.numel() for one in task.learning.values()),
+        trainable_parameters=sum(numel(one) for one in task.learning.values()),
         trained_modules=len(prepared.sites),
         data=prepared.split.data,
         sequence_length=prepared.length,

@@ -26,6 +26,9 @@ WORDS: dict[Way, str] = {
     "full": "each of them holds a part of the weights",
     "hybrid": "each half of them holds all weights, each process a part",
     "offload": "each of them holds a part of the weights, in host memory until its turn comes",
+    "zero1": "each of them holds all weights, and a part of the optimizer's state",
+    "zero2": "each of them holds all weights, and a part of their gradients and of the optimizer's state",
+    "zero3": "each of them holds a part of the weights, by DeepSpeed",
 }
 PATHS = ("model", "student", "calibration_text", "evaluation_text", "work", "out")
 TEXTS = (

@@ -100,7 +100,7 @@ class Prepared:
     def share(self, model: Any) -> None:
         """Leaves this process its part of the weights, where several are to hold a part each."""
         blocks = own(model).get_submodule(architecture_of(self.source.config).blocks)
-        self.processes.shard(model, list(blocks))
+        self.processes.shard(model, list(blocks), self.step, self.precision)
 
     def task(self, model: Any, *, packed: bool) -> Task:
         step, examples = self.step, self.split.train
