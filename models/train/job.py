@@ -46,6 +46,7 @@ from squeeze import __version__
 from squeeze.distillation import Distill
 from squeeze.objects import Stage
 from squeeze.report import Certificate, Report, Spent, Training
+from squeeze.sharding import ZERO_STAGES
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
 from squeeze.training import Adapters, Head, QLoRA, Train
@@ -338,7 +339,7 @@ def _report(
     return Report(
         job=inputs.job_id,
         squeeze=__version__,
-        libraries=libraries(*LIBRARIES),
+        libraries=libraries(*LIBRARIES, *(("deepspeed",) if done.training.sharding in ZERO_STAGES else ())),
         device=device_name(device, done.training.processes),
         source=source_part(inputs, done.source),
         recipe=[step.model_dump(mode="json") for step in spec.steps],

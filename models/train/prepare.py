@@ -36,6 +36,7 @@ from squeeze.distillation import Distill
 from squeeze.distillation import Sequence as Written
 from squeeze.errors import DataUnusable, ModelMalformed
 from squeeze.records import DATA
+from squeeze.sharding import refuse_without_library
 from squeeze.specs import JobSpec
 from squeeze.training import Adapters, Finetune, Head, QLoRA, Train, VirtualTokens
 
@@ -146,6 +147,7 @@ def prepare(
 
     chosen: by the process that leads, where this one follows.
     """
+    refuse_without_library(step.sharding)
     asked, spec, teacher, student, shared, comparable = step, inputs.spec, None, "", None, True
     source = open_or_convert(inputs.model, inputs.work / "source")
     refuse_broken_companions(source)

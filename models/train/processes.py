@@ -1,8 +1,8 @@
 """Several processes that share one training: who holds which weights, who looks at which sequences, how sums are made.
 
-torch's own DistributedDataParallel and fully_shard (FSDP2, arXiv 2304.11277), the same on GPUs and on the CPU. Not
-through accelerate, which in 1.15 shards on accelerators alone, so that nothing could be tried without several of them.
-A process alone is the case of one, to which all of this is nothing.
+torch's own DistributedDataParallel and fully_shard (FSDP2, arXiv 2304.11277), the same on GPUs and on the CPU; where
+asked for, DeepSpeed (`models.train.zero`). Not through accelerate, which in 1.15 shards on accelerators alone, so that
+nothing could be tried without several of them. A process alone is the case of one, to which all of this is nothing.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from models.team import SOLO, Team
 from models.train.examples import Examples
 from models.train.packing import Batch, Row, batch_of, micro_batches
-from models.train.zero import STAGES, Part, Zero
-from squeeze.sharding import Way
+from models.train.zero import Part, Zero
+from squeeze.sharding import ZERO_STAGES, Way
 from squeeze.training import Train
 
 REPLICAS = 2  # that hybrid sharding keeps of everything
@@ -41,7 +41,7 @@ class Processes:
     _zero: list[Zero] = field(default_factory=list, init=False, repr=False, compare=False)  # of what was shared last
 
     def __post_init__(self) -> None:
-        if self.sharded and self.way not in STAGES:
+        if self.sharded and self.way not in ZERO_STAGES:
             groups = (REPLICAS, self.size // REPLICAS) if self.way == "hybrid" else (self.size,)
             names = ("replicas", "parts") if self.way == "hybrid" else ("parts",)
             mesh = init_device_mesh(self.team.device.type, groups, mesh_dim_names=names)
@@ -84,10 +84,10 @@ class Processes:
 
         model: in host memory where parts of weights are held, the same on every process.
         """
-        if self.size > 1 and self.way in STAGES:
+        if self.size > 1 and self.way in ZERO_STAGES:
             learns = any(one.requires_grad for one in model.parameters())
             self._zero[:] = [Zero(self.team, self.way, model, step, precision)] if learns or self.sharded else []
-        if not self.sharded or self.way in STAGES:
+        if not self.sharded or self.way in ZERO_STAGES:
             return
         policy = OffloadPolicy()
         if self.way == "offload":

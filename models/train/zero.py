@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from models.team import Team
 from models.train.optimizers import optimizer_of
-from squeeze.sharding import Way
+from squeeze.sharding import ZERO_STAGES, Way
 from squeeze.training import Train
 
-STAGES: dict[Way, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
 BUCKET = 2**25  # numbers that are sent at once, and that the buffers for it hold
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COMPILED = "deepspeed_shm_comm"  # the collective operation, as DeepSpeed calls it
@@ -67,7 +66,7 @@ class Zero:
     """
 
     def __init__(self, team: Team, way: Way, model: Any, step: Train, precision: str) -> None:
-        self.module, self._team, self._stage = model, team, STAGES[way]
+        self.module, self._team, self._stage = model, team, ZERO_STAGES[way]
         self._learning = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self._optimizer = optimizer_of(step, self._learning) if self._learning else None
         self._environment = {"DS_ACCELERATOR": team.device.type, "LOCAL_RANK": str(team.device.index or 0)}
@@ -171,7 +170,10 @@ class Zero:
         """Lets the model go, which in stage 3 can't be called any more; and takes from the environment what DeepSpeed
         asked for, since accelerate would take it for a launcher's.
         """
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
         self._engine.destroy()
+        FWD_MODULE_STACK.clear()  # at whose bottom each model stays that was called in stage 3
         for name in self._environment:
             del os.environ[name]
 
