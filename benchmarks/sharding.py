@@ -1,10 +1,11 @@
 """Memory of each process that shares a full finetuning, by their number and by what each holds; and the losses.
 
-    python benchmarks/sharding.py [--width 1024] [--blocks 8] [--processes 1 2 4] [--ways ddp full hybrid offload]
+    python benchmarks/sharding.py [--width 1024] [--blocks 8] [--processes 1 2 4] [--ways ddp full hybrid offload zero3]
 
 Writes random weights of a Llama's shape, and trains all of them for some steps with one process, then with several on
 this CPU. Peaks are of resident memory above what the process had taken before it loaded the model: while it loads, one
-process after the other; and while it trains, with looks at the held-out loss and a checkpoint.
+process after the other (zero1 to zero3: all at once); and while it trains, with looks at the held-out loss and a
+checkpoint.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from models.train.checkpoints import Checkpoints  # noqa: E402
 from models.train.loop import accelerator_of, train  # noqa: E402
 from models.train.prepare import begun, prepare  # noqa: E402
 from models.train.processes import Processes  # noqa: E402
-from squeeze.sharding import Way  # noqa: E402
+from squeeze.sharding import ZERO_STAGES, Way  # noqa: E402
 from squeeze.specs import JobSpec  # noqa: E402
 from squeeze.training import Train  # noqa: E402
 
@@ -120,11 +121,12 @@ def one_of(options: Any, room: str, model: str, way: Way, size: int, rank: int) 
     prepared = prepare(inputs, full)
     accelerator = accelerator_of(prepared.precision, prepared.device)
     with team.together():
-        prepared = replace(prepared, processes=Processes(team, way, at_once=False))
+        prepared = replace(prepared, processes=Processes(team, way, at_once=way in ZERO_STAGES))
         small = nn.Sequential(nn.Linear(8, 8))  # at the first of which torch imports another 100 MB
-        prepared.processes.shard(small, [*small])
-        small(torch.ones(8)).sum().backward()
+        prepared.processes.shard(small, [*small], full, prepared.precision)
+        prepared.processes.called(small)(torch.ones(8)).sum().backward()
         AdamW(small.parameters()).step()
+        prepared.processes.let_go()
         idle = peak_host_bytes()
         task = begun(prepared)[0]
         loading = peak_host_bytes() - idle

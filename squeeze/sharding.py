@@ -1,10 +1,14 @@
 """Who of several processes holds which weights of a training, and the rule by which `auto` chooses; no torch."""
 
+from importlib.util import find_spec
 from typing import Literal
 
-Sharding = Literal["auto", "ddp", "full", "hybrid", "offload"]
-Way = Literal["ddp", "full", "hybrid", "offload"]
+from squeeze.errors import SpecInvalid
 
+Sharding = Literal["auto", "ddp", "full", "hybrid", "offload", "zero1", "zero2", "zero3"]
+Way = Literal["ddp", "full", "hybrid", "offload", "zero1", "zero2", "zero3"]
+
+ZERO_STAGES: dict[str, int] = {"zero1": 1, "zero2": 2, "zero3": 3}  # those that DeepSpeed does
 LEARNING_BYTES = 16  # of a weight that learns: itself, its gradient and AdamW's two moments, each float32
 ROOM = 0.5  # of a device's free memory that weights and state may take; the rest is for activations and logits
 
@@ -24,3 +28,13 @@ def way_for(needed_bytes: int, free_bytes: int, processes: int) -> Way:
     if needed_bytes <= room:
         return "ddp"
     return "full" if needed_bytes <= room * processes else "offload"
+
+
+def refuse_without_library(sharding: Sharding, param: str = "sharding") -> None:
+    """Raises SpecInvalid where DeepSpeed is asked for, and is not installed beside this. param: who asks."""
+    if sharding in ZERO_STAGES and find_spec("deepspeed") is None:
+        raise SpecInvalid(
+            f"sharding {sharding!r} is done by DeepSpeed, which this worker has not: take full, which "
+            "holds everything in parts, or have the operator install requirements/deepspeed.txt",
+            param=param,
+        )

@@ -31,6 +31,8 @@ from squeeze.errors import (
 from squeeze.names import OWN_ID
 from squeeze.objects import Status
 from squeeze.pace import Past
+from squeeze.sharding import refuse_without_library
+from squeeze.training import Train
 from storage import Storage
 from workers.checkpoints import Safekeeping
 from workers.ending import clear, settle
@@ -149,6 +151,9 @@ class Worker:
     def _request(self, claim: Claim) -> Request:
         spec = claim.spec
         device, *others = devices_of(self._device, spec.limits.gpus)
+        for number, step in enumerate(spec.steps):
+            if isinstance(step, Train):
+                refuse_without_library(step.sharding, f"steps.{number}.sharding")
         with self._database.read() as session:
             record = listing.find(session, claim.project, claim.job_id)
             models = {

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Averages:
     """Of parameters, by name. decay: what the average so far counts after a step; None: there is no average."""
 
-    def __init__(self, learning: Mapping[str, nn.Parameter], decay: float | None) -> None:
+    def __init__(self, learning: Mapping[str, Tensor], decay: float | None) -> None:
         self._learning, self._decay = learning, decay
         self.tensors = copied(learning) if decay is not None else {}
 
@@ -43,7 +43,7 @@ def copied(learning: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def put(learning: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:
+def put(learning: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Sets parameters to what there is for them."""
     for name, weight in weights.items():
         learning[name].copy_(weight)

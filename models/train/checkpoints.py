@@ -16,6 +16,7 @@ from models.disk import write_whole
 from models.formats.shards import Piece, write_pieces
 from models.team import SOLO, Team
 from models.train.processes import whole
+from models.train.zero import Part
 from squeeze.report import HeldOutLoss, TrainingStep
 
 TENSORS, STORY, MARK = "state.safetensors", "state.json", "fingerprint"
@@ -63,7 +64,7 @@ class Checkpoints:
         for name, text in self._notes.items():
             write_whole(directory / name, text)
 
-    def save(self, story: Story, tensors: Mapping[str, Tensor]) -> Path | None:
+    def save(self, story: Story, tensors: Mapping[str, Tensor | Part]) -> Path | None:
         """The new one is complete before the old one goes. One tensor at a time is put together from its parts. Where
         it lies; None for those that don't lead.
         """
@@ -132,7 +133,7 @@ def adopt(checkpoint: Path, brought: Path) -> None:
     brought.rename(checkpoint)
 
 
-def _piece(name: str, tensor: Tensor) -> Piece:
+def _piece(name: str, tensor: Tensor | Part) -> Piece:
     return Piece({name: (tensor.dtype, tuple(tensor.shape))}, lambda: {name: whole(tensor)})
 
 

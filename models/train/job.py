@@ -46,6 +46,7 @@ from squeeze.distillation import Distill
 from squeeze.finetuning import Adapters, Head, QLoRA
 from squeeze.objects import Stage
 from squeeze.report import Certificate, Report, Training
+from squeeze.sharding import ZERO_STAGES
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
 from squeeze.training import Train
@@ -178,6 +179,7 @@ def _as_written(prepared: Prepared, whole: Path, packed: bool, accelerator: Acce
         prepared.share(model)
     task = prepared.task(model, packed=packed)
     losses = task.held_out_losses(accelerator)
+    prepared.processes.let_go()
     return sample_of(task.held_out, losses, labels=isinstance(prepared.step, Head)), mean(losses)
 
 
@@ -269,7 +271,7 @@ def _report(
     return Report(
         job=inputs.job_id,
         squeeze=__version__,
-        libraries=libraries(*LIBRARIES),
+        libraries=libraries(*LIBRARIES, *(("deepspeed",) if done.training.sharding in ZERO_STAGES else ())),
         device=device_name(device, done.training.processes),
         source=source_part(inputs, done.source),
         recipe=[step.model_dump(mode="json") for step in spec.steps],

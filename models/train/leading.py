@@ -17,8 +17,9 @@ from models.train.prepare import Prepared
 from models.train.processes import ALONE, Processes
 from squeeze.choosing import Choice
 from squeeze.distillation import Distill
+from squeeze.errors import OutOfMemoryHost
 from squeeze.finetuning import Adapters, Full
-from squeeze.sharding import Way, state_bytes, way_for
+from squeeze.sharding import ZERO_STAGES, Way, state_bytes, way_for
 from squeeze.specs import JobSpec
 
 WORDS: dict[Way, str] = {
@@ -26,6 +27,9 @@ WORDS: dict[Way, str] = {
     "full": "each of them holds a part of the weights",
     "hybrid": "each half of them holds all weights, each process a part",
     "offload": "each of them holds a part of the weights, in host memory until its turn comes",
+    "zero1": "each of them holds all weights, and a part of the optimizer's state",
+    "zero2": "each of them holds all weights, and a part of their gradients and of the optimizer's state",
+    "zero3": "each of them holds a part of the weights, by DeepSpeed",
 }
 PATHS = ("model", "student", "calibration_text", "evaluation_text", "work", "out")
 TEXTS = (
@@ -48,6 +52,11 @@ def lead(team: Team, prepared: Prepared, inputs: Inputs, places: Sequence[Path |
     if team.size == 1:
         return ALONE
     way, at_once = _way(prepared, team), _fits_often(prepared, team.size)
+    if way in ZERO_STAGES and not at_once:
+        raise OutOfMemoryHost(
+            f"DeepSpeed takes the model over from all {team.size} processes at the same time, and host memory has not "
+            "room for as many copies: take sharding full, for which they load it one after the other"
+        )
     notify.event("info", f"{team.size} processes share the training; {WORDS[way]}", sharding=way)
     paths = {name: getattr(inputs, name) for name in PATHS}
     team.tell(

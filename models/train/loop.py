@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -34,6 +34,7 @@ from models.train.packing import Batch, Plan, Row
 from models.train.processes import ALONE, Processes, whole
 from models.train.schedule import learning_rate, warmup_steps
 from models.train.scoring import Objective, accuracy, example_losses, learned_losses, without_virtual_tokens
+from models.train.zero import Part
 from squeeze.errors import NotFinite
 from squeeze.report import HeldOutLoss, TrainingStep
 from squeeze.training import Train
@@ -142,9 +143,10 @@ class _Run:
     def __init__(self, task: Task, accelerator: Accelerator, checkpoints: Checkpoints, notify: Notify) -> None:
         self._task, self._accelerator, self._checkpoints, self._notify = task, accelerator, checkpoints, notify
         self._learning, self._called = task.learning, task.processes.called(task.model)
-        step = task.step
-        self._optimizer = optimizer_of(step, self._learning)
-        self._averages = Averages(self._learning, step.ema)
+        step, self._zero = task.step, task.processes.zero
+        self._optimizer = optimizer_of(step, self._learning) if self._zero is None else self._zero.optimizer
+        self._held: Mapping[str, Tensor] = self._learning if self._zero is None else self._zero.held
+        self._averages = Averages(self._held, step.ema)
         self._warmup = warmup_steps(step.warmup, task.plan.steps)
         self._best: dict[str, Tensor] = {}
         self._random = random_tensors(task.device)
@@ -158,8 +160,8 @@ class _Run:
             return
         self.story, tensors = found[0], self._task.processes.spread(found[1], self._learning)
         with torch.no_grad():
-            for name, parameter in self._learning.items():
-                parameter.copy_(tensors[f"learned.{name}"])
+            for name, held in self._held.items():
+                held.copy_(tensors[f"learned.{name}"])
         for name, average in self._averages.tensors.items():
             average.copy_(tensors[f"averaged.{name}"])
         if (scaler := self._accelerator.scaler) is not None:
@@ -168,7 +170,10 @@ class _Run:
                 | {"scale": float(tensors["scale"]), "_growth_tracker": int(tensors["scale.tracker"])}
             )
         self._best = {name: tensors[f"best.{name}"] for name in self._learning if f"best.{name}" in tensors}
-        restore_optimizer(self._optimizer, tensors)
+        if self._zero is None:
+            restore_optimizer(self._optimizer, tensors)
+        else:
+            self._zero.restore(tensors)
         restore_random(tensors, self._task.device)
         self._random = random_tensors(self._task.device)
         self.story.resumed.append(self.story.done)
@@ -196,13 +201,17 @@ class _Run:
             (total,) = processes.total(share)
             self._refuse_no_number(total, "loss")
             self._accelerator.unscale_gradients(self._optimizer)
-            limit = math.inf if task.step.clip_norm is None else task.step.clip_norm
-            norm = float(whole(self._accelerator.clip_grad_norm_([*self._learning.values()], limit)))
+            norm = self._clipped() if self._zero is None else self._zero.norm()
             if math.isfinite(norm) or not self._scale_down():
                 break
         self._refuse_no_number(norm, "gradient's norm")
         self._now = {"loss": total, "norm": norm, "tokens": tokens, "began": began}
         return not processes.agree(asked)
+
+    def _clipped(self) -> float:
+        """The gradient's norm; it is clipped."""
+        limit = math.inf if self._task.step.clip_norm is None else self._task.step.clip_norm
+        return float(whole(self._accelerator.clip_grad_norm_([*self._learning.values()], limit)))
 
     def _gradient_of(self, parts: Sequence[Batch], learned: float, asked: threading.Event) -> float | None:
         """This process's share of the loss of a batch, whose gradient is there then; None where we are asked to end."""
@@ -265,7 +274,9 @@ class _Run:
 
     def _take_step(self) -> None:
         scaler = self._accelerator.scaler
-        if scaler is None:
+        if self._zero is not None:
+            self._zero.step()
+        elif scaler is None:
             self._optimizer.step()
         else:
             scaler.step(self._optimizer)
@@ -283,7 +294,7 @@ class _Run:
         best = self.story.best
         self.story.held_out.append(found)
         if self._task.step.evaluate_every is not None and found.step and (best is None or found.loss < best.loss):
-            self._best = copied(self._learning if not self._averages.tensors else self._averages.tensors)
+            self._best = copied(self._held if not self._averages.tensors else self._averages.tensors)
         self._notify.event(
             "info", f"held-out loss after {found.step} steps: {found.loss:.4f}", step=found.step, loss=found.loss
         )
@@ -299,17 +310,18 @@ class _Run:
 
     def save(self) -> None:
         """As it stood when the next step began."""
-        kept = self._checkpoints.save(
-            self.story,
-            {f"learned.{name}": one for name, one in self._learning.items()}
-            | {f"best.{name}": one for name, one in self._best.items()}
-            | {f"averaged.{name}": one for name, one in self._averages.tensors.items()}
-            | optimizer_tensors(self._optimizer)
-            | self._scale_tensors()
-            | self._random,
-        )
-        if kept is not None:
-            self._notify.kept(kept)
+        weights = {
+            **{f"learned.{name}": one for name, one in self._held.items()},
+            **{f"best.{name}": one for name, one in self._best.items()},
+            **{f"averaged.{name}": one for name, one in self._averages.tensors.items()},
+        }
+        if self._zero is None:
+            kept: Mapping[str, Tensor | Part] = weights | optimizer_tensors(self._optimizer)
+        else:
+            kept = self._zero.parts(weights) | self._zero.optimizer_parts()
+        place = self._checkpoints.save(self.story, {**kept, **self._scale_tensors(), **self._random})
+        if place is not None:
+            self._notify.kept(place)
 
     def _scale_tensors(self) -> dict[str, Tensor]:
         """Of the loss, with fp16."""
@@ -321,7 +333,7 @@ class _Run:
     def keep_the_best(self) -> None:
         if isinstance(self._optimizer, BAdam):
             self._optimizer.release()
-        put(self._learning, self._best or self._averages.tensors)
+        put(self._held, self._best or self._averages.tensors)
 
     def tell(self, *, whole: bool = False) -> None:
         """Events of the steps since the last one, not more often than once a second."""

@@ -37,6 +37,7 @@ from squeeze.distillation import Sequence as Written
 from squeeze.errors import DataUnusable, ModelMalformed
 from squeeze.finetuning import Adapters, Finetune, Head, QLoRA, VirtualTokens
 from squeeze.records import DATA
+from squeeze.sharding import refuse_without_library
 from squeeze.specs import JobSpec
 from squeeze.training import Train
 
@@ -101,7 +102,7 @@ class Prepared:
     def share(self, model: Any) -> None:
         """Leaves this process its part of the weights, where several are to hold a part each."""
         blocks = own(model).get_submodule(architecture_of(self.source.config).blocks)
-        self.processes.shard(model, list(blocks))
+        self.processes.shard(model, list(blocks), self.step, self.precision)
 
     def plan(self, *, packed: bool) -> Plan:
         step, lengths = self.step, self.split.train.lengths
@@ -150,6 +151,7 @@ def prepare(
 
     chosen: by the process that leads, where this one follows.
     """
+    refuse_without_library(step.sharding)
     asked, spec, teacher, student, shared, comparable = step, inputs.spec, None, "", None, True
     source = open_or_convert(inputs.model, inputs.work / "source")
     refuse_broken_companions(source)

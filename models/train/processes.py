@@ -1,8 +1,8 @@
 """Several processes that share one training: who holds which weights, who looks at which sequences, how sums are made.
 
-torch's own DistributedDataParallel and fully_shard (FSDP2, arXiv 2304.11277), the same on GPUs and on the CPU. Not
-through accelerate, which in 1.15 shards on accelerators alone, so that nothing could be tried without several of them.
-A process alone is the case of one, to which all of this is nothing.
+torch's own DistributedDataParallel and fully_shard (FSDP2, arXiv 2304.11277), the same on GPUs and on the CPU; where
+asked for, DeepSpeed (`models.train.zero`). Not through accelerate, which in 1.15 shards on accelerators alone, so that
+nothing could be tried without several of them. A process alone is the case of one, to which all of this is nothing.
 """
 
 import hashlib
@@ -23,7 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from models.team import SOLO, Team
 from models.train.examples import Examples
 from models.train.packing import Batch, Row, batch_of, micro_batches
-from squeeze.sharding import Way
+from models.train.zero import Part, Zero
+from squeeze.sharding import ZERO_STAGES, Way
+from squeeze.training import Train
 
 REPLICAS = 2  # that hybrid sharding keeps of everything
 
@@ -36,9 +38,10 @@ class Processes:
     way: Way = "ddp"
     at_once: bool = True
     _mesh: DeviceMesh | None = field(default=None, init=False, repr=False, compare=False)
+    _zero: list[Zero] = field(default_factory=list, init=False, repr=False, compare=False)  # of what was shared last
 
     def __post_init__(self) -> None:
-        if self.sharded:
+        if self.sharded and self.way not in ZERO_STAGES:
             groups = (REPLICAS, self.size // REPLICAS) if self.way == "hybrid" else (self.size,)
             names = ("replicas", "parts") if self.way == "hybrid" else ("parts",)
             mesh = init_device_mesh(self.team.device.type, groups, mesh_dim_names=names)
@@ -51,7 +54,12 @@ class Processes:
     @property
     def sharded(self) -> bool:
         """Whether a process holds only a part of the weights."""
-        return self.size > 1 and self.way != "ddp"
+        return self.size > 1 and self.way not in ("ddp", "zero1", "zero2")
+
+    @property
+    def zero(self) -> Zero | None:
+        """What DeepSpeed made of the model that was shared last."""
+        return self._zero[0] if self._zero else None
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -71,12 +79,15 @@ class Processes:
         if self.team.leads:
             self.team.sum(torch.zeros(1))
 
-    def shard(self, model: Any, blocks: Sequence[nn.Module]) -> None:
+    def shard(self, model: Any, blocks: Sequence[nn.Module], step: Train, precision: str) -> None:
         """Leaves this process its part of the weights, in place; a block is put together while it is at work.
 
-        model: in host memory, the same on every process.
+        model: in host memory where parts of weights are held, the same on every process.
         """
-        if not self.sharded:
+        if self.size > 1 and self.way in ZERO_STAGES:
+            learns = any(one.requires_grad for one in model.parameters())
+            self._zero[:] = [Zero(self.team, self.way, model, step, precision)] if learns or self.sharded else []
+        if not self.sharded or self.way in ZERO_STAGES:
             return
         policy = OffloadPolicy()
         if self.way == "offload":
@@ -86,6 +97,8 @@ class Processes:
 
     def called(self, model: Any) -> Any:
         """What to call for a loss whose gradient all processes share; its average, whatever each one's share of it."""
+        if self.zero is not None:
+            return self.zero
         if self.size == 1 or self.sharded:
             return model
         return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
@@ -95,6 +108,8 @@ class Processes:
 
         Whole gradients wait for the last part; parts of them are exchanged each time, which keeps memory low.
         """
+        if isinstance(called, Zero):
+            called.adding_up(last=last)
         return called.no_sync() if isinstance(called, DistributedDataParallel) and not last else nullcontext()
 
     def batches(self, examples: Examples, rows: Sequence[Row], size: int | None) -> list[Batch]:
@@ -141,6 +156,8 @@ class Processes:
         """Whole tensors of a checkpoint as this process holds them: those of a parameter, and those of the optimizer
         that have its shape, as the parameter is. like: what learns, in the optimizer's order.
         """
+        if self.zero is not None:
+            return self.zero.spread(tensors)
         numbered = [*like.values()]
         held = {}
         for name, tensor in tensors.items():
@@ -156,27 +173,41 @@ class Processes:
 
         each: what becomes of one, float32 where it learned. entire: all weights; else those alone that learned.
         """
-        if not self.sharded:
-            return
+        if self.sharded:
+            self._gather(model, each, entire=entire)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Of the model that was shared last, which is not called any more."""
+        for zero in self._zero:
+            zero.end()
+        self._zero.clear()
+
+    def _gather(self, model: nn.Module, each: Callable[[Tensor], Tensor], *, entire: bool) -> None:
         made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with what they were made of, so that ids stay taken
         for module in model.modules():
             for name, held in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 if not (entire or held.requires_grad):
                     continue
                 if id(held) not in made:
-                    tensor = whole(held.detach())
-                    made[id(held)] = (
-                        held,
-                        nn.Parameter(each(tensor.cpu()), held.requires_grad) if self.team.leads else held,
-                    )
+                    with self._whole(held) as tensor:
+                        made[id(held)] = (
+                            held,
+                            nn.Parameter(each(tensor.cpu()), held.requires_grad) if self.team.leads else held,
+                        )
                 setattr(module, name, made[id(held)][1])
+
+    def _whole(self, parameter: nn.Parameter) -> AbstractContextManager[Tensor]:
+        return self.zero.whole(parameter) if self.zero is not None else nullcontext(whole(parameter.detach()))
 
 
 ALONE = Processes()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor | Part) -> Tensor:
     """Of which this process may hold a part; then all of them have to ask."""
+    if isinstance(tensor, Part):
+        return tensor.whole()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.train.examples import Examples
 from models.train.packing import UNSCORED, Batch, Row
 from models.train.processes import ALONE, Processes
+from models.train.zero import Zero
 from squeeze.errors import NotFinite
 
 # By what the logits of an example may differ, over their own spread. When the example before it is another: by nothing,
@@ -24,7 +25,7 @@ POSITION_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0
 
 def own(model: Any) -> Any:
     """transformers' model, where peft has wrapped it, or what shares gradients."""
-    if isinstance(model, DistributedDataParallel):
+    if isinstance(model, DistributedDataParallel | Zero):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -11,6 +11,7 @@ from models.train.checkpoints import Story
 from models.train.examples import Examples
 from models.train.loop import Task
 from models.train.prepare import Prepared
+from models.train.zero import numel
 from squeeze.report import Training
 
 
@@ -23,7 +24,7 @@ def training_part(prepared: Prepared, task: Task, story: Story, after: float) ->
     return Training(
         method=step.method,
         precision=cast(Literal["fp32", "bf16", "fp16"], prepared.precision),
-        trainable_parameters=sum(one.numel() for one in task.learning.values()),
+        trainable_parameters=sum(numel(one) for one in task.learning.values()),
         trained_modules=len(prepared.sites),
         data=prepared.split.data,
         sequence_length=prepared.length,

@@ -64,6 +64,14 @@ def test_one_package_has_one_version_in_all_locks() -> None:
         assert locked(extra).items() <= everything.items()
 
 
+def test_deepspeed_is_wanted_by_nobody_but_its_own_file() -> None:
+    lines = (ROOT / "requirements" / "deepspeed.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert {str(one) for one in wanted("deepspeed") if one.name == "deepspeed"} <= set(pins)
+    names = {name for name, _, _ in (pin.partition("==") for pin in pins)}
+    assert not [extra for extra in EXTRAS if names & set(locked(extra))]
+
+
 def test_gptqmodel_stands_in_a_file_of_its_own() -> None:
     lines = (ROOT / "requirements" / "gptqmodel.txt").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 from pydantic import ValidationError
@@ -83,6 +84,23 @@ def test_a_job_that_asks_for_more_gpus_than_the_worker_has_fails_with_how_many_t
         assert error is not None
         assert error["code"] == "spec_invalid"
         assert "limits.gpus is 3, and the worker has 2" in error["message"]
+
+
+def test_deepspeed_that_a_worker_has_not_fails_the_job_before_its_model_is_pulled(
+    place: Place, nasty_server: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not there
+    step = {"kind": "finetune", "method": "full", "sharding": "zero2"}
+    with worker_here(place, nasty_server, "cpu") as worker:
+        job_id = place.submit(steps=[step], data={"source": "hub:org/data"}, limits={"gpus": 2})
+        assert worker.run_job(job_id) == Status.failed
+        error = place.job(job_id).error
+        assert error is not None
+        assert error["code"] == "spec_invalid"
+        assert error["message"].startswith(
+            "sharding 'zero2' is done by DeepSpeed, which this worker has not: take full"
+        )
+        assert "requirements/deepspeed.txt" in error["message"]
 
 
 def test_a_method_on_whole_blocks_is_refused_on_several_gpus_when_it_is_submitted() -> None:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ import torch
 from models.team import Team
 from models.train.examples import Examples
 from models.train.packing import UNSCORED
+from models.train.prepare import prepare
 from models.train.processes import Processes
-from squeeze.sharding import state_bytes, way_for
+from squeeze.errors import SpecInvalid
+from squeeze.sharding import refuse_without_library, state_bytes, way_for
+from squeeze.training import Train
 from tests.models import tiny
+from tests.models.train.parts import inputs_for, spec_of
 
+ZERO = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 LORA = {"steps": 4, "micro_batch_size": 1, "evaluate_every": 2}
 FULL = {"method": "full", "learning_rate": 1e-3, "steps": 4, "micro_batch_size": 1}
 
@@ -40,6 +46,7 @@ def ask(model: Path) -> Iterator[Ask]:
 
         def ask(work: Path, step: dict[str, Any], size: int, **more: Any) -> list[dict[str, Any]]:
             modules = [] if "method" in step else ["gptqmodel"]  # at which peft looks
+            modules += ["deepspeed"] if "zero" in step.get("sharding", "") else []
             case = {"model": str(model), "work": str(work), "step": step, "size": size, "modules": modules} | more
             lines.write(json.dumps(case) + "\n")
             lines.flush()
@@ -105,9 +112,31 @@ def test_any_number_of_processes_loses_what_one_does(
     assert_same(ask(tmp_path, step | {"sharding": way}, size), alone(step), way)
 
 
+@ZERO
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("way", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        LORA | {"dora": True, "merge": True},
+        FULL | {"activation_checkpointing": True, "ema": 0.9, "evaluate_every": 2},
+        {"method": "last_layers", "layers": 1, "learning_rate": 1e-3, "steps": 4, "packing": False},
+    ],
+    ids=lambda step: step.get("method", "lora"),
+)
+def test_deepspeed_loses_what_one_process_does(
+    ask: Ask, alone: Alone, tmp_path: Path, way: str, size: int, step: dict[str, Any]
+) -> None:
+    assert_same(ask(tmp_path, step | {"sharding": way}, size), alone(step), way)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-@pytest.mark.parametrize(("way", "dropout"), [("ddp", 0.1), ("full", 0.1)])
+@pytest.mark.parametrize(
+    ("way", "dropout"),
+    [("ddp", 0.1), ("full", 0.1), pytest.param("zero2", 0.1, marks=ZERO), pytest.param("zero3", 0.1, marks=ZERO)],
+)
 def test_a_process_that_is_killed_fails_the_others_and_the_training_goes_on_to_the_same_bits(
     ask: Ask, tmp_path: Path, killed: int, way: str, dropout: float
 ) -> None:
@@ -136,20 +165,33 @@ def test_a_training_goes_on_by_another_number_of_processes_that_hold_other_parts
     assert len(last[0]["resumed"]) == 4
 
 
+@ZERO
+@pytest.mark.slow
+def test_a_training_moves_between_deepspeed_and_the_other_ways(ask: Ask, alone: Alone, tmp_path: Path) -> None:
+    step = FULL | {"steps": 8, "evaluate_every": 2, "ema": 0.5}
+    turns = [(2, "zero3", 1), (3, "full", 2), (3, "zero2", 4), (2, "ddp", 5), (2, "zero1", 6), (1, "auto", 7)]
+    for size, way, steps in turns:
+        ask(tmp_path, step | {"sharding": way}, size, signals=[0, steps, "SIGKILL"])
+    last = ask(tmp_path, step | {"sharding": "zero3"}, 3)
+    assert_same(last, alone(step), "zero3")
+    assert len(last[0]["resumed"]) == 6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("way", ["full", pytest.param("zero3", marks=ZERO)])
 def test_whichever_process_is_asked_to_end_all_do_and_leave_a_checkpoint_of_the_last_step(
-    ask: Ask, alone: Alone, tmp_path: Path, asked: int
+    ask: Ask, alone: Alone, tmp_path: Path, asked: int, way: str
 ) -> None:
-    ended = ask(tmp_path, LORA | {"sharding": "full"}, 2, signals=[asked, 2, "SIGTERM"], snapshot_seconds=1e9)
+    ended = ask(tmp_path, LORA | {"sharding": way}, 2, signals=[asked, 2, "SIGTERM"], snapshot_seconds=1e9)
     assert [one["status"] for one in ended] == [-15, -15]
-    again = ask(tmp_path, LORA | {"sharding": "full"}, 2)
+    again = ask(tmp_path, LORA | {"sharding": way}, 2)
     assert again[0]["resumed"] == [2]
-    assert_same(again, alone(LORA), "full")
+    assert_same(again, alone(LORA), way)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "full"])
+@pytest.mark.parametrize("way", ["ddp", "full", pytest.param("zero1", marks=ZERO), pytest.param("zero3", marks=ZERO)])
 def test_a_loss_that_is_no_number_ends_all_with_the_same_words(ask: Ask, tmp_path: Path, way: str) -> None:
     told = ask(tmp_path, FULL | {"sharding": way}, 2, spoil=2)
     assert told[0]["says"] == told[1]["says"]
@@ -175,6 +217,19 @@ def test_sequences_are_dealt_out_and_who_has_too_few_repeats_one_that_counts_for
         assert sum(part.learned for parts in dealt for part in parts) == 45
     idle = Processes(Team(2, 3)).batches(examples, rows, 1)[-1]
     assert idle.learned == idle.tokens == 0 and bool((idle.targets == UNSCORED).all()) and idle.ids.shape == (1, 10)
+
+
+def test_deepspeed_is_asked_for_by_name_alone_and_missed_before_the_model_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not there
+    for way in ("ddp", "full", "auto"):
+        refuse_without_library(way)
+    spec = spec_of(FULL | {"sharding": "zero3"}, limits={"gpus": 2})
+    step = spec.steps[0]
+    assert isinstance(step, Train)
+    with pytest.raises(SpecInvalid, match=r"DeepSpeed, which this worker has not: take full.*/deepspeed\.txt"):
+        prepare(inputs_for(spec, tmp_path / "no model", tmp_path / "room"), step)
 
 
 def test_whole_weights_are_held_where_they_fit_else_parts_else_parts_in_host_memory() -> None:
