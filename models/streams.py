@@ -85,8 +85,9 @@ class Stream:
         return [tuple(kept.shape) for kept in self._kept]
 
     def replace(self, index: int, batch: Tensor) -> None:
-        """Another batch in the place of one, whose room it takes, and whose memory where it fits: what stays as long as a
-        block then never lies between what comes and goes, and the heap keeps no holes.
+        """Another batch in the place of one, whose room it takes, and whose memory where it fits.
+
+        What stays as long as a block then never lies between what comes and goes: the heap keeps no holes.
         """
         kept = self._kept[index]
         if isinstance(kept, Tensor) and (kept.shape, kept.dtype) == (batch.shape, batch.dtype):
