@@ -32,15 +32,16 @@ from models.team import SOLO, Team
 from models.train.accuracy import accuracies
 from models.train.checkpoints import Checkpoints
 from models.train.choices import try_micro_batch
-from models.train.counting import ahead, summed, work_of
+from models.train.counting import work_of
 from models.train.leading import lead, told
 from models.train.loop import accelerator_of, train
 from models.train.merging import stored_dtype, write_merged
 from models.train.prepare import TRAINING, Prepared, begun, method_of, prepare
 from models.train.telling import doubts_of, mean, sample_of, training_part
 from models.train.whole import write_trained
+from models.work import ahead, summed
 from squeeze import __version__
-from squeeze.distillation import Distill
+from squeeze.distillation import Distill, Sequence
 from squeeze.finetuning import Adapters, Head, QLoRA
 from squeeze.objects import Stage
 from squeeze.report import Certificate, Report, Training
@@ -54,7 +55,7 @@ LIBRARIES = ("peft", "accelerate")
 @dataclass(frozen=True)
 class Trained:
     """whole: the directory of the whole model, where one is made. samples: of each directory, held-out examples with
-    the losses that it was seen to have. work: operations by stage, where they are counted.
+    the losses that it was seen to have. work: operations by stage.
     """
 
     prepared: Prepared
@@ -80,7 +81,7 @@ def trained(
     """
     with clock.stage("loading"):
         notify.stage(Stage.loading)
-        prepared = prepare(inputs, step, notify)
+        prepared = prepare(inputs, step, notify, clock=clock)
     with team.together():
         processes = lead(team, prepared, inputs, [adapter, whole], notify)
         return _trained(replace(prepared, processes=processes), inputs, step, adapter, whole, clock, notify)
@@ -115,8 +116,12 @@ def _trained(
         accelerator = accelerator_of(prepared.precision, prepared.device)
     lesson, before = None, None
     if isinstance(step, Distill):
+        behind = ("loading", "teaching") if isinstance(step, Sequence) else ("loading",)  # it has written by now
+        expected = prepared.task(None, packed=step.packing)
+        notify.expect(ahead(work_of(prepared, expected.plan, prepared.spec), prepared.source, prepared.spec, behind))
         with clock.stage("teaching"), processes.leader_first():
             lesson = Lesson(prepared, inputs, notify)
+        notify.stage(Stage.loading)
     with clock.stage("loading"):
         task, initial, warnings = begun(prepared)
         choices, notes = prepared.choices, None
@@ -125,8 +130,8 @@ def _trained(
                 prepared = prepared.rechosen(inputs.spec, asked)
                 task = replace(task, step=prepared.step)
             notes = choices.notes
-        if work := work_of(prepared, task, prepared.spec):
-            notify.expect(ahead(work, prepared, prepared.spec))
+        work = work_of(prepared, task.plan, prepared.spec)
+        notify.expect(ahead(work, prepared.source, prepared.spec))
         if lesson is not None:
             task, before = lesson.given(task), lesson.apart(task, accelerator)
     with clock.stage("training"):
