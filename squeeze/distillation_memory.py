@@ -23,7 +23,7 @@ from squeeze.shapes import Block, Shape
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
 from squeeze.trainable import Learned
-from squeeze.training_memory import FLOAT, Pass, TrainingMemory, needed_to_train, slice_of
+from squeeze.training_memory import FLOAT, HEAP_BYTES, HOLES, Pass, TrainingMemory, needed_to_train, slice_of
 
 LOGIT_BYTES = 64 << 20  # of a float32 slice of the teacher's logits
 PLACE_BYTES = 8  # of a token of the text: which of the learned ones it is
@@ -128,9 +128,9 @@ def _teaching(teacher: Shape, step: Distill, each: int, length: int, learned: Le
     tokens = max(BATCH_TOKENS, length)
     running = Pass(teacher, step, learned, each, tokens, length)
     widest = max((_widest(block) for block in teacher.blocks), default=0)
-    largest = max((block.elements for block in teacher.blocks), default=0)
+    largest = max((_loaded(block, each) for block in teacher.blocks), default=0)
     said = SAID_COPIES * running.held(slice_of(teacher, tokens, LOGIT_BYTES), 1, 1)
-    reading = max(largest * each + RUNNING_WIDTHS * running.held(tokens, widest, each), teacher.outside * each + said)
+    reading = max(largest + RUNNING_WIDTHS * running.held(tokens, widest, each), teacher.outside * each + said)
     if isinstance(step, Sequence):
         cache = WRITTEN_AT_ONCE * min(step.prompt_tokens + step.new_tokens, length) * sum(map(_keys, teacher.blocks))
         written = 2 * cache * each + WRITTEN_AT_ONCE * teacher.vocabulary * FLOAT * SAID_COPIES
@@ -203,6 +203,12 @@ def _across(teacher: Shape, student: Shape, step: Distill) -> int:
     if not isinstance(step, Hidden) or step.match == "relations" or teacher.hidden == student.hidden:
         return 0
     return 4 * FLOAT * min(len(teacher.blocks), len(student.blocks)) * teacher.hidden * student.hidden
+
+
+def _loaded(block: Block, each: int) -> int:
+    """Of a block whose tensors come and go, as all blocks do."""
+    piece = max((max(group.rows) * group.columns for group in block.groups), default=0) * each
+    return int(block.elements * each * (HOLES if piece < HEAP_BYTES else 1))
 
 
 def _widest(block: Block) -> int:
