@@ -128,8 +128,8 @@ def kept_bytes(
     distillation the student as it begins, and what is kept of the teacher. The rest as `cost_of` has it.
     """
     step = next((step for step in spec.steps if isinstance(step, Train)), None)
-    size = 2 * sum(tensor.elements for tensor in made.tensors.values())
-    merged = size if isinstance(spec.steps[0], Merge) and len(spec.steps) > 1 else 0  # otherwise it is the result
+    size, begun = (2 * sum(one.elements for one in its.values()) for its in (made.tensors, tensors))
+    merged = begun if isinstance(spec.steps[0], Merge) and len(spec.steps) > 1 else 0  # otherwise it is the result
     if step is None:
         return merged
     known = learned_of(step, made.config, made.tensors)

@@ -14,6 +14,7 @@ from models.distill.divergence import diverged
 from models.distill.teacher import chunks_of, logits_in_slices, places_of, read_chunk
 from models.frame import Frame
 from models.progress import Notify
+from models.resources import return_free_memory
 from models.train.examples import Examples
 from models.train.loop import Task
 from models.train.packing import UNSCORED, batch_of, micro_batches
@@ -71,6 +72,7 @@ def apart(task: Task, accelerator: Accelerator, frame: Frame, hidden: Tensor, vo
     places, starts = places_of(task.held_out), task.held_out.starts
     was_training = task.model.training
     task.model.eval()
+    return_free_memory()  # of the training, beside which copies of all logits would be the most that there is
     with frame.surroundings():
         for some in micro_batches(task.held_out_rows, task.step.together):
             batch = batch_of(task.held_out, some)
