@@ -1,14 +1,18 @@
 """What a spec would cost on a model of that shape: memory of all its steps, and their seconds together."""
 
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 from api.learning import text_bytes_of
 from api.service import Service
+from api.teaching import Made
 from api.tensors import Tensor
 from jobs import history
 from squeeze.choosing import supposed
 from squeeze.distillation import Distill
+from squeeze.distillation_memory import needed_to_distill, stored_bytes
+from squeeze.distillation_work import Lessons, at_length, counted_distillation, lessons
 from squeeze.finetuning import Finetune, QLoRA
 from squeeze.memory import PROCESS_BYTES, needed
 from squeeze.merging import Merge
@@ -18,9 +22,30 @@ from squeeze.shapes import Shape, shape_of
 from squeeze.specs import JobSpec
 from squeeze.steps import RTN, Format, Quantize
 from squeeze.trainable import Learned, learned
+from squeeze.training import Train
 from squeeze.training_memory import needed_to_train
 from squeeze.training_work import counted_training, tokens_to_train
 from squeeze.work import Count, counted
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Of a step. whole, least: host memory. stays: of it, what the process still has in the next step. counts: work by
+    stage; None where that can't be counted.
+    """
+
+    whole: int = 0
+    least: int = 0
+    stays: int = 0
+    counts: dict[str, Count] | None = field(default_factory=dict)
+
+    def then(self, other: "_Cost") -> "_Cost":
+        """With the step that follows."""
+        counts = None
+        if self.counts is not None and other.counts is not None:
+            counts = _together(self.counts, other.counts)
+        whole, least = other.whole + self.stays, other.least + self.stays
+        return _Cost(max(self.whole, whole), max(self.least, least), other.stays, counts)
 
 
 def cost_of(
@@ -29,52 +54,60 @@ def cost_of(
     spec: JobSpec,
     config: dict[str, Any],
     tensors: dict[str, Tensor],
+    made: Made,
     result_bytes: dict[Format, int],
+    told: Lessons | None,
 ) -> dict[str, Any]:
     """`host_bytes`, `least_host_bytes` and `seconds` of a plan; nothing where the headers show no blocks, and of what
-    can't be counted: a distillation, the time of examples of unknown number.
+    can't be counted: the time of examples of unknown number.
+
+    made: what a distillation makes, or the model as it is. told: what a distillation learns from, where that is known.
     """
-    shape = shape_of_model(config, tensors, _ignored(spec))
-    if not shape.blocks or any(isinstance(step, Distill) for step in spec.steps):
+    shape, own = shape_of_model(made.config, made.tensors, _ignored(spec)), shape_of_model(config, tensors)
+    if not shape.blocks or not own.blocks:
         return {}
-    whole = least = stays = 0
     found: dict[str, Any] = {}
-    counts: dict[str, Count] | None = {}
+    cost, text_bytes = _Cost(), text_bytes_of(service, project, spec)
     for step in spec.steps:
+        formats = result_bytes if step is spec.steps[-1] else {}
         if isinstance(step, Finetune):
-            text_bytes = text_bytes_of(service, project, spec)
-            own, known = shape_of_model(config, tensors), learned_of(step, config, tensors)
-            last, parameters = step is spec.steps[-1], sum(tensor.elements for tensor in tensors.values())
+            parameters = sum(tensor.elements for tensor in tensors.values())
             spec, step, found["chosen"] = supposed(spec, step, parameters, own.positions)  # noqa: PLW2901
-            memory = needed_to_train(own, spec, step, known, result_bytes if last else {}, text_bytes or 0)
-            whole, least = max(whole, memory.whole), max(least, memory.whole)
-            stays = memory.process - PROCESS_BYTES  # what was imported, and the examples
-            length = min(spec.data.length, own.positions or spec.data.length)
-            tokens = tokens_to_train(spec, step, length, text_bytes)
-            learning = None if tokens is None else counted_training(own, spec, step, known, tokens, last=last)
-            counts = None if counts is None or learning is None else _together(counts, learning)
+            cost = cost.then(_finetuning(spec, step, own, learned_of(step, config, tensors), formats, text_bytes))
+        elif isinstance(step, Distill):
+            student, known = shape_of_model(made.config, made.tensors), learned_of(step, made.config, made.tensors)
+            cost = cost.then(_distilling(spec, step, own, student, known, formats, told, text_bytes))
         elif isinstance(step, Merge):
-            last = step is spec.steps[-1]
-            own = shape_of_model(config, tensors)
             largest = max((tensor.elements for tensor in tensors.values()), default=0)
-            # The merged model runs beside the base, block by block, as one does whose blocks are rounded.
-            plain = spec.model_copy(update={"steps": (RTN(method="rtn"),)})
-            measured = needed(own, plain, result_bytes if last else {})
-            whole = max(merging_bytes(largest), measured.whole)
-            least = max(merging_bytes(largest), measured.least)
-            counts = counted_merging(own, spec, step)
+            cost = cost.then(_merging(spec, step, own, largest, formats))
         elif isinstance(step, Quantize):
-            more = needed(shape, spec, result_bytes)
-            whole, least = max(whole, more.whole + stays), max(least, more.least + stays)
-            counts = None if counts is None else _together(counts, counted(shape, spec))
-    found |= {"host_bytes": whole, "least_host_bytes": least}
-    if counts is not None:
+            memory = needed(shape, spec, result_bytes)
+            cost = cost.then(_Cost(memory.whole, memory.least, 0, counted(shape, spec)))
+    found |= {"host_bytes": cost.whole, "least_host_bytes": cost.least}
+    if cost.counts is not None:
         gpu = spec.limits.gpus > 0 or None  # without the wish, whatever worker is free takes it
         method = spec.steps[-1].method
         with service.database.read() as session:
             past = history.finished(session, method, gpu=gpu)
-        found["seconds"] = duration(counts, len(shape.blocks), method, past, gpu=bool(gpu))
+        found["seconds"] = duration(cost.counts, len(own.blocks), method, past, gpu=bool(gpu))
     return found
+
+
+def lessons_of(
+    service: Service,
+    project: str,
+    spec: JobSpec,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    made: Made,
+    records: int | None,
+) -> Lessons | None:
+    """What a distillation learns from, where that is known. records: that are trained on, as far as that is."""
+    step = next((step for step in spec.steps if isinstance(step, Distill)), None)
+    if step is None:
+        return None
+    _, length = at_length(spec, shape_of_model(config, tensors), shape_of_model(made.config, made.tensors))
+    return lessons(spec, step, length, text_bytes_of(service, project, spec), records)
 
 
 def shape_of_model(config: dict[str, Any], tensors: dict[str, Tensor], ignored: list[str] | None = None) -> Shape:
@@ -84,23 +117,69 @@ def shape_of_model(config: dict[str, Any], tensors: dict[str, Tensor], ignored: 
     return shape_of(config, {name: tensor.shape for name, tensor in tensors.items()}, dtype, ignored or [])
 
 
-def learned_of(step: Finetune, config: dict[str, Any], tensors: dict[str, Tensor]) -> Learned:
+def learned_of(step: Train, config: dict[str, Any], tensors: dict[str, Tensor]) -> Learned:
     return learned(step, config, {name: tensor.shape for name, tensor in tensors.items()})
 
 
-def kept_bytes(spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
+def kept_bytes(
+    spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor], made: Made, told: Lessons | None
+) -> int:
     """On the worker's disk: of a training two checkpoints, a byte a weight of a base that is rounded for it, and every
-    whole model that a next step goes on with.
+    whole model that a next step goes on with; of a distillation the student as it begins, and what is kept of the
+    teacher. The rest as `cost_of` has it.
     """
-    step = next((step for step in spec.steps if isinstance(step, Finetune)), None)
-    merged = 2 * sum(tensor.elements for tensor in tensors.values()) if isinstance(spec.steps[0], Merge) else 0
-    merged *= len(spec.steps) > 1  # otherwise it is the result
+    step = next((step for step in spec.steps if isinstance(step, Train)), None)
+    size, begun = (2 * sum(one.elements for one in its.values()) for its in (made.tensors, tensors))
+    merged = begun if isinstance(spec.steps[0], Merge) and len(spec.steps) > 1 else 0  # otherwise it is the result
     if step is None:
         return merged
-    known = learned_of(step, config, tensors)
-    whole = 2 * sum(tensor.elements for tensor in tensors.values()) if step is not spec.steps[-1] else 0
+    known = learned_of(step, made.config, made.tensors)
+    whole = size if step is not spec.steps[-1] else 0
+    taught = 0
+    if isinstance(step, Distill):
+        taught = size if step.student.layers is not None else 0
+        taught += stored_bytes(step, shape_of_model(config, tensors), told)
     codes = known.rounded if isinstance(step, QLoRA) and step.base == "gptq" else 0
-    return 2 * (4 * known.parameters + known.state_bytes) + codes + whole + merged
+    return 2 * (4 * known.parameters + known.state_bytes) + codes + whole + merged + taught
+
+
+def _finetuning(
+    spec: JobSpec, step: Finetune, shape: Shape, known: Learned, formats: dict[Format, int], text_bytes: int | None
+) -> _Cost:
+    memory = needed_to_train(shape, spec, step, known, formats, text_bytes or 0)
+    length = min(spec.data.length, shape.positions or spec.data.length)
+    tokens = tokens_to_train(spec, step, length, text_bytes)
+    counts = None
+    if tokens is not None:
+        counts = counted_training(shape, spec, step, known, tokens, last=step is spec.steps[-1])
+    return _Cost(memory.whole, memory.whole, memory.process - PROCESS_BYTES, counts)
+
+
+def _distilling(
+    spec: JobSpec,
+    step: Distill,
+    teacher: Shape,
+    student: Shape,
+    known: Learned,
+    formats: dict[Format, int],
+    told: Lessons | None,
+    text_bytes: int | None,
+) -> _Cost:
+    memory = needed_to_distill(teacher, student, spec, step, known, formats, told, text_bytes or 0)
+    counts = None
+    if told is not None:
+        last = step is spec.steps[-1]
+        counts = counted_distillation(teacher, student, spec, step, known, told, last=last)
+    return _Cost(memory.whole, memory.least, memory.process - PROCESS_BYTES, counts)
+
+
+def _merging(spec: JobSpec, step: Merge, shape: Shape, largest: int, formats: dict[Format, int]) -> _Cost:
+    """The merged model runs beside the base, block by block, as one does whose blocks are rounded. largest: elements of
+    the largest tensor.
+    """
+    plain = spec.model_copy(update={"steps": (RTN(method="rtn"),)})
+    measured, merging = needed(shape, plain, formats), merging_bytes(largest)
+    return _Cost(max(merging, measured.whole), max(merging, measured.least), 0, counted_merging(shape, spec, step))
 
 
 def _ignored(spec: JobSpec) -> list[str]:

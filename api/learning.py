@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 
 from api.service import Service
@@ -32,15 +33,24 @@ CHECKED_SECONDS = 2.0  # for the same
 LEAST_TOKENS = 16  # of a sequence
 
 
-def refuse_unusable(service: Service, project: str, spec: JobSpec) -> str | None:
-    """Reads the uploaded files that a step trains on or measures its loss on; where the first chat stands in them, or
-    None where there is none.
+@dataclass(frozen=True)
+class Seen:
+    """Of what is trained on. chat: where the first chat stands; None where there is none. records: how many there are,
+    by the part that was looked at; None where nothing was.
+    """
+
+    chat: str | None = None
+    records: int | None = None
+
+
+def refuse_unusable(service: Service, project: str, spec: JobSpec) -> Seen:
+    """Reads the uploaded files that a step trains on or measures its loss on.
 
     Raises DataUnusable, with the lines, where records are none, or too few. Of a large file only the beginning is read;
     parquet and datasets are the worker's. A file that is not there is the submit's to refuse.
     """
     if not any(isinstance(step, Train) for step in spec.steps):
-        return None
+        return Seen()
     apart = spec.evaluation.source is not None
     label = spec.label_column
     data = _Look(service, project, DATA, spec.data.source, spec.data.column, label)
@@ -52,7 +62,7 @@ def refuse_unusable(service: Service, project: str, spec: JobSpec) -> str | None
             refuse_unknown(held_out.labels, data.labels)
     if held_out.count is not None:
         refuse_nothing_held_out(held_out.count)
-    return data.chat or held_out.chat
+    return Seen(data.chat or held_out.chat, data.records)
 
 
 def refuse_misfit(files: Files, positions: int, chat: str | None) -> None:
@@ -80,8 +90,9 @@ class _Enough(Exception):
 
 
 class _Look:
-    """One file's records, as far as they are looked at. count: of them; None where there may be more. labels: the
-    names of those that were seen, where each record is to have one, in the field `label`.
+    """One file's records, as far as they are looked at. count: of them; None where there may be more. records: what
+    that comes to for the whole file. labels: the names of those that were seen, where each record is to have one, in
+    the field `label`.
     """
 
     def __init__(
@@ -95,6 +106,7 @@ class _Look:
     ) -> None:
         self.labels: set[str] = set()
         self.count: int | None = None
+        self.records: int | None = None
         self.chat: str | None = None
         record = _found(service, project, source)
         if record is None:
@@ -106,10 +118,10 @@ class _Look:
         first = next(chunks, b"")
         if first.startswith(PARQUET):
             return
-        faults, count = Faults(), 0
+        faults, count, beginning = Faults(), 0, _Beginning(chain([first], chunks))
         with blamed(param):
             try:
-                rows = rows_in(_beginning(chain([first], chunks)), column, faults)
+                rows = rows_in(beginning, column, faults)
                 found: Iterator[tuple[str, Record | Labelled]] = (
                     records_in(rows, column, grain_for(record.bytes), faults)
                     if label is None
@@ -124,6 +136,7 @@ class _Look:
                 self.count = count
             except _Enough:
                 pass
+            self.records = round(count * max(1.0, record.bytes / max(1, beginning.seen)))
             faults.refuse_any()
 
 
@@ -137,11 +150,16 @@ def _found(service: Service, project: str, source: str | None) -> FileRecord | N
         return None
 
 
-def _beginning(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Raises _Enough where there is more than is looked at now."""
-    until, seen = time.monotonic() + CHECKED_SECONDS, 0
-    for chunk in chunks:
-        if seen >= CHECKED_BYTES or time.monotonic() > until:
-            raise _Enough
-        yield chunk
-        seen += len(chunk)
+class _Beginning:
+    """Of a file; raises _Enough where there is more than is looked at now. seen: bytes that were."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._until = chunks, time.monotonic() + CHECKED_SECONDS
+        self.seen = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._chunks:
+            if self.seen >= CHECKED_BYTES or time.monotonic() > self._until:
+                raise _Enough
+            yield chunk
+            self.seen += len(chunk)

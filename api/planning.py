@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
-from api.costs import cost_of, kept_bytes, learned_of, shape_of_model
-from api.learning import refuse_misfit, refuse_unusable
+from api.costs import cost_of, kept_bytes, learned_of, lessons_of, shape_of_model
+from api.learning import Seen, refuse_misfit, refuse_unusable
 from api.merging import look_at_entries
 from api.service import Service
 from api.sources import Files, files_of, refuse_absent_dataset
+from api.teaching import Made, depth, made_by
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
 from jobs import files as uploads
 from squeeze.architectures import ARCHITECTURES, HELD_BY, refuse_classifier, refuse_unclassifiable, refuse_unrotatable
@@ -29,7 +30,6 @@ from squeeze.errors import (
 from squeeze.finetuning import Adapters, Head, LoRA, QLoRA
 from squeeze.formats import refuse_unfit
 from squeeze.objects import Obstacle, Plan
-from squeeze.shapes import BLOCK
 from squeeze.specs import SELF, JobSpec, hub_text
 from squeeze.steps import Format, Grouped, Quantize
 from squeeze.training import Train
@@ -39,9 +39,9 @@ LEAST = {"bits": 2, "target_bytes": None}
 
 def plan(service: Service, project: str, spec: JobSpec) -> Plan:
     """Everything that can be found at once: one obstacle does not hide the others."""
-    obstacles, chat = [_obstacle(error) for error in _before_the_model(service, project, spec)], None
+    obstacles, seen = [_obstacle(error) for error in _before_the_model(service, project, spec)], Seen()
     try:
-        chat = refuse_unusable(service, project, spec)
+        seen = refuse_unusable(service, project, spec)
     except SqueezeError as error:
         obstacles.append(_obstacle(error))
     try:
@@ -50,29 +50,33 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
         tensors = tensors_of(files)
     except SqueezeError as error:
         return _answer([*obstacles, _obstacle(error)])
-    linears = _compressed(spec, linears_of(tensors, transposed=config.get("model_type") == "gpt2"))
-    obstacles += [_obstacle(error) for error in _in_the_model(spec, config, files, tensors, linears)]
+    made = made_by(service, project, spec, config, tensors)
+    obstacles += map(_obstacle, made.obstacles)
+    linears = _compressed(spec, linears_of(made.tensors, transposed=made.config.get("model_type") == "gpt2"))
+    obstacles += [_obstacle(error) for error in _in_the_model(spec, config, files, tensors, made, linears)]
     if any(isinstance(step, Train) for step in spec.steps):
         try:
-            refuse_misfit(files, shape_of_model(config, tensors).positions, chat)
+            refuse_misfit(files, shape_of_model(config, tensors).positions, seen.chat)
         except SqueezeError as error:
             obstacles.append(_obstacle(error))
     looked = look_at_entries(service, project, spec, config, tensors)
     obstacles += map(_obstacle, looked.obstacles)
     source_bytes = sum(tensor.size_bytes for tensor in tensors.values()) or _weight_bytes(files)
-    result_bytes = _result_bytes(spec, config, tensors, linears) if tensors else {}
+    result_bytes = _result_bytes(spec, made, linears) if made.tensors else {}
+    told = lessons_of(service, project, spec, config, tensors, made, seen.records)
     return _answer(
         obstacles,
         model_revision=files.revision,
         parameters=sum(tensor.elements for tensor in tensors.values()) or None,
         source_bytes=source_bytes,
         result_bytes=result_bytes,
-        **cost_of(service, project, spec, config, tensors, result_bytes),
+        **cost_of(service, project, spec, config, tensors, made, result_bytes, told),
         disk_bytes=(source_bytes if files.pulled else 0)
         + looked.pulled_bytes
+        + made.pulled_bytes
         + sum(result_bytes.values())
         + max([0, *result_bytes.values()])
-        + kept_bytes(spec, config, tensors),
+        + kept_bytes(spec, config, tensors, made, told),
     )
 
 
@@ -106,9 +110,14 @@ def _before_the_model(service: Service, project: str, spec: JobSpec) -> Iterator
 
 
 def _in_the_model(
-    spec: JobSpec, config: dict[str, Any], files: Files, tensors: dict[str, Tensor], linears: list[Linear]
+    spec: JobSpec,
+    config: dict[str, Any],
+    files: Files,
+    tensors: dict[str, Tensor],
+    made: Made,
+    linears: list[Linear],
 ) -> Iterator[SqueezeError]:
-    """What the engine would refuse, in its own words where they are the same."""
+    """What the engine would refuse, in its own words where they are the same. made: what is written. linears: of it."""
     kind = config.get("model_type")
     supported = ", ".join(sorted(ARCHITECTURES))
     if not isinstance(kind, str):
@@ -120,6 +129,7 @@ def _in_the_model(
     elif kind not in ARCHITECTURES:
         yield ArchitectureUnsupported(f"model_type {kind!r} is not supported. Supported: {supported}.", param="model")
     else:
+        kind = made.config.get("model_type", kind)
         for number, name in enumerate(spec.formats):
             if name not in (*HELD_BY[kind], "peft"):
                 held = ", ".join(HELD_BY[kind])
@@ -133,9 +143,9 @@ def _in_the_model(
     if not tensors and not _weight_bytes(files):
         yield ModelMalformed("The model has no weights: neither safetensors nor .bin files.", param="model")
     for number, step in enumerate(spec.steps):
-        if isinstance(step, Distill) and step.student.layers is not None and 0 < _depth(tensors) <= step.student.layers:
+        if isinstance(step, Distill) and step.student.layers is not None and 0 < depth(tensors) <= step.student.layers:
             yield ModelMalformed(
-                f"The teacher has {_depth(tensors)} decoder blocks; a student that is cut from it has fewer, not "
+                f"The teacher has {depth(tensors)} decoder blocks; a student that is cut from it has fewer, not "
                 f"{step.student.layers}.",
                 param=f"steps.{number}.student.layers",
             )
@@ -154,8 +164,8 @@ def _in_the_model(
                 refuse_unrotatable(kind, f"steps.{number}.rotation")
             except ArchitectureUnsupported as error:
                 yield error
-        if isinstance(step, Grouped) and step.target_bytes is not None and tensors:
-            smallest = min(_estimates(spec, step.model_copy(update=LEAST), tensors, linears).values())
+        if isinstance(step, Grouped) and step.target_bytes is not None and made.tensors:
+            smallest = min(_estimates(spec, step.model_copy(update=LEAST), made.tensors, linears).values())
             if step.target_bytes < smallest:
                 yield SpecInvalid(
                     f"2 bits for all layers take about {smallest:,} bytes, more than target_bytes allows.",
@@ -188,49 +198,28 @@ def _weight_bytes(files: Files) -> int:
     return sum(size for name, size in files.sizes.items() if name.endswith((".safetensors", ".bin")))
 
 
-def _result_bytes(
-    spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor], linears: list[Linear]
-) -> dict[Format, int]:
+def _result_bytes(spec: JobSpec, made: Made, linears: list[Linear]) -> dict[Format, int]:
     """Of the weight files, by format."""
     step = next((step for step in spec.steps if isinstance(step, Quantize)), None)
     if step is None:
-        return _trained_bytes(spec, config, tensors, linears)
+        return _trained_bytes(spec, made, linears)
     if isinstance(step, Grouped) and step.target_bytes is not None:
         return dict.fromkeys(spec.formats, step.target_bytes)
-    return _estimates(spec, step, tensors, linears)
+    return _estimates(spec, step, made.tensors, linears)
 
 
-def _trained_bytes(
-    spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor], linears: list[Linear]
-) -> dict[Format, int]:
+def _trained_bytes(spec: JobSpec, made: Made, linears: list[Linear]) -> dict[Format, int]:
     """What was learned beside the weights in 32 bits, a whole model in 16, and what it was learned beside, rounded."""
     step = spec.steps[-1]
-    if isinstance(step, Distill):
-        return _student_bytes(step, spec, tensors)
-    beside = 4 * learned_of(step, config, tensors).parameters if isinstance(step, Adapters) else 0
+    beside = 4 * learned_of(step, made.config, made.tensors).parameters if isinstance(step, Adapters) else 0
     sizes: dict[Format, int] = {
         "peft": beside * (2 if isinstance(step, LoRA) and step.init == "pissa" else 1),
-        "safetensors": 2 * sum(tensor.elements for tensor in tensors.values()),
+        "safetensors": 2 * sum(tensor.elements for tensor in made.tensors.values()),
     }
     beforehand = rounding(step, (linear.columns for linear in linears)) if isinstance(step, QLoRA) else None
     if beforehand is not None:
-        sizes |= _estimates(spec.model_copy(update={"formats": ("gptq",)}), beforehand, tensors, linears)
+        sizes |= _estimates(spec.model_copy(update={"formats": ("gptq",)}), beforehand, made.tensors, linears)
     return {name: sizes[name] for name in spec.formats if name in sizes}
-
-
-def _student_bytes(step: Distill, spec: JobSpec, tensors: dict[str, Tensor]) -> dict[Format, int]:
-    """Of a student that is cut from the teacher, whose blocks are taken to be alike; of another nothing is known."""
-    if step.student.layers is None:
-        return {}
-    inside = sum(tensor.elements for name, tensor in tensors.items() if BLOCK.search(name))
-    whole = sum(tensor.elements for tensor in tensors.values())
-    kept = inside * step.student.layers // max(1, _depth(tensors))
-    return dict.fromkeys(spec.formats, 2 * (whole - inside + kept))
-
-
-def _depth(tensors: dict[str, Tensor]) -> int:
-    """Decoder blocks."""
-    return len({found[1] for name in tensors if (found := BLOCK.search(name))})
 
 
 def _estimates(spec: JobSpec, step: Quantize, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[Format, int]:

@@ -27,10 +27,17 @@ from squeeze.steps import METHODS, tag_of
 # AutoRound's iterations and AWQ's grid are as they are by default, but for fewer of them: both grow linearly.
 SETTINGS: dict[str, dict[str, Any]] = {"autoround": {"iterations": 10}, "awq": {"grid": 6}, "qat": {"steps": 5}}
 
-# Of those that train: adapters, and the weights themselves. Sequences of 256 tokens.
+# Of those that train: adapters, the weights themselves, and students of one block. Sequences of 256 tokens.
 TRAINED: dict[str, dict[str, Any]] = {
     name: {"method": name, "steps": 4, "batch_size": 8, "micro_batch_size": 2, **more}
-    for name, more in (("lora", {"merge": True}), ("full", {}))
+    for name, more in (
+        ("lora", {"merge": True}),
+        ("full", {}),
+        ("logits", {"student": {"layers": 1}}),
+        ("hidden", {"student": {"layers": 1}}),
+        ("sequence", {"student": {"layers": 1}, "new_tokens": 64}),
+        ("on_policy", {"student": {"layers": 1}}),
+    )
 }
 LENGTH = 256
 
@@ -61,7 +68,7 @@ def main() -> None:
 def measure(method: str, inputs: Any) -> None:
     """One job. Its rows go to standard output."""
     torch.set_num_threads(1)
-    clock = _Clock()
+    clock = _Clock("teaching" if method in training_memory.DISTILLING else "compressing")
     outcome = run(inputs, clock)
     clock.stage(Stage.uploading)
     for stage, work in outcome.report.spent.work.items():
@@ -70,16 +77,17 @@ def measure(method: str, inputs: Any) -> None:
 
 
 class _Clock(Silent):
-    """Processor seconds by stage, as reports name them."""
+    """Processor seconds by stage, as reports name them. calibrating: what they call that."""
 
-    def __init__(self) -> None:
+    def __init__(self, calibrating: str) -> None:
+        self._calibrating = calibrating
         self.seconds: dict[str, float] = defaultdict(float)
         self._stage, self._since = Stage.planning, cpu_seconds()
 
     def stage(self, stage: Stage) -> None:
         now = cpu_seconds()
-        own = Stage.compressing if self._stage == Stage.calibrating else self._stage
-        self.seconds[own.value] += now - self._since
+        own = self._calibrating if self._stage == Stage.calibrating else self._stage.value
+        self.seconds[own] += now - self._since
         self._stage, self._since = stage, now
 
 

@@ -1,8 +1,8 @@
 """Peak host memory of a training against what a plan says of it: `python benchmarks/training_memory.py [--cases 0 …]`.
 
-Makes random Llamas, trains each for two steps in a process of its own (examples, training, evaluation, writing,
-certification), and prints the largest resident size of the job's process and the largest sum over all of its processes
-at one moment, each with what a plan says of it.
+Makes random Llamas, trains each for two steps, or a student of theirs, in a process of its own (examples, training,
+evaluation, writing, certification), and prints the largest resident size of the job's process and the largest sum over
+all of its processes at one moment, each with what a plan says of it.
 """
 
 import argparse
@@ -16,9 +16,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.memory import BUNDLED, make, watch
+from squeeze.distillation import Distill, evenly
+from squeeze.distillation_memory import DistillationMemory, needed_to_distill
+from squeeze.distillation_work import lessons
+from squeeze.shapes import of_blocks, shape_of
 from squeeze.specs import JobSpec
 from squeeze.trainable import learned
+from squeeze.training import Train
 from squeeze.training_memory import TrainingMemory, needed_to_train
+
+# Students: two blocks of their teacher, and two blocks of half the width that most of these have.
+CUT: dict[str, Any] = {"layers": 2}
+NARROW: dict[str, Any] = {"model": "bench/512-2"}
 
 # (width, blocks, vocabulary), of which width 0 is the bundled model; tokens of a sequence; the step.
 CASES: tuple[tuple[tuple[int, int, int], int, dict[str, Any]], ...] = (
@@ -40,12 +49,24 @@ CASES: tuple[tuple[tuple[int, int, int], int, dict[str, Any]], ...] = (
     ((1024, 8, 4096), 256, {"method": "qlora", "base": "nf4", "micro_batch_size": 2}),
     ((1024, 8, 4096), 256, {"method": "qlora", "base": "int8", "micro_batch_size": 2}),
     ((1024, 8, 4096), 256, {"method": "qlora", "base": "gptq", "micro_batch_size": 2}),
+    ((512, 4, 4096), 512, {"method": "logits", "student": CUT, "micro_batch_size": 2}),
+    ((1024, 4, 32000), 256, {"method": "logits", "student": CUT, "micro_batch_size": 2}),
+    ((512, 4, 4096), 512, {"method": "logits", "top_k": "all", "student": CUT, "micro_batch_size": 2}),
+    ((512, 4, 4096), 512, {"method": "hidden", "student": CUT, "micro_batch_size": 2}),
+    ((1024, 8, 4096), 256, {"method": "hidden", "student": NARROW, "micro_batch_size": 2}),
+    ((512, 4, 4096), 512, {"method": "hidden", "match": "relations", "student": CUT, "micro_batch_size": 2}),
+    ((512, 4, 4096), 512, {"method": "sequence", "new_tokens": 64, "student": CUT, "micro_batch_size": 2}),
+    ((1024, 8, 4096), 256, {"method": "sequence", "new_tokens": 64, "student": NARROW, "micro_batch_size": 2}),
+    ((512, 4, 4096), 512, {"method": "on_policy", "student": CUT, "micro_batch_size": 2}),
+    ((1024, 8, 4096), 256, {"method": "on_policy", "student": NARROW, "micro_batch_size": 2}),
 )
+DISTILLING = ("logits", "hidden", "sequence", "on_policy")
+RECORDS, RECORDS_TAUGHT = 100, 24  # of which a teacher reads or goes on with all
 
 
 def spec_of(length: int, step: dict[str, Any]) -> JobSpec:
     few = {"steps": 2, "batch_size": 2 * step.get("micro_batch_size", 1)}  # as much memory as more would take
-    steps = [{"kind": "finetune", "method": "lora"} | few | step]
+    steps = [{"kind": "distill" if step.get("method") in DISTILLING else "finetune", "method": "lora"} | few | step]
     data = {"source": "file-abcdefgh", "sequence_length": length}
     return JobSpec.model_validate({"model": "bench/random", "steps": steps, "data": data, "evaluation": {"samples": 4}})
 
@@ -63,15 +84,18 @@ def work(model: Path, length: int, step: dict[str, Any]) -> None:
 
 
 def inputs_of(spec: JobSpec, model: Path, folder: Path, length: int) -> Any:
-    """Of a job that works in a folder, on the CPU, and learns from random words."""
+    """Of a job that works in a folder, on the CPU, and learns from random words. A student stands beside the model."""
     from models.job import Inputs
 
     folder.mkdir(parents=True, exist_ok=True)
+    named = next((name for param, name in spec.models.items() if param.endswith(".student.model")), None)
     return Inputs(
+        student=model.parent / "student" if named else None,
+        student_name=named,
         spec=spec,
         model=model,
         model_name="bench/random",
-        calibration_text=_examples(folder / "rows.jsonl", length),
+        calibration_text=_examples(folder / "rows.jsonl", length, spec.steps[0]),
         work=folder / "work",
         out=folder / "out",
         device="cpu",
@@ -79,22 +103,32 @@ def inputs_of(spec: JobSpec, model: Path, folder: Path, length: int) -> Any:
     )
 
 
-def foretold(model: Path, length: int, step: dict[str, Any]) -> TrainingMemory:
+def foretold(model: Path, length: int, step: dict[str, Any]) -> TrainingMemory | DistillationMemory:
     """What a plan says of it."""
     from models.checkpoint import open_model
 
     spec, source = spec_of(length, step), open_model(model)
-    training = spec.steps[0]
-    tensors = {name: entry.shape for name, entry in source.entries.items()}
-    return needed_to_train(
-        source.shape(), spec, training, learned(training, source.config, tensors), dict.fromkeys(spec.formats, 0)
-    )
+    (training,) = spec.steps
+    assert isinstance(training, Train)
+    tensors, formats = {name: entry.shape for name, entry in source.entries.items()}, dict.fromkeys(spec.formats, 0)
+    if not isinstance(training, Distill):
+        return needed_to_train(source.shape(), spec, training, learned(training, source.config, tensors), formats)
+    if training.student.layers is not None:
+        kept = evenly(len(source.shape().blocks), training.student.layers)
+        tensors, config = of_blocks(tensors, kept), source.config
+    else:
+        other = open_model(model.parent / "student")
+        tensors, config = {name: entry.shape for name, entry in other.entries.items()}, other.config
+    text_bytes = _examples(model.parent / "rows.jsonl", length, training).stat().st_size
+    told, student = lessons(spec, training, length, text_bytes, RECORDS_TAUGHT), shape_of(config, tensors)
+    return needed_to_distill(source.shape(), student, spec, training, learned(training, config, tensors), formats, told)
 
 
-def _examples(path: Path, length: int) -> Path:
+def _examples(path: Path, length: int, step: Any) -> Path:
     """Enough words for every sequence, some of several examples."""
     dice, words = random.Random(0), Path(random.__file__).read_text().split()
-    rows = [{"text": " ".join(dice.choices(words, k=dice.randrange(20, length)))} for _ in range(100)]
+    count = RECORDS_TAUGHT if isinstance(step, Distill) else RECORDS
+    rows = [{"text": " ".join(dice.choices(words, k=dice.randrange(20, length)))} for _ in range(count)]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
@@ -117,6 +151,9 @@ def main() -> None:
             if width:
                 model = Path(folder) / "model"
                 make(model, blocks, width, vocabulary, positions=2048)
+                if (student := step.get("student", {}).get("model")) is not None:
+                    narrower, fewer = map(int, student.rpartition("/")[2].split("-"))
+                    make(model.parent / "student", fewer, narrower, vocabulary, positions=2048)
             planned = foretold(model, length, step)
             asked = json.dumps([str(model), length, step])
             seen = watch([sys.executable, __file__, "--work", asked])

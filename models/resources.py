@@ -15,15 +15,18 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 @dataclass
 class Clock:
-    """Wall seconds by stage; one that comes twice counts twice."""
+    """Wall seconds by stage; one that comes twice counts twice, and one within another is no part of that."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    _within: float = field(default=0.0, init=False)  # of stages within the present one
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
+        began, (outer, self._within) = time.monotonic(), (self._within, 0.0)
         yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - began, 3)
+        taken = time.monotonic() - began
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + taken - self._within, 3)
+        self._within = outer + taken
 
 
 def peak_host_bytes() -> int:

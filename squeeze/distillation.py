@@ -11,6 +11,8 @@ from squeeze.names import names_a_model
 from squeeze.training import Train
 from squeeze.wire import Wire
 
+NARROW_IDS = 1 << 16  # ids below fit in 16 bits
+RELATION_WIDTH = 16  # of a relation head, as MiniLMv2 has it, of the narrower of both models
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
@@ -64,6 +66,11 @@ class Distill(Train):
         "out: all of a batch.",
     )
 
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether the teacher reads all of the text beforehand, and what it says is kept."""
+        return False
+
 
 class Diverging(Distill):
     """Makes the divergence between the teacher's and the student's next-token distributions smaller.
@@ -101,6 +108,10 @@ class Logits(Diverging):
         description="Tokens whose probabilities are kept, in 6 bytes each (4 where the vocabulary has at most 65,536). "
         "`all`: nothing is kept; the whole teacher stands in memory beside the student and reads every batch.",
     )
+
+    @property
+    def keeps_answers(self) -> bool:
+        return self.top_k != "all"
 
     @model_validator(mode="after")
     def _keeps_some(self) -> Self:
@@ -161,3 +172,17 @@ class OnPolicy(Diverging):
 
 
 DISTILLING_METHODS: tuple[type[Distill], ...] = (Logits, Hidden, Sequence, OnPolicy)
+
+
+def evenly(count: int, wanted: int) -> tuple[int, ...]:
+    """Numbers of `wanted` of `count` blocks, as evenly apart as may be, the first and the last among them; of one block
+    the first.
+    """
+    if wanted == 1:
+        return (0,)
+    return tuple((2 * n * (count - 1) + wanted - 1) // (2 * (wanted - 1)) for n in range(wanted))  # rounded half up
+
+
+def stored_bytes_per_token(kept: int, vocabulary: int) -> int:
+    """Of what is kept of the teacher: an id and a logarithm in float16 of each likely token, and one of the rest."""
+    return kept * ((2 if vocabulary <= NARROW_IDS else 4) + 2) + 2

@@ -8,6 +8,7 @@ from squeeze.training_memory import PEFT_BYTES
 from squeeze.work import (
     BYTE,
     CERTIFIED,
+    COMPARED_VISITS,
     GENERATED_TOKENS,
     START,
     TEXTS,
@@ -22,7 +23,6 @@ from squeeze.work import (
 MERGE_VISITS = 24  # of an element of a task vector: read, subtracted, compared, counted, its products with the others
 TRIM_VISITS = 16  # of one that is trimmed: two more walks, in which halves are counted
 PART_BYTES = 48 * (1 << 22)  # of a million elements at once, in float32, with all that is made of them; measured
-COMPARED_VISITS = 8  # of a token of the vocabulary where two models' logits are compared
 
 
 def counted_merging(shape: Shape, spec: JobSpec, step: Merge) -> dict[str, Count]:

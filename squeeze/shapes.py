@@ -1,11 +1,13 @@
 """What a job's cost depends on: the shape of a model, told from its config and the headers of its weights; no torch."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
+
+Each = TypeVar("Each")
 
 BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -120,6 +122,12 @@ def shape_of(
         stored_bytes=stored_bytes,
         computed_bytes=computed_bytes,
     )
+
+
+def of_blocks(tensors: Mapping[str, Each], kept: Collection[int]) -> dict[str, Each]:
+    """What a model has that is cut to some decoder blocks, by the names that it had. kept: their numbers."""
+    found = {name: BLOCK.search(name) for name in tensors}
+    return {name: each for name, each in tensors.items() if (block := found[name]) is None or int(block[1]) in kept}
 
 
 def linear_of(tensor: str, sides: Sequence[int]) -> str | None:

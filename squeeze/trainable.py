@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from squeeze.bases import rounding
-from squeeze.finetuning import IA3, Adapters, Finetune, Head, LastLayers, LowRank, Prefix, Prompt, QLoRA
+from squeeze.finetuning import IA3, Adapters, Head, LastLayers, LowRank, Prefix, Prompt, QLoRA
 from squeeze.shapes import BLOCK, linear_of, number_of
 from squeeze.training import Train
 
@@ -51,10 +51,10 @@ class Learned:
 
 
 def learned(
-    step: Finetune, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], labels: int = FEWEST_LABELS
+    step: Train, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], labels: int = FEWEST_LABELS
 ) -> Learned:
-    """tensors: shapes by name, as in the files. labels: of a classifier; their number is the data's, which plans don't
-    look at, and hardly counts beside the model.
+    """tensors: shapes by name, as in the files; of a distillation the student's. labels: of a classifier; their number
+    is the data's, which plans don't look at, and hardly counts beside the model.
     """
     blocks = {int(found[1]) for name in tensors if (found := BLOCK.search(name))}
     if isinstance(step, LowRank):

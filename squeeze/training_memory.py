@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from squeeze.bases import base_of
-from squeeze.finetuning import Finetune, Head, LowRank, QLoRA
+from squeeze.finetuning import Head, LowRank, QLoRA
 from squeeze.memory import KERNEL_BYTES, PROCESS_BYTES, needed
 from squeeze.shapes import Block, Group, Shape
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
 from squeeze.trainable import Learned
+from squeeze.training import Train
 
 FLOAT = 4
 # Of processes that have imported what they need, the job's and the certifier's; measured, on a CPU.
@@ -58,7 +59,7 @@ class TrainingMemory:
 
 
 def needed_to_train(
-    shape: Shape, spec: JobSpec, step: Finetune, learned: Learned, formats: Mapping[Format, int], text_bytes: int = 0
+    shape: Shape, spec: JobSpec, step: Train, learned: Learned, formats: Mapping[Format, int], text_bytes: int = 0
 ) -> TrainingMemory:
     """The memory of a step that trains. formats: of its results, with the bytes of their weight files; none: no
     certifier is counted. text_bytes: of the examples, where that is known.
@@ -68,7 +69,7 @@ def needed_to_train(
     tokens = step.together * length
     plain = (shape.elements - learned.rounded - learned.left_out) * each + learned.rounded_bytes
     weights = plain if learned.apart else plain + learned.parameters * (FLOAT - each)
-    passing = _Pass(shape, step, learned, each, tokens, length)
+    passing = Pass(shape, step, learned, each, tokens, length)
     through = sorted(map(passing.kept, shape.blocks), reverse=True)[: learned.blocks]
     activations = sum(through)
     if step.activation_checkpointing and through:
@@ -76,7 +77,7 @@ def needed_to_train(
     scored = min(tokens, spec.evaluation.samples * length)
     process, certifying = (PEFT_BYTES, CERTIFIER_PEFT_BYTES) if learned.apart else (PROCESS_BYTES, PROCESS_BYTES)
     slices = 0 if isinstance(step, Head) else CERTIFIER_LOGIT_SLICES  # a few logits, of labels
-    certifier = certifying + plain + int(slices * _slice(shape, length))
+    certifier = certifying + plain + int(slices * slice_of(shape, length))
     beforehand, rounding_bytes = base_of(shape, spec, step), 0
     if beforehand is not None:
         certifier += learned.rounded_bytes + int(KERNEL_BYTES * learned.rounded)  # from files to what kernels take
@@ -96,17 +97,12 @@ def needed_to_train(
     )
 
 
-def _copies(step: Finetune, learned: Learned) -> int:
-    """Of what learns: as it began, where it stands apart, at its best, where that is looked for, and its average."""
-    return FLOAT * learned.parameters * (learned.apart + (step.evaluate_every is not None) + (step.ema is not None))
-
-
 @dataclass(frozen=True)
-class _Pass:
+class Pass:
     """One micro-batch on its way. each: bytes of a number as the model computes. tokens: of all its sequences."""
 
     shape: Shape
-    step: Finetune
+    step: Train
     learned: Learned
     each: int
     tokens: int
@@ -152,6 +148,16 @@ class _Pass:
         return int((HOLES_WITH_ADAPTERS if self.learned.apart else HOLES) * size)
 
 
+def slice_of(shape: Shape, length: int, most_bytes: int = CERTIFIER_LOGIT_BYTES) -> int:
+    """Of float32 logits of so many positions of a sequence as fit in it."""
+    return max(16, min(length, most_bytes // (FLOAT * max(shape.vocabulary, 1)))) * shape.vocabulary * FLOAT
+
+
+def _copies(step: Train, learned: Learned) -> int:
+    """Of what learns: as it began, where it stands apart, at its best, where that is looked for, and its average."""
+    return FLOAT * learned.parameters * (learned.apart + (step.evaluate_every is not None) + (step.ema is not None))
+
+
 def _made(group: Group, hidden: int) -> tuple[int, ...]:
     """Widths of what a group's outputs leave."""
     if group.rows == (hidden,):  # added to what runs past the blocks, which the next norm reads
@@ -159,8 +165,3 @@ def _made(group: Group, hidden: int) -> tuple[int, ...]:
     if len(group.rows) >= 3:  # queries, keys and values, these repeated for every head
         return (max(group.rows),) * 3
     return (*group.rows, max(group.rows)) if len(group.rows) == 2 else group.rows  # a gate is activated
-
-
-def _slice(shape: Shape, length: int) -> int:
-    """Of float32 logits of so many positions of a sequence as fit in it."""
-    return max(16, min(length, CERTIFIER_LOGIT_BYTES // (FLOAT * max(shape.vocabulary, 1)))) * shape.vocabulary * FLOAT

@@ -7,11 +7,11 @@ they are, backwards costs what forwards does; through weights that learn, twice 
 from math import ceil
 
 from squeeze.bases import base_of
-from squeeze.finetuning import Adapters, Finetune, Head
+from squeeze.finetuning import Adapters, Head
 from squeeze.shapes import Shape
 from squeeze.specs import JobSpec
 from squeeze.trainable import Learned
-from squeeze.training import USUAL_EPOCHS
+from squeeze.training import USUAL_EPOCHS, Train
 from squeeze.work import (
     BYTE,
     CERTIFIED,
@@ -29,23 +29,31 @@ from squeeze.work import (
 )
 
 BYTES_PER_TOKEN = 3.5  # of a user's text, with what JSON has around it
+HELD_OUT = 0.1  # share of the examples, where no others are
 UPDATE_VISITS = 12  # of a parameter in a step of the optimizer: gradient, its norm, two moments, itself
 
 
-def tokens_to_train(spec: JobSpec, step: Finetune, length: int, text_bytes: int | None) -> int | None:
+def tokens_to_train(spec: JobSpec, step: Train, length: int, text_bytes: int | None) -> int | None:
     """Tokens that go through the model to be learned from; None where nothing tells. text_bytes: of the examples."""
-    if step.steps is not None:
-        return step.steps * step.sequences * length
-    if step.tokens is not None:
-        return step.tokens
-    if text_bytes is None:
-        return None
-    held_out = 0.0 if spec.evaluation.source is not None else 0.1
-    return max(1, int((step.epochs or USUAL_EPOCHS) * (1 - held_out) * text_bytes / BYTES_PER_TOKEN))
+    wanted = tokens_asked(step, length)
+    if wanted is not None or text_bytes is None:
+        return wanted
+    return max(1, int((step.epochs or USUAL_EPOCHS) * tokens_of_text(spec, text_bytes)))
+
+
+def tokens_asked(step: Train, length: int) -> int | None:
+    """That a training looks at, at most; None where epochs say it."""
+    return step.tokens if step.steps is None else step.steps * step.sequences * length
+
+
+def tokens_of_text(spec: JobSpec, text_bytes: int) -> float:
+    """Of the user's examples, without those that are held out."""
+    held_out = 0.0 if spec.evaluation.source is not None else HELD_OUT
+    return (1 - held_out) * text_bytes / BYTES_PER_TOKEN
 
 
 def counted_training(
-    shape: Shape, spec: JobSpec, step: Finetune, learned: Learned, tokens: int, *, last: bool, steps: int | None = None
+    shape: Shape, spec: JobSpec, step: Train, learned: Learned, tokens: int, *, last: bool, steps: int | None = None
 ) -> dict[str, Count]:
     """The work of a step that trains, by stage.
 
@@ -67,7 +75,7 @@ def counted_training(
     heads = (tokens * (2 if learned.apart else 3) + looks * scored) * _of_head(shape, step)
     reading = sum(of_reading(block, shape) for block in shape.blocks)
     stages = {
-        "loading": Count(TEXTS + TOKEN * tokens / max(1.0, step.epochs or 1.0) + _outside(shape), reading),
+        "loading": Count(TEXTS + TOKEN * tokens / max(1.0, step.epochs or 1.0) + of_outside(shape), reading),
         "training": Count(heads + steps * UPDATE_VISITS * VISIT * learned.parameters, in_blocks),
         "exporting": _exporting(shape, step, learned, scored, sum(forward), last=last),
     }
@@ -80,16 +88,17 @@ def counted_training(
     return stages | ({"certifying": _certifying(shape, spec, step, scored, length, sum(forward))} if last else {})
 
 
-def _of_head(shape: Shape, step: Finetune) -> float:
+def of_outside(shape: Shape) -> float:
+    """Of reading what is not in a block."""
+    return shape.outside * (shape.stored_bytes * BYTE + VISIT)
+
+
+def _of_head(shape: Shape, step: Train) -> float:
     """A token's logits; those of labels are next to nothing."""
     return 0.0 if isinstance(step, Head) else of_head(shape)
 
 
-def _outside(shape: Shape) -> float:
-    return shape.outside * (shape.stored_bytes * BYTE + VISIT)
-
-
-def _exporting(shape: Shape, step: Finetune, learned: Learned, scored: int, forward: float, *, last: bool) -> Count:
+def _exporting(shape: Shape, step: Train, learned: Learned, scored: int, forward: float, *, last: bool) -> Count:
     """What was learned; and where a whole model is made, all of it, which is then loaded and measured."""
     beside = 2 * 4 * BYTE * learned.parameters * learned.apart
     whole = ("safetensors" in step.formats) if last else step.whole
@@ -100,9 +109,9 @@ def _exporting(shape: Shape, step: Finetune, learned: Learned, scored: int, forw
     return Count(beside + scored * _of_head(shape, step) + moved * shape.outside, scored * forward + moved * elements)
 
 
-def _certifying(shape: Shape, spec: JobSpec, step: Finetune, scored: int, length: int, forward: float) -> Count:
+def _certifying(shape: Shape, spec: JobSpec, step: Train, scored: int, length: int, forward: float) -> Count:
     """A fresh process for each format: load, score, generate."""
     seen = min(scored, max(1, min(CERTIFIED[0], CERTIFIED[1] // length)) * length)
     blocks = sum(of_reading(block, shape) + GENERATED_TOKENS * VISIT * block.active for block in shape.blocks)
-    fixed = START + (seen + GENERATED_TOKENS) * _of_head(shape, step) + _outside(shape)
+    fixed = START + (seen + GENERATED_TOKENS) * _of_head(shape, step) + of_outside(shape)
     return Count(len(spec.formats) * fixed, len(spec.formats) * (blocks + seen * forward))

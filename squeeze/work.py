@@ -22,7 +22,17 @@ TEXTS = 1e11  # reading the tokenizer and the generic text
 TOKEN = 1e6  # of text, until it is a number
 
 # As `Spent.seconds` has them.
-STAGES = ("loading", "merging", "training", "allotting", "compressing", "evaluating", "exporting", "certifying")
+STAGES = (
+    "loading",
+    "merging",
+    "teaching",
+    "training",
+    "allotting",
+    "compressing",
+    "evaluating",
+    "exporting",
+    "certifying",
+)
 
 TRIAL_VISITS = 6 * 16  # of each weight while its group's scale is searched: shrunken ranges, times what each takes
 ROUND_VISITS = 12
@@ -38,6 +48,7 @@ SKETCHED_TOKENS = (16, 512)  # sequences, and tokens of each, that gradients are
 SKETCH_ROWS = 128
 CERTIFIED = (16, 8192)  # windows, and tokens of all together, that a certifying process scores
 GENERATED_TOKENS = 24
+COMPARED_VISITS = 8  # of a token of the vocabulary where two models' logits are compared
 SAMPLED_AT_ONCE = 64  # sequences of the model's own text
 
 
@@ -239,7 +250,7 @@ SOLVERS: Mapping[type[Quantize], Callable[[Group, Quantize], float]] = {
 
 def _evaluating(shape: Shape, tokens: Tokens) -> Count:
     """The heads of both models, and their comparison."""
-    compared = shape.vocabulary * 8 * VISIT
+    compared = shape.vocabulary * COMPARED_VISITS * VISIT
     return Count(tokens.windows * (2 * of_head(shape) + compared) + shape.outside * shape.stored_bytes * BYTE)
 
 

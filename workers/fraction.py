@@ -21,9 +21,11 @@ WEIGHTS: dict[Stage, float] = {
 }
 UPLOADING_SHARE = 0.02  # of the rest of a job whose other stages are known
 
-_STAGES = {  # by the names that reports give them; bits are allotted while the text is looked at
+# By the names that reports give them; bits are allotted while the text is looked at, which is what a teacher does too.
+_STAGES = {
     "loading": Stage.loading,
     "merging": Stage.merging,
+    "teaching": Stage.calibrating,
     "training": Stage.training,
     "allotting": Stage.calibrating,
     "compressing": Stage.compressing,
@@ -56,7 +58,10 @@ class Course:
 
     def expect(self, seconds: Mapping[str, float], at: float) -> None:
         """What each stage from the present one on will likely take, by the names that reports have for them."""
-        known = {_STAGES[name]: each for name, each in seconds.items() if name in _STAGES}
+        known: dict[Stage, float] = {}
+        for name, each in seconds.items():
+            if name in _STAGES:  # a distillation may teach, and the step after it allot
+                known[_STAGES[name]] = known.get(_STAGES[name], 0.0) + each
         rest, whole = 1.0 - self.fraction, sum(known.values())
         if self.stage is None or whole <= 0:
             return

@@ -25,15 +25,6 @@ COUNT = "num_hidden_layers"  # what transformers calls it, whatever the family's
 BY_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 
-def evenly(count: int, wanted: int) -> tuple[int, ...]:
-    """Numbers of `wanted` of `count` blocks, as evenly apart as may be, the first and the last among them; of one block
-    the first.
-    """
-    if wanted == 1:
-        return (0,)
-    return tuple((2 * n * (count - 1) + wanted - 1) // (2 * (wanted - 1)) for n in range(wanted))  # rounded half up
-
-
 def refuse_uncuttable(frame: Frame, layers: int) -> None:
     """Raises where a teacher has not so many blocks to leave some out; needs its config alone."""
     if layers >= frame.count:

@@ -14,6 +14,7 @@ from models.distill.divergence import diverged
 from models.distill.teacher import chunks_of, logits_in_slices, places_of, read_chunk
 from models.frame import Frame
 from models.progress import Notify
+from models.resources import return_free_memory
 from models.train.examples import Examples
 from models.train.loop import Task
 from models.train.packing import UNSCORED, batch_of, micro_batches
@@ -34,17 +35,27 @@ class Apart:
 
 
 def read_held_out(
-    frame: Frame, examples: Examples, directory: Path, mark: str, notify: Notify, memory_bytes: int | None = None
+    frame: Frame,
+    examples: Examples,
+    directory: Path,
+    mark: str,
+    notify: Notify,
+    memory_bytes: int | None = None,
+    later: int = 0,
 ) -> Tensor:
-    """The teacher's last hidden states before each held-out learned token, (n, C), kept between attempts."""
+    """The teacher's last hidden states before each held-out learned token, (n, C), kept between attempts. later: tokens
+    that it reads afterwards.
+    """
     file, note = directory / HIDDEN, directory / MARK
     if file.is_file() and note.is_file() and note.read_text(encoding="utf-8") == mark:
         kept: Tensor = load_file(file)["hidden"]
         return kept
     directory.mkdir(parents=True, exist_ok=True)
     found: list[tuple[Tensor, Tensor]] = []
+    whole = len(examples.ids) + later
     for chunk in chunks_of(examples):
-        read_chunk(frame, examples, chunk, lambda *one: found.append(one), directory, notify, memory_bytes)
+        told = int(examples.starts[chunk.start]), whole
+        read_chunk(frame, examples, chunk, lambda *one: found.append(one), directory, notify, memory_bytes, told)
     order = torch.cat([places for places, _ in found]).argsort()
     hidden = torch.cat([some for _, some in found])[order].contiguous()
     save_file({"hidden": hidden}, file)
@@ -61,8 +72,9 @@ def apart(task: Task, accelerator: Accelerator, frame: Frame, hidden: Tensor, vo
     places, starts = places_of(task.held_out), task.held_out.starts
     was_training = task.model.training
     task.model.eval()
+    return_free_memory()  # of the training, beside which copies of all logits would be the most that there is
     with frame.surroundings():
-        for some in micro_batches(task.held_out_rows, task.step.micro):
+        for some in micro_batches(task.held_out_rows, task.step.together):
             batch = batch_of(task.held_out, some)
             learned = batch.targets != UNSCORED
             where = places[starts[batch.owners[learned]] + batch.positions[learned] + 1]

@@ -17,11 +17,10 @@ from models.frame import Frame
 from models.train.packing import UNSCORED, Batch
 from models.train.scoring import learned_logits
 from models.train.scoring import own as own_model
-from squeeze.distillation import Hidden
+from squeeze.distillation import RELATION_WIDTH, Hidden
 from squeeze.errors import ArchitectureUnsupported
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-RELATION_WIDTH = 16  # of a relation head, as MiniLMv2 has it, of the narrower of both models
 
 
 def distill(step: Hidden, teaching: Teaching) -> Taught:

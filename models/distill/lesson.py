@@ -33,8 +33,9 @@ class Lesson:
         directory, mark = inputs.work / "teacher", prepared.mark
         self._hidden: Tensor | None = None
         if prepared.comparable:
+            later = len(prepared.split.train.ids) * step.keeps_answers
             self._hidden = read_held_out(
-                self._frame, prepared.held_out, directory, mark, notify, inputs.activation_bytes
+                self._frame, prepared.held_out, directory, mark, notify, inputs.activation_bytes, later
             )
         self._taught: Taught = import_module(f"models.{step.kind}.{step.method}").distill(
             step,
@@ -49,6 +50,7 @@ class Lesson:
                 mark=mark,
                 notify=notify,
                 memory_bytes=inputs.activation_bytes,
+                read=len(prepared.held_out.ids) * prepared.comparable,
             ),
         )
 

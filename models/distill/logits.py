@@ -29,6 +29,7 @@ def distill(step: Logits, teaching: Teaching) -> Taught:
         teaching.mark,
         teaching.notify,
         teaching.memory_bytes,
+        teaching.read,
     )
     return Taught(FromStored(step, stored), bytes_per_token=shape.bytes_per_token)
 

@@ -16,10 +16,9 @@ from models.distill.writing import ends_of, gone_on
 from models.progress import Notify
 from models.train.scoring import learned_losses
 from squeeze.distillation import Sequence
+from squeeze.distillation_work import WRITTEN_AT_ONCE
 from squeeze.errors import DataUnusable
 from squeeze.records import Chat, Exchange, Record, Text
-
-AT_ONCE = 16  # prompts; as many on every machine, because they decide how sums round
 
 
 def distill(step: Sequence, teaching: Teaching) -> Taught:  # noqa: ARG001 - the teacher has written beforehand
@@ -76,14 +75,14 @@ def wrote(
     prompts = sorted((one for one in prompts if len(one.ids) < length), key=lambda one: len(one.ids))
     own = directory / hashlib.sha256(mark.encode()).hexdigest()[:16]
     own.mkdir(parents=True, exist_ok=True)
-    files = [own / f"{number:06d}.json" for number in range(-(-len(prompts) // AT_ONCE))]
+    files = [own / f"{number:06d}.json" for number in range(-(-len(prompts) // WRITTEN_AT_ONCE))]
     if not all(file.is_file() for file in files):
         notify.event("info", f"the teacher writes what follows {len(prompts):,} prompts")
         model = load()
         ends = ends_of(tokenizer, model.config)
         for number, file in enumerate(files):
             if not file.is_file():
-                some = prompts[number * AT_ONCE : (number + 1) * AT_ONCE]
+                some = prompts[number * WRITTEN_AT_ONCE : (number + 1) * WRITTEN_AT_ONCE]
                 torch.manual_seed((seed * 1_000_003 + number) % 2**63)  # the same whoever goes on from here
                 room = min(step.new_tokens, length - max(len(one.ids) for one in some))
                 written = gone_on(model, [one.ids for one in some], room, step.temperature, ends, len(tokenizer))

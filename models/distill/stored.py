@@ -21,10 +21,10 @@ from models.frame import Frame
 from models.progress import Notify
 from models.train.examples import Examples
 from models.train.packing import UNSCORED, Batch
+from squeeze.distillation import NARROW_IDS, stored_bytes_per_token
 from squeeze.errors import NotFinite
 
 IDS, LOGS, STORY = "ids.bin", "logs.bin", "story.json"
-NARROW_IDS = 1 << 16  # ids below fit in 16 bits
 # Of a mass that float32 can't tell from nothing beside 1: what is less is taken to be so much.
 LEAST_LOG = -24 * math.log(2)
 
@@ -43,8 +43,7 @@ class Shape:
 
     @property
     def bytes_per_token(self) -> int:
-        """An id and a logarithm in float16 of each kept token, and one of the rest."""
-        return self.kept * (self.id_type().itemsize + 2) + 2
+        return stored_bytes_per_token(self.kept, self.vocabulary)
 
 
 class Stored:
@@ -95,8 +94,11 @@ def asked(
     mark: str,
     notify: Notify,
     memory_bytes: int | None = None,
+    before: int = 0,
 ) -> Stored:
-    """What the teacher says, from an earlier attempt as far as that came. mark: of all that decides it."""
+    """What the teacher says, from an earlier attempt as far as that came. mark: of all that decides it. before: tokens
+    that it read already.
+    """
     chunks, story = chunks_of(examples), directory / STORY
     done = _done(story, mark)
     if done == len(chunks):
@@ -120,7 +122,8 @@ def asked(
             for part, logits in logits_in_slices(frame, hidden):
                 stored.put(places[part], logits[:, : shape.vocabulary] / temperature)
 
-        read_chunk(frame, examples, chunk, take, directory, notify, memory_bytes)
+        told = before + int(examples.starts[chunk.start]), before + len(examples.ids)
+        read_chunk(frame, examples, chunk, take, directory, notify, memory_bytes, told)
         stored.flush()
         write_whole(story, json.dumps([mark, number]))
     return Stored(directory, shape, examples)

@@ -3,11 +3,11 @@
 import torch
 
 from models.checkpoint import SourceModel, open_or_convert
-from models.distill.cutting import cut, evenly, refuse_uncuttable
+from models.distill.cutting import cut, refuse_uncuttable
 from models.formats.directory import refuse_broken_companions
 from models.frame import Frame
 from models.job import Inputs
-from squeeze.distillation import Distill
+from squeeze.distillation import Distill, evenly
 
 
 def refuse_unteachable(step: Distill, teacher: Frame) -> None:

@@ -12,8 +12,8 @@ from models.progress import Notify
 from models.resources import available_host_bytes, return_free_memory
 from models.streams import Room, Stream
 from models.train.examples import Examples
+from squeeze.distillation_work import CHUNK_TOKENS
 
-CHUNK_TOKENS = 1 << 20  # that go through all blocks together: as often the teacher is read from disk
 LOGIT_BYTES = 64 << 20  # of one float32 slice of logits
 GRAIN = 16  # sequences are filled up to a multiple of so many tokens, so that there are few shapes of batches
 
@@ -47,13 +47,16 @@ def read_chunk(
     work: Path,
     notify: Notify,
     memory_bytes: int | None = None,
+    told: tuple[int, int] | None = None,
 ) -> None:
     """Sends some examples through the teacher and hands over what stands before its final norm, batch by batch.
 
     take: is called with the frame's surroundings loaded, so that it may ask for logits. work: for activations beyond
-    memory_bytes; None: half of what is free. Each example is read by itself.
+    memory_bytes; None: half of what is free. told: tokens that were read before these, and in all; None: these are
+    all. Each example is read by itself.
     """
-    batches = _batches(examples, numbers, frame)
+    batches, tokens = _batches(examples, numbers, frame), sum(examples.lengths[number] for number in numbers)
+    earlier, whole = told or (0, tokens)
     room = Room(available_host_bytes() // 2 if memory_bytes is None else memory_bytes, work / "activations")
     stream, calls = Stream(room), dict[tuple[int, int], list[Call]]()
     with frame.surroundings():
@@ -66,7 +69,7 @@ def read_chunk(
                 args, kwargs = calls[ids.shape[0], ids.shape[1]][index]
                 stream.replace(number, run(block, (stream[number].to(frame.device), args, kwargs)).cpu())
         return_free_memory()
-        notify.advance(index + 1, frame.count, "blocks")
+        notify.advance(earlier + tokens * (index + 1) // frame.count, whole, "tokens")
     places = places_of(examples)
     with frame.surroundings():
         for number, (_, members) in enumerate(batches):

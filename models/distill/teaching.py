@@ -18,7 +18,7 @@ class Teaching:
     """What a method is given. frame: the teacher, block by block. student: the same of the student. ends: tokens that
     end what either writes. load: the teacher whole, on the device, nothing of it
     to learn. vocabulary: ids that both models know. directory: kept between attempts. mark: of all that decides what
-    the teacher says. memory_bytes: see `read_chunk`.
+    the teacher says. memory_bytes: see `read_chunk`. read: tokens that the teacher has read already.
     """
 
     frame: Frame
@@ -31,6 +31,7 @@ class Teaching:
     mark: str
     notify: Notify
     memory_bytes: int | None
+    read: int = 0
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from models.merge.stream import Counts, write_merged
 from models.progress import Notify
 from models.resources import Clock, device_name, return_free_memory
 from models.teamwork import compute_dtype
-from models.train.counting import summed
+from models.work import summed
 from squeeze import __version__
 from squeeze.errors import SqueezeError
 from squeeze.merging import Merge

@@ -15,9 +15,10 @@ from models.progress import Notify
 from models.quantized import QuantizedModel
 from models.resources import Clock, return_free_memory
 from models.teamwork import frames_of
-from models.train.counting import ahead, work_of
+from models.train.counting import work_of
 from models.train.examples import Examples
 from models.train.prepare import Prepared
+from models.work import ahead
 from squeeze.bases import base_of
 from squeeze.errors import DataUnusable
 from squeeze.objects import Stage
@@ -56,7 +57,7 @@ def rounded_base(prepared: Prepared, inputs: Inputs, clock: Clock, notify: Notif
         return None
     step = quantize_step(beforehand)
     if work := work_of(prepared, prepared.plan(packed=prepared.step.packing), spec):
-        notify.expect(ahead(work, prepared, spec, without=()))
+        notify.expect(ahead(work, source, spec, ()))
     calibration = _sequences(prepared.split.train, spec.data.samples, prepared.length, prepared.seed)
     if calibration.shape[1] < LEAST_TOKENS:
         raise DataUnusable(

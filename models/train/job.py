@@ -34,15 +34,16 @@ from models.train.accuracy import accuracies
 from models.train.bases import Base, rounded_base
 from models.train.checkpoints import Checkpoints
 from models.train.choices import try_micro_batch
-from models.train.counting import ahead, summed, work_of
+from models.train.counting import work_of
 from models.train.leading import lead, told
 from models.train.loop import accelerator_of, train
 from models.train.merging import stored_dtype, write_merged
 from models.train.prepare import TRAINING, Prepared, begun, method_of, prepare
 from models.train.telling import doubts_of, mean, sample_of, training_part
 from models.train.whole import write_trained
+from models.work import ahead, summed
 from squeeze import __version__
-from squeeze.distillation import Distill
+from squeeze.distillation import Distill, Sequence
 from squeeze.finetuning import Adapters, Head, QLoRA
 from squeeze.objects import Stage
 from squeeze.report import Certificate, Report, Training
@@ -85,7 +86,7 @@ def trained(
     """
     with clock.stage("loading"):
         notify.stage(Stage.loading)
-        prepared = prepare(inputs, step, notify)
+        prepared = prepare(inputs, step, notify, clock=clock)
     with team.together():
         processes = lead(team, prepared, inputs, [adapter, whole], notify)
         return _trained(replace(prepared, processes=processes), inputs, step, adapter, whole, clock, notify)
@@ -120,8 +121,12 @@ def _trained(
         accelerator = accelerator_of(prepared.precision, prepared.device)
     lesson, before = None, None
     if isinstance(step, Distill):
+        behind = ("loading", "teaching") if isinstance(step, Sequence) else ("loading",)  # it has written by now
+        expected = prepared.task(None, packed=step.packing)
+        notify.expect(ahead(work_of(prepared, expected.plan, prepared.spec), prepared.source, prepared.spec, behind))
         with clock.stage("teaching"), processes.leader_first():
             lesson = Lesson(prepared, inputs, notify)
+        notify.stage(Stage.loading)
     base = rounded_base(prepared, inputs, clock, notify)
     with clock.stage("loading"):
         task, initial, warnings = begun(prepared, None if base is None else base.codes)
@@ -131,8 +136,8 @@ def _trained(
                 prepared = prepared.rechosen(inputs.spec, asked)
                 task = replace(task, step=prepared.step)
             notes = choices.notes
-        if work := work_of(prepared, task.plan, prepared.spec):
-            notify.expect(ahead(work, prepared, prepared.spec))
+        work = work_of(prepared, task.plan, prepared.spec)
+        notify.expect(ahead(work, prepared.source, prepared.spec))
         if lesson is not None:
             task, before = lesson.given(task), lesson.apart(task, accelerator)
     with clock.stage("training"):

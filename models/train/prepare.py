@@ -22,6 +22,7 @@ from models.frame import Frame
 from models.job import Inputs
 from models.progress import Notify, Silent
 from models.quantized import QuantizedModel, Site
+from models.resources import Clock
 from models.train.choices import Choices, choose_length, choose_rest
 from models.train.examples import Examples, Split
 from models.train.loop import Task
@@ -145,11 +146,15 @@ def refuse_untrainable(step: Train, frame: Frame) -> int:
 
 
 def prepare(
-    inputs: Inputs, step: Train, notify: Notify | None = None, chosen: Sequence[Choice] | None = None
+    inputs: Inputs,
+    step: Train,
+    notify: Notify | None = None,
+    chosen: Sequence[Choice] | None = None,
+    clock: Clock | None = None,
 ) -> Prepared:
     """Reads the examples, and looks at the model's headers. Raises what is wrong with either.
 
-    chosen: by the process that leads, where this one follows.
+    chosen: by the process that leads, where this one follows. clock: of the stage that this is a part of.
     """
     refuse_without_library(step.sharding)
     asked, spec, teacher, student, shared, comparable = step, inputs.spec, None, "", None, True
@@ -171,7 +176,9 @@ def prepare(
     precision = resolved(step.precision, device)
 
     def read(length: int) -> Split:
-        return examples_of(inputs, step, teacher, source.path, length, TYPES[precision], notify or Silent())
+        return examples_of(
+            inputs, step, teacher, source, length, TYPES[precision], notify or Silent(), clock or Clock()
+        )
 
     choices = Choices.of(spec, step, inputs.work / TRAINING, chosen) if isinstance(step, Finetune) else None
     spec, step, split, length = _settled(choices, spec, step, source, most, device, read)

@@ -14,14 +14,19 @@ from models.fingerprint import writing_fingerprint
 from models.job import Inputs
 from models.material import read_tokenizer
 from models.progress import Notify
+from models.resources import Clock
 from models.text import Split as Side
 from models.train.examples import Split, divided, read_examples
 from models.train.whole import load_whole
+from models.work import ahead, work_of_distilling
 from squeeze.distillation import Sequence
+from squeeze.distillation_work import lessons_written
 from squeeze.finetuning import Head
 from squeeze.labels import Labelled
+from squeeze.objects import Stage
 from squeeze.records import row_of
 from squeeze.training import Train
+from squeeze.training_work import tokens_asked
 
 EVERYTHING = 1 << 62  # characters
 
@@ -30,14 +35,16 @@ def examples_of(
     inputs: Inputs,
     step: Train,
     teacher: SourceModel | None,
-    model: Path,
+    source: SourceModel,
     length: int,
     dtype: torch.dtype,
     notify: Notify,
+    clock: Clock,
 ) -> Split:
     """What is trained on and measured on; of no text of the user's the generic one, as much of it as is looked at.
 
-    model: the directory of the one that learns. dtype: in which the teacher of a distillation writes.
+    source: the model that learns. dtype: in which the teacher of a distillation writes. clock: what that takes is a
+    stage of its own.
     """
     spec, text, held_out = inputs.spec, inputs.calibration_text, inputs.evaluation_text
     origin = inputs.calibration_origin or spec.data.source or GENERIC_ORIGIN
@@ -45,17 +52,18 @@ def examples_of(
     columns: tuple[str | None, str | None] = spec.data.column, spec.evaluation.column
     generic = text is None
     if text is None:
-        text = _generic(inputs.work / "generic.jsonl", "train", tokens_of(step, length), length, spec.seed)
+        text = _generic(inputs.work / "generic.jsonl", "train", tokens_asked(step, length), length, spec.seed)
     if held_out is None and generic:
         wanted = spec.evaluation.samples * length
         held_out = _generic(inputs.work / "generic-held-out.jsonl", "held_out", wanted, length, EVALUATION_SEED)
     if isinstance(step, Sequence):
         assert teacher is not None, "a distillation has a teacher"
-        text, held_out = _taught(inputs, step, teacher, (text, held_out), length, dtype, notify)
+        with clock.stage("teaching"):
+            text, held_out = _taught(inputs, step, teacher, source, (text, held_out), length, dtype, notify)
         origin, columns = f"{origin}, as the teacher ends it", (None, None)
     label = step.label_column if isinstance(step, Head) else None
     split = read_examples(
-        read_tokenizer(model),
+        read_tokenizer(source.path),
         text,
         held_out,
         length,
@@ -71,15 +79,11 @@ def examples_of(
     return split
 
 
-def tokens_of(step: Train, length: int) -> int | None:
-    """That a training looks at, at most; None where epochs say it."""
-    return step.tokens if step.steps is None else step.steps * step.sequences * length
-
-
 def _taught(
     inputs: Inputs,
     step: Sequence,
     teacher: SourceModel,
+    source: SourceModel,
     files: tuple[Path, Path | None],
     length: int,
     dtype: torch.dtype,
@@ -99,11 +103,15 @@ def _taught(
     held_out = inputs.work / "held-out-as-it-is.jsonl"
     apart = [row for row, (is_apart, _, _) in zip(rows, records, strict=True) if is_apart]
     write_once(held_out, "\n".join(apart) + "\n")
+    learned = [record for is_apart, _, record in records if not is_apart]
+    told = lessons_written(step, length, len(learned))
+    notify.expect(ahead(work_of_distilling(teacher, source, spec, step, told), source, spec, ("loading",)))
+    notify.stage(Stage.calibrating)
     written = wrote(
         step,
         lambda: load_whole(teacher.path, dtype, device),
         read_tokenizer(teacher.path),
-        [record for is_apart, _, record in records if not is_apart],
+        learned,
         length,
         spec.seed,
         inputs.work / "teacher" / "wrote",

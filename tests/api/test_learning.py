@@ -64,6 +64,23 @@ def test_what_can_t_be_learned_from_is_refused_with_its_line(
     assert running.client.get("/v1/jobs").json()["data"] == [] and waiting(running.service.queue, "cpu") == 0
 
 
+def test_a_plan_of_what_a_teacher_is_to_write_knows_how_many_prompts_there_are(
+    start: Callable[..., Running],
+) -> None:
+    model = Path(__file__).resolve().parents[2] / "models" / "bundled"
+    running = start(model_roots=(model.parent,))
+    step = {"kind": "distill", "method": "sequence", "student": {"layers": 1}, "steps": 5}
+    seconds = []
+    for count in (50, 500):
+        source = uploaded(running, [{"prompt": f"{n} is", "completion": "a number"} for n in range(count)])
+        body = {"model": str(model), "steps": [step], "data": {"source": source, "sequence_length": 512}}
+        plan = running.client.post("/v1/plan", json=body).json()
+        assert plan["feasible"], plan
+        seconds.append(plan["seconds"]["stages"])
+    assert 5 < seconds[1]["teaching"] / seconds[0]["teaching"] < 10
+    assert seconds[1]["training"] == seconds[0]["training"]
+
+
 HEAD = {"kind": "finetune", "method": "head"}
 NAMED = [{"text": f"{n}", "label": "xy"[n % 2]} for n in range(4)]
 

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from base64 import b64encode
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,47 @@ def test_the_report_shows_its_figures(page: tuple[str, str]) -> None:
 
 
 def test_a_training_is_shown_with_its_curve() -> None:
+    text = _trained()
+    for shown in (
+        "Held-out loss",
+        "3.1 before",
+        "1,234",
+        '<polyline points="300.0,83.3 590.0,150.0">',
+        "file-&lt;i&gt;",
+    ):
+        assert shown in text, shown
+    assert "Bits per weight" not in text and "Error of every block" not in text and "Student and teacher" not in text
+    assert text.count("<circle") == 2
+
+
+TAUGHT = {
+    **{"student": "blocks 0, 4 of <i>", "student_parameters": 2_621_696, "student_bytes": 5_243_392},
+    **{"teacher_parameters": 5_016_320, "vocabulary": 4096, "stored_bytes_per_token": 258, "stored_bytes": 774_000},
+    **{"loss_teacher": 0.7923, "divergence_before": 1.2345, "divergence_after": 0.4321},
+    **{"agreement_before": 0.251, "agreement_after": 0.503},
+}
+
+
+def test_a_distillation_shows_both_models_and_how_far_they_are_apart() -> None:
+    text = _trained(distillation=TAUGHT)
+    for shown in (
+        *("2,621,696", "5,016,320", "0.7923", "258 bytes were kept", "774 KB in all", "blocks 0, 4 of &lt;i&gt;"),
+        *("1.234", "0.4321", "25.1 %", "50.3 %", "4,096 tokens that both know", "nats a token from the teacher; 1.23"),
+    ):
+        assert shown in text, shown
+
+
+def test_a_student_of_another_tokenizer_is_not_compared_and_what_was_asked_anew_was_not_kept() -> None:
+    names = ("vocabulary", "stored_bytes", "stored_bytes_per_token", "loss_teacher")
+    compared = ("divergence_before", "divergence_after", "agreement_before", "agreement_after")
+    text = _trained(distillation=TAUGHT | dict.fromkeys((*names, *compared)))
+    assert "cut text into other tokens" in text and "2,621,696" in text
+    for absent in ("were kept", "Same first choice", "from the teacher;"):
+        assert absent not in text, absent
+
+
+def _trained(**more: Any) -> str:
+    """The page of a job that trained."""
     steps = [{"step": n, "loss": 3.0 - n, "learning_rate": 0.1, "gradient_norm": 1.0, "tokens": 9, "seconds": 0.1,
               "peak_host_bytes": 1, "peak_gpu_bytes": 0} for n in (1, 2)]  # fmt: skip
     data = {
@@ -43,28 +85,12 @@ def test_a_training_is_shown_with_its_curve() -> None:
     training = {
         **{"method": "lora", "precision": "fp32", "trainable_parameters": 1234, "trained_modules": 3, "data": data},
         **{"sequence_length": 64, "packed": True, "sequences": 15, "filled": 0.9, "measured_examples": 10},
-        **{
-            "measured_tokens": 80,
-            "steps": 2,
-            "planned_steps": 2,
-            "best_step": 2,
-            "loss_before": 3.1,
-            "loss_after": 1.0,
-        },
-        **{"curve": steps, "held_out": [{"step": 0, "loss": 3.1}, {"step": 2, "loss": 1.0}], "tokens_per_second": 90.0},
+        **{"measured_tokens": 80, "steps": 2, "planned_steps": 2, "best_step": 2, "loss_before": 3.1},
+        **{"loss_after": 1.0, "curve": steps, "tokens_per_second": 90.0},
+        **{"held_out": [{"step": 0, "loss": 3.1}, {"step": 2, "loss": 1.0}]},
     }
-    changed = {"training": training, "bits_per_weight": None, "blocks": [], "quality": None}
-    text = page_of("job-1", Report.model_validate(report() | changed))
-    for shown in (
-        "Held-out loss",
-        "3.1 before",
-        "1,234",
-        '<polyline points="300.0,83.3 590.0,150.0">',
-        "file-&lt;i&gt;",
-    ):
-        assert shown in text, shown
-    assert "Bits per weight" not in text and "Error of every block" not in text
-    assert text.count("<circle") == 2
+    changed = {"training": training | more, "bits_per_weight": None, "blocks": [], "quality": None}
+    return page_of("job-1", Report.model_validate(report() | changed))
 
 
 def test_a_training_of_rounded_weights_says_where_it_began() -> None:

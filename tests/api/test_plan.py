@@ -53,10 +53,13 @@ SHARDED = {
     "b.safetensors": _safetensors(dict(list(_shapes().items())[3:])),
     "model.safetensors.index.json": json.dumps({"weight_map": {"x": "b.safetensors", "y": "a.safetensors"}}).encode(),
 }
+KNOWN = json.dumps({**CONFIG, "vocab_size": 1000}).encode()
 CONV = {"transformer.h.0.mlp.c_proj.weight": (96, 64), "wte.weight": (100, 64)}  # (in, out): 96 inputs
 MODELS = {
     "org/llama": LLAMA,
     "org/sharded": SHARDED,
+    "org/deep": {"config.json": KNOWN, "model.safetensors": _safetensors(_shapes(4))},
+    "org/shallow": {"config.json": KNOWN, "model.safetensors": _safetensors(_shapes(2))},
     "org/gated": LLAMA,
     "org/unknown": {**LLAMA, "config.json": b'{"model_type": "mamba"}'},
     "org/classifier": {
@@ -163,6 +166,65 @@ def test_a_distillation_s_plan_counts_the_student_and_sees_that_a_teacher_is_too
     assert plan.source_bytes // 2 < plan.result_bytes["safetensors"] < plan.source_bytes
     (obstacle,) = planner("org/llama", replaced=step | {"student": {"layers": 2}}, data={}).obstacles
     assert (obstacle.code, obstacle.param) == ("model_malformed", "steps.0.student.layers")
+
+
+CUT = {"kind": "distill", "method": "logits", "student": {"layers": 2}, "steps": 100}
+SHORT = {"sequence_length": 256}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [{}, {"top_k": "all"}, {"method": "hidden"}, {"method": "sequence"}, {"method": "on_policy"}],
+    ids=lambda step: "-".join(step.values()) or "logits",
+)
+def test_a_distillation_s_plan_has_seconds_and_memory(planner: Callable[..., Plan], step: dict[str, Any]) -> None:
+    plan = planner("org/deep", replaced=CUT | step, data=SHORT)
+    assert plan.feasible and plan.seconds is not None and plan.host_bytes and plan.least_host_bytes
+    assert [*plan.seconds.stages] == ["loading", "teaching", "training", "exporting", "certifying"]
+    assert all(seconds > 0 for seconds in plan.seconds.stages.values())
+    assert plan.least_host_bytes <= plan.host_bytes
+    longer = planner("org/deep", replaced=CUT | step | {"steps": 1000}, data=SHORT).seconds
+    assert longer is not None and longer.stages["training"] > 8 * plan.seconds.stages["training"]
+    assert abs(plan.seconds.fixed + 4 * plan.seconds.per_block - plan.seconds.likely) < 0.01 * plan.seconds.likely
+
+
+def test_what_a_teacher_says_takes_room_on_disk(planner: Callable[..., Plan]) -> None:
+    kept, beside = (planner("org/deep", replaced=CUT | {"top_k": top_k}, data=SHORT) for top_k in (64, "all"))
+    assert kept.disk_bytes and beside.disk_bytes
+    assert kept.disk_bytes > beside.disk_bytes + 100 * 8 * 256 * (64 * 4 + 2)
+
+
+def test_time_of_a_distillation_is_told_where_the_teacher_s_text_is_known(planner: Callable[..., Plan]) -> None:
+    hub = {"source": "hub:org/texts", **SHORT}
+    for step, known in (({}, False), ({"method": "sequence"}, False), ({"top_k": "all"}, True)):
+        plan = planner("org/deep", replaced=CUT | step, data=hub)
+        assert (plan.seconds is not None) == known and plan.host_bytes is not None
+    whole = {name: value for name, value in CUT.items() if name != "steps"}
+    assert planner("org/deep", replaced=whole, data=SHORT).seconds is not None, "all of the generic text, once"
+
+
+def test_a_student_of_its_own_is_looked_at_too(planner: Callable[..., Plan]) -> None:
+    named = CUT | {"student": {"model": "org/shallow"}}
+    plan, cut = planner("org/deep", replaced=named, data=SHORT), planner("org/deep", replaced=CUT, data=SHORT)
+    assert plan.feasible and plan.result_bytes == cut.result_bytes and plan.host_bytes == cut.host_bytes
+    assert plan.result_bytes["safetensors"] == planner("org/llama").source_bytes
+    for student, code in (
+        ("org/absent", "model_not_found"),
+        ("org/quantized", "model_already_compressed"),
+        ("org/unknown", "architecture_unsupported"),
+    ):
+        refused = planner("org/deep", replaced=CUT | {"student": {"model": student}}, data=SHORT)
+        assert [(one.code, one.param) for one in refused.obstacles] == [(code, "steps.0.student.model")]
+        assert refused.seconds is None and refused.host_bytes is None
+
+
+def test_what_follows_a_distillation_is_counted_of_the_student(planner: Callable[..., Plan]) -> None:
+    chain = planner("org/deep", steps=[CUT, SPEC["steps"][0]], data=SHORT)
+    alone = planner("org/llama", data=SHORT)
+    assert chain.feasible and chain.result_bytes == alone.result_bytes
+    assert chain.seconds is not None and alone.seconds is not None
+    assert chain.seconds.stages["compressing"] == alone.seconds.stages["compressing"]
+    assert "teaching" in chain.seconds.stages and "training" in chain.seconds.stages
 
 
 def test_a_training_s_plan_knows_its_time_where_it_knows_its_tokens(planner: Callable[..., Plan]) -> None:

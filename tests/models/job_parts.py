@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ class Heard(Silent):
 
     stages: list[Stage] = dataclasses.field(default_factory=list)
     messages: list[str] = dataclasses.field(default_factory=list)
+    expected: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+    def expect(self, work: Mapping[str, float]) -> None:
+        self.expected.append(dict(work))
 
     def stage(self, stage: Stage) -> None:
         self.stages.append(stage)

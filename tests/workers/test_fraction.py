@@ -121,3 +121,13 @@ def test_a_stage_that_comes_before_its_usual_place_does_not_count_what_is_yet_to
     course.enter(Stage.compressing, 11.0)
     eta = course.eta_seconds(11.0)
     assert eta is not None and abs(eta - 89.0) < 1e-9
+
+
+def test_a_teacher_and_bits_that_are_allotted_share_one_stage() -> None:
+    course = Course()
+    course.enter(Stage.loading, 0.0)
+    course.expect({"teaching": 10.0, "training": 10.0, "allotting": 5.0}, 0.0)
+    before = course.fraction
+    course.enter(Stage.calibrating, 0.0)
+    course.advance(1, 1)
+    assert abs(course.fraction - (before + (1 - before) * 0.98 * 15 / 25)) < 1e-9

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from models.architectures import architecture_of
 from models.checkpoint import open_model
-from models.distill.cutting import cut, evenly
+from models.distill.cutting import cut
 from models.pipeline import check
 from squeeze.architectures import ARCHITECTURES
+from squeeze.distillation import evenly
 from squeeze.errors import ArchitectureUnsupported, ModelMalformed
 from squeeze.specs import JobSpec
 from tests.models.tiny import FAMILIES, FIELDS

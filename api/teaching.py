@@ -1,0 +1,64 @@
+"""Who learns in a distillation, from configs and headers alone: some blocks of the teacher, or another model."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from api.service import Service
+from api.sources import files_of
+from api.tensors import Tensor, config_of, tensors_of
+from squeeze.architectures import ARCHITECTURES
+from squeeze.distillation import Distill, evenly
+from squeeze.errors import ArchitectureUnsupported, ModelAlreadyCompressed, SqueezeError
+from squeeze.shapes import BLOCK, of_blocks
+from squeeze.specs import JobSpec
+
+
+@dataclass(frozen=True)
+class Made:
+    """The model that is worked on once a distillation is over; without one the job's own. config, tensors: empty where
+    they can't be told. pulled_bytes: that the worker has to fetch for it. obstacles: what stands in its way.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    pulled_bytes: int = 0
+    obstacles: list[SqueezeError] = field(default_factory=list)
+
+
+def made_by(service: Service, project: str, spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> Made:
+    """config, tensors: of the job's own model."""
+    for number, step in enumerate(spec.steps):
+        if isinstance(step, Distill):
+            if step.student.model is not None:
+                return _named(service, project, step.student.model, f"steps.{number}.student.model")
+            assert step.student.layers is not None, "a student that is no model is a shape"
+            return Made(config, _cut(tensors, step.student.layers))
+    return Made(config, tensors)
+
+
+def depth(tensors: dict[str, Tensor]) -> int:
+    """Decoder blocks."""
+    return len({found[1] for name in tensors if (found := BLOCK.search(name))})
+
+
+def _cut(tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Of a teacher that is too shallow for it nothing is left out; that is an obstacle of its own."""
+    blocks = depth(tensors)
+    return tensors if layers >= blocks else of_blocks(tensors, evenly(blocks, layers))
+
+
+def _named(service: Service, project: str, model: str, param: str) -> Made:
+    try:
+        files = files_of(service, project, model)
+        config, tensors = config_of(files), tensors_of(files)
+        if config.get("quantization_config"):
+            raise ModelAlreadyCompressed("The student's weights are quantized; name the model they were made from.")
+        if config.get("model_type") not in ARCHITECTURES:
+            supported = ", ".join(sorted(ARCHITECTURES))
+            raise ArchitectureUnsupported(
+                f"The student's model_type {config.get('model_type')!r} is not supported. Supported: {supported}."
+            )
+    except SqueezeError as error:
+        error.param = param
+        return Made({}, {}, obstacles=[error])
+    return Made(config, tensors, sum(files.sizes.values()) if files.pulled else 0)
