@@ -28,6 +28,7 @@ from squeeze.training_memory import TrainingMemory, needed_to_train
 # Students: two blocks of their teacher, and two blocks of half the width that most of these have.
 CUT: dict[str, Any] = {"layers": 2}
 NARROW: dict[str, Any] = {"model": "bench/512-2"}
+BF16 = {"precision": "bf16"}
 
 # (width, blocks, vocabulary), of which width 0 is the bundled model; tokens of a sequence; the step.
 CASES: tuple[tuple[tuple[int, int, int], int, dict[str, Any]], ...] = (
@@ -45,6 +46,7 @@ CASES: tuple[tuple[tuple[int, int, int], int, dict[str, Any]], ...] = (
     ((1024, 4, 4096), 256, {"micro_batch_size": 2, "merge": True}),
     ((512, 4, 4096), 512, {"method": "full", "micro_batch_size": 2}),
     ((1024, 8, 32000), 256, {"method": "full", "micro_batch_size": 1}),
+    ((1024, 4, 4096), 256, BF16 | {"method": "full", "micro_batch_size": 2}),
     ((1024, 8, 4096), 256, {"method": "last_layers", "micro_batch_size": 2}),
     ((1024, 8, 4096), 256, {"method": "qlora", "base": "nf4", "micro_batch_size": 2}),
     ((1024, 8, 4096), 256, {"method": "qlora", "base": "int8", "micro_batch_size": 2}),
@@ -52,6 +54,7 @@ CASES: tuple[tuple[tuple[int, int, int], int, dict[str, Any]], ...] = (
     ((512, 4, 4096), 512, {"method": "logits", "student": CUT, "micro_batch_size": 2}),
     ((1024, 4, 32000), 256, {"method": "logits", "student": CUT, "micro_batch_size": 2}),
     ((512, 4, 4096), 512, {"method": "logits", "top_k": "all", "student": CUT, "micro_batch_size": 2}),
+    ((1024, 4, 4096), 256, BF16 | {"method": "logits", "top_k": "all", "student": CUT, "micro_batch_size": 2}),
     ((512, 4, 4096), 512, {"method": "hidden", "student": CUT, "micro_batch_size": 2}),
     ((1024, 8, 4096), 256, {"method": "hidden", "student": NARROW, "micro_batch_size": 2}),
     ((512, 4, 4096), 512, {"method": "hidden", "match": "relations", "student": CUT, "micro_batch_size": 2}),

@@ -74,6 +74,8 @@ def needed_to_train(
     activations = sum(through)
     if step.activation_checkpointing and through:
         activations = learned.blocks * passing.held(tokens, shape.hidden, each) + through[0]
+    elif each < FLOAT and not learned.apart:  # weights that learn are float32, and compute as copies of 16 bits
+        activations += learned.parameters * each
     scored = min(tokens, spec.evaluation.samples * length)
     process, certifying = (PEFT_BYTES, CERTIFIER_PEFT_BYTES) if learned.apart else (PROCESS_BYTES, PROCESS_BYTES)
     slices = 0 if isinstance(step, Head) else CERTIFIER_LOGIT_SLICES  # a few logits, of labels

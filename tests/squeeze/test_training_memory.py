@@ -27,6 +27,7 @@ MEASURED: tuple[tuple[tuple[int, int, int], int, dict[str, Any], int, int | None
     ((512, 4, 4096), 512, BF16 | {"micro_batch_size": 4}, 1271, 1306),
     ((1024, 8, 4096), 256, {"method": "qlora", "base": "nf4", "micro_batch_size": 2}, 1141, 1346),
     ((512, 4, 4096), 512, {"method": "full", "micro_batch_size": 2}, 1025, 1025),
+    ((1024, 4, 4096), 256, BF16 | {"method": "full", "micro_batch_size": 2}, 1680, 1676),
     ((1024, 8, 4096), 256, {"method": "last_layers", "micro_batch_size": 2}, 1372, 1436),
 )
 
