@@ -86,7 +86,9 @@ class Processes:
         """
         if self.size > 1 and self.way in ZERO_STAGES:
             learns = any(one.requires_grad for one in model.parameters())
-            self._zero[:] = [Zero(self.team, self.way, model, step, precision)] if learns or self.sharded else []
+            self._zero[:] = (
+                [Zero(self.team, self.way, model, blocks, step, precision)] if learns or self.sharded else []
+            )
         if not self.sharded or self.way in ZERO_STAGES:
             return
         policy = OffloadPolicy()

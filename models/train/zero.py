@@ -8,20 +8,22 @@ peers wait in shared memory for one that was killed, where gloo says that it is 
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from models.resources import map_large_memory, return_free_memory
 from models.team import Team
 from models.train.optimizers import optimizer_of
 from squeeze.sharding import ZERO_STAGES, Way
 from squeeze.training import Train
 
-BUCKET = 2**25  # numbers that are sent at once, and that the buffers for it hold
+BUCKET = 2**23  # numbers that are sent at once, and that the buffers for it hold
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COMPILED = "deepspeed_shm_comm"  # the collective operation, as DeepSpeed calls it
 
@@ -62,10 +64,12 @@ class Zero:
     """A model that DeepSpeed has taken over, with the optimizer of what learns; one of which nothing learns can be
     called, in stage 3.
 
-    module: the model itself.
+    module: the model itself. blocks: of it; as with FSDP2, so many weights are whole as two of them have.
     """
 
-    def __init__(self, team: Team, way: Way, model: Any, step: Train, precision: str) -> None:
+    def __init__(
+        self, team: Team, way: Way, model: Any, blocks: Sequence[nn.Module], step: Train, precision: str
+    ) -> None:
         self.module, self._team, self._stage = model, team, ZERO_STAGES[way]
         self._learning = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self._optimizer = optimizer_of(step, self._learning) if self._learning else None
@@ -76,9 +80,13 @@ class Zero:
 
         if team.device.type == "cpu":
             deepspeed.ops.__compatible_ops__[COMPILED] = False
-        settings = _settings(self._stage, step, precision)
+        self._linear = functional.linear
+        largest = max((sum(one.numel() for one in block.parameters()) for block in blocks), default=0)
+        settings = _settings(self._stage, step, precision, 2 * largest)
         if self._stage == 3:  # before the engine would put the whole model on the device
+            map_large_memory()  # weights come and go: on the CPU a training took twice of what it held
             deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+            return_free_memory()
         self._engine, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
@@ -167,12 +175,13 @@ class Zero:
             yield parameter.detach()
 
     def end(self) -> None:
-        """Lets the model go, which in stage 3 can't be called any more; and takes from the environment what DeepSpeed
-        asked for, since accelerate would take it for a launcher's.
+        """Lets the model go, which in stage 3 can't be called any more; gives back torch's linear; and takes from the
+        environment what DeepSpeed asked for, since accelerate would take it for a launcher's.
         """
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
         self._engine.destroy()
+        functional.linear = self._linear
         FWD_MODULE_STACK.clear()  # at whose bottom each model stays that was called in stage 3
         for name in self._environment:
             del os.environ[name]
@@ -200,7 +209,8 @@ def numel(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _settings(stage: int, step: Train, precision: str) -> dict[str, Any]:
+def _settings(stage: int, step: Train, precision: str, live: int) -> dict[str, Any]:
+    """live: numbers of weights that are whole at the same time."""
     return {
         "train_micro_batch_size_per_gpu": 1,  # it must say something, and does nothing: batches are ours
         "gradient_clipping": step.clip_norm or 0.0,
@@ -213,8 +223,9 @@ def _settings(stage: int, step: Train, precision: str) -> dict[str, Any]:
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
             "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_max_live_parameters": live,  # else a model of less than a billion weights stays whole
             "stage3_param_persistence_threshold": 0,  # what stayed whole would not see a part that we set
-            "stage3_max_reuse_distance": 0,  # else a model of less than a billion weights stays whole
-            "memory_efficient_linear": False,  # else it replaces torch's linear for good
+            "stage3_max_reuse_distance": 0,  # for the same reason
+            "memory_efficient_linear": True,  # instead of torch's, which keeps each whole weight for its backward pass
         },
     }
