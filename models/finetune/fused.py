@@ -19,6 +19,8 @@ class FusedLinear(Linear):  # type: ignore[misc]  # peft has no types
         (name,) = self.active_adapters if len(self.active_adapters) == 1 else ("",)
         if args or kwargs or self.disable_adapters or self.merged or name not in self.lora_A:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if hasattr(self.lora_A[name].weight, "ds_id"):  # DeepSpeed's: whole only while its own module is called
+            return super().forward(x)  # type: ignore[no-any-return]
         A: Tensor = self.lora_A[name].weight  # (r, in)
         B: Tensor = self.lora_B[name].weight  # (out, r)
         outputs: Tensor = self.base_layer(x)
