@@ -20,6 +20,7 @@ from torch.nn import functional
 from models.resources import map_large_memory, return_free_memory
 from models.team import Team
 from models.train.optimizers import optimizer_of
+from squeeze.finetuning import LowRank
 from squeeze.sharding import ZERO_STAGES, Way
 from squeeze.training import Train
 
@@ -222,7 +223,7 @@ def _settings(stage: int, step: Train, precision: str, live: int) -> dict[str, A
             "stage": stage,
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
-            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_prefetch_bucket_size": 0,
             "stage3_max_live_parameters": live,  # else a model of less than a billion weights stays whole
             "stage3_param_persistence_threshold": 0,  # what stayed whole would not see a part that we set
             "stage3_max_reuse_distance": 0,  # for the same reason

@@ -119,6 +119,7 @@ def test_any_number_of_processes_loses_what_one_does(
 @pytest.mark.parametrize(
     "step",
     [
+        LORA,
         LORA | {"dora": True, "merge": True},
         FULL | {"activation_checkpointing": True, "ema": 0.9, "evaluate_every": 2},
         {"method": "last_layers", "layers": 1, "learning_rate": 1e-3, "steps": 4, "packing": False},
