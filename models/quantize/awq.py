@@ -12,8 +12,8 @@ whatever can take a scale over does, also repeated values of grouped-query atten
 import torch
 from torch import Tensor
 
-from models.codes import Codes, storable
-from models.quantize.grid import dequantize, ends, round_to
+from models.codes import Codes
+from models.quantize.grid import FITTED_WEIGHTS, least, residual, round_to
 from models.quantize.problem import Problem, Solution
 from squeeze.steps import AWQ
 
@@ -33,12 +33,13 @@ def fold(problem: Problem, step: AWQ) -> Tensor | None:
     H = _hessian(problem)
     X = importance(H, problem.ties)
     W = problem.W[:: -(-len(problem.W) // SEARCH_ROWS)]
-    best, least = None, torch.inf
+    blocks = diagonal_blocks(H, problem.group_size)
+    best, lowest = None, torch.inf
     for ratio in torch.linspace(0, 1, step.grid + 1).tolist():
         s = scale_of(X, ratio)
-        error = _scaled_error(W, problem, H, s)
-        if error < least:
-            best, least = (s if ratio else None), error
+        error = _scaled_error(W, problem, H, blocks, s)
+        if error < lowest:
+            best, lowest = (s if ratio else None), error
     return best
 
 
@@ -46,7 +47,8 @@ def quantize(problem: Problem, step: AWQ) -> Solution:  # noqa: ARG001 - `fold` 
     """Codes of linears with one input, whose columns `fold` has scaled where something could take over the scale."""
     W, scheme = problem.W, problem.scheme
     grouped = W.view(W.shape[0], -1, problem.group_size)
-    scale, zero = clip(grouped, _hessian(problem), scheme.bits, scheme.symmetric, problem.dtype)
+    blocks = diagonal_blocks(_hessian(problem), problem.group_size)
+    scale, zero = clip(grouped, blocks, scheme.bits, scheme.symmetric, problem.dtype)
     codes = round_to(grouped, scale, zero, scheme.bits)
     return Solution(Codes(codes.to(torch.uint8).view(W.shape), scale, zero.to(torch.uint8), scheme))
 
@@ -66,37 +68,51 @@ def scale_of(X: Tensor, ratio: float) -> Tensor:
     return s / (s.max() * s.min()).sqrt()
 
 
-def clip(W: Tensor, H: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def clip(W: Tensor, blocks: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each group with the least e·H_g·eᵀ among shrunken ranges; e: a row's errors in the group.
 
-    W: (out, groups, group_size) float32. H: (in, in), of which H_g is the group's diagonal block. Returns scale (out,
-    groups) float32, storable, and zero (out, groups) float32, whole numbers.
+    W: (out, groups, group_size) float32. blocks: H_g, (groups, group_size, group_size). Returns scale (out, groups)
+    float32, storable, and zero (out, groups) float32, whole numbers.
     """
-    size, top = W.shape[-1], float(2**bits - 1)
-    blocks = torch.stack([H[start : start + size, start : start + size] for start in range(0, len(H), size)])
-    low, high = ends(W, bits, symmetric)  # (out, groups)
-    best_error = torch.full_like(low, torch.inf)
-    best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
-    for shrink in torch.linspace(1.0, CLIP_LEAST[bits], CLIP_STEPS).tolist():
-        scale = storable((high - low) * (shrink / top), dtype)
-        middle = torch.full_like(scale, 2.0 ** (bits - 1))
-        zero = middle if symmetric else torch.round(-low * shrink / scale).clamp(1, top)
-        E = (dequantize(round_to(W, scale, zero, bits), scale, zero) - W).transpose(0, 1)  # (groups, out, group_size)
-        error = torch.bmm(E, blocks).mul_(E).sum(dim=-1).T  # (out, groups)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+    bands = [_clip(band, blocks, bits, symmetric, dtype) for band in _bands(W)]
+    scale, zero = (torch.cat(parts) for parts in zip(*bands, strict=True))
+    return scale, zero
 
 
-def _scaled_error(W: Tensor, problem: Problem, H: Tensor, s: Tensor) -> float:
+def diagonal_blocks(H: Tensor, size: int) -> Tensor:
+    """What the columns of each group have to do with one another, (groups, size, size). H: (in, in)."""
+    return torch.stack([H[start : start + size, start : start + size] for start in range(0, len(H), size)])
+
+
+def _bands(W: Tensor) -> tuple[Tensor, ...]:
+    """Rows that are worked on together."""
+    rows = max(1, FITTED_WEIGHTS // W[0].numel()) if W.device.type == "cpu" else len(W)
+    return torch.split(W, rows)
+
+
+def _clip(W: Tensor, blocks: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    products = W.new_empty(W.shape[1], W.shape[0], W.shape[2])
+
+    def error(residual: Tensor) -> Tensor:
+        E = residual.transpose(0, 1)  # (groups, out, group_size)
+        return torch.bmm(E, blocks, out=products).mul_(E).sum(dim=-1).T
+
+    shrinks = torch.linspace(1.0, CLIP_LEAST[bits], CLIP_STEPS).tolist()
+    return least(W, bits, symmetric, dtype, shrinks, error)
+
+
+def _scaled_error(W: Tensor, problem: Problem, H: Tensor, blocks: Tensor, s: Tensor) -> float:
     """tr(ΔW H ΔWᵀ) with the columns of W multiplied by s, clipped and rounded, and divided again."""
-    scheme = problem.scheme
-    scaled = (W * s).view(len(W), -1, problem.group_size)
-    scale, zero = clip(scaled, H / s / s.unsqueeze(-1), scheme.bits, scheme.symmetric, problem.dtype)
-    rounded = dequantize(round_to(scaled, scale, zero, scheme.bits), scale, zero).view(W.shape)
-    D = rounded.div_(s).sub_(W)
-    return float((D @ H).mul_(D).sum(dtype=torch.float64))
+    scheme, size = problem.scheme, problem.group_size
+    grouped = s.view(-1, size)
+    blocks = blocks / grouped.unsqueeze(1) / grouped.unsqueeze(2)
+    total = 0.0
+    for band in _bands(W.view(len(W), -1, size)):
+        scaled = band * grouped
+        scale, zero = _clip(scaled, blocks, scheme.bits, scheme.symmetric, problem.dtype)
+        D = residual(scaled, scale, zero, scheme.bits, torch.empty_like(scaled)).div_(grouped).view(len(band), -1)
+        total += float((D @ H).mul_(D).sum(dtype=torch.float64))
+    return total
 
 
 def _hessian(problem: Problem) -> Tensor:

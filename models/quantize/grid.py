@@ -1,5 +1,7 @@
 """Scales and zero points: the grid that codes are rounded to. Shared by every integer method."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,28 +32,48 @@ def fit(W: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, importance: T
 
 
 def _fit(W: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    top, middle = 2.0**bits - 1, 2.0 ** (bits - 1)
+    def error(residual: Tensor) -> Tensor:
+        squares = residual.square_()
+        return (squares if importance is None else squares.mul_(importance)).sum(dim=-1)
+
+    shrinks = torch.linspace(1.0, SHRINK_LEAST[bits], SHRINK_STEPS).tolist()
+    return least(W, bits, symmetric, dtype, shrinks, error)
+
+
+def least(
+    W: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, shrinks: list[float], error: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Of each group's range shrunken so or so, scale and zero point with the least error, both (out, groups) float32.
+
+    W: (out, groups, group_size) float32. error: (out, groups), of what rounding takes away, as W is; it may overwrite
+    that.
+    """
+    top = 2.0**bits - 1
     low, high = ends(W, bits, symmetric)  # (out, groups)
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
-    trial = torch.empty_like(W)
-    for shrink in torch.linspace(1.0, SHRINK_LEAST[bits], SHRINK_STEPS).tolist():
+    trial = torch.empty_like(W)  # one for all trials: they are most of the memory, and of the traffic
+    for shrink in shrinks:
         scale = storable((high - low) * (shrink / top), dtype)
-        zero = torch.full_like(scale, middle) if symmetric else torch.round(-low * shrink / scale).clamp(1, top)
-        torch.div(W, scale.unsqueeze(-1), out=trial).round_()
-        if symmetric:
-            trial.clamp_(-middle, top - middle)
-        else:
-            trial.clamp_((-zero).unsqueeze(-1), (top - zero).unsqueeze(-1))
-        torch.addcmul(W, trial, scale.unsqueeze(-1), value=-1, out=trial).square_()
-        if importance is not None:
-            trial.mul_(importance)
-        error = trial.sum(dim=-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
+        zero = 2.0 ** (bits - 1) if symmetric else torch.round(-low * shrink / scale).clamp(1, top)
+        found = error(residual(W, scale, zero, bits, trial))
+        better = found < best_error
+        best_error = torch.where(better, found, best_error)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
+
+
+def residual(W: Tensor, scale: Tensor, zero: Tensor | float, bits: int, out: Tensor) -> Tensor:
+    """What rounding takes away from W, in `out`. W, out: (…, n); scale: (…); zero: (…) or the same for all."""
+    top = 2.0**bits - 1
+    torch.div(W, scale.unsqueeze(-1), out=out).round_()
+    if isinstance(zero, float):
+        out.clamp_(-zero, top - zero)
+    else:  # three walks with numbers are a third of one with tensors as bounds
+        zero = zero.unsqueeze(-1)
+        out.add_(zero).clamp_(0, top).sub_(zero)
+    return torch.addcmul(W, out, scale.unsqueeze(-1), value=-1, out=out)
 
 
 def ends(W: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:

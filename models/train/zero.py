@@ -223,7 +223,8 @@ def _settings(stage: int, step: Train, precision: str, live: int) -> dict[str, A
             "stage": stage,
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
-            "stage3_prefetch_bucket_size": 0,
+            # DoRA gathers its layer's weights on its own, which fails while they are on their way already.
+            "stage3_prefetch_bucket_size": 0 if isinstance(step, LowRank) and step.dora else BUCKET,
             "stage3_max_live_parameters": live,  # else a model of less than a billion weights stays whole
             "stage3_param_persistence_threshold": 0,  # what stayed whole would not see a part that we set
             "stage3_max_reuse_distance": 0,  # for the same reason
