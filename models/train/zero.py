@@ -20,7 +20,6 @@ from torch.nn import functional
 from models.resources import map_large_memory, return_free_memory
 from models.team import Team
 from models.train.optimizers import optimizer_of
-from squeeze.finetuning import LowRank
 from squeeze.sharding import ZERO_STAGES, Way
 from squeeze.training import Train
 
@@ -223,8 +222,8 @@ def _settings(stage: int, step: Train, precision: str, live: int) -> dict[str, A
             "stage": stage,
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
-            # DoRA gathers its layer's weights on its own, which fails while they are on their way already.
-            "stage3_prefetch_bucket_size": 0 if isinstance(step, LowRank) and step.dora else BUCKET,
+            # What is fetched ahead of its layer is let go again while it is on its way, as few weights stay: it fails.
+            "stage3_prefetch_bucket_size": 0,
             "stage3_max_live_parameters": live,  # else a model of less than a billion weights stays whole
             "stage3_param_persistence_threshold": 0,  # what stayed whole would not see a part that we set
             "stage3_max_reuse_distance": 0,  # for the same reason

@@ -106,9 +106,9 @@ def test_a_loss_that_is_no_number_ends_it_at_that_step_and_the_last_good_checkpo
 def test_it_stops_where_the_held_out_loss_falls_no_more_and_keeps_the_weights_of_the_lowest(
     tmp_path: Path, model: Path
 ) -> None:
-    hasty = {"steps": 40, "learning_rate": 0.2, "schedule": "constant", "evaluate_every": 2, "patience": 2, "warmup": 0}
+    hasty = {"steps": 60, "learning_rate": 0.3, "schedule": "constant", "evaluate_every": 2, "patience": 2, "warmup": 0}
     task, story = go_on(inputs_for(spec_of(hasty), model, tmp_path))
-    assert story.stopped is not None and story.done < 40 and story.best is not None
+    assert story.stopped is not None and story.done < 60 and story.best is not None
     assert [one.step for one in story.held_out if one.step > story.best.step] == [
         story.best.step + 2,
         story.best.step + 4,
