@@ -1,10 +1,11 @@
 """A block of columns rounded in one launch: the innermost loop of `models.quantize.feedback`, as a Triton kernel.
 
-torch's loop costs a GPU some nine launches a column, each of a few microseconds for hardly any arithmetic. Here a
-program takes some outputs through all columns of the block, one after the other, and keeps their errors in registers.
-Needs nothing of its neighbours, since outputs don't depend on each other. It gives torch's codes, but where a target
-lies within float32's noise of the edge between two codes: sums run in another order. Not timed yet: it was compiled for
-GPUs and run in Triton's interpreter, not on a GPU.
+torch's loop takes eight launches a column, each for hardly any arithmetic: 32,767 for 4,096 columns, which become 255
+(half of them the products between blocks). Here a program takes some outputs, which don't depend on each other, through
+all columns of the block, one after the other; a column's errors stay in registers until the last one is paid for. The
+codes are torch's, but where a target lies within float32's noise of the edge between two: sums run in another order.
+
+It has neither run nor been timed on a GPU yet, but in Triton's interpreter, and was compiled for GPUs.
 """
 
 import torch
