@@ -10,6 +10,8 @@ that what columns put on others are products of large blocks.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -25,6 +27,9 @@ MOST_DAMPING = 10.0
 
 Refit = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """Scale and zero, (out,) each, for a group's targets, (out, group_size), and the group's number."""
+
+RoundBlock = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int], None]
+"""`feedback_triton.round_block`."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +118,15 @@ class _Band:
     """Some rows of a weight, transposed and in the factor's order, while their columns are rounded from the last on.
 
     G: of the factor. product_dtype: in which blocks of errors are multiplied by it.
-    originals, targets, errors: (in, out) float32. groups_of: of each column. S, Z, M: scale, zero and shift, (groups,
-    out).
+    originals, targets, errors: (in, out) float32. groups: of each column, (in,) int32, and groups_of the same as
+    numbers. S, Z, M: scale, zero and shift, (groups, out). round_block: what rounds few columns in one launch, where
+    there is such a thing.
     """
 
     G: Tensor
     product_dtype: torch.dtype
+    round_block: RoundBlock | None
+    groups: Tensor
     groups_of: list[int]
     originals: Tensor
     targets: Tensor
@@ -132,10 +140,13 @@ class _Band:
     def of(cls, W: Tensor, factor: Factor, levels: Levels, rows: slice, product_dtype: torch.dtype) -> "_Band":
         originals = W.T.contiguous()[factor.layout]  # a column of W is a contiguous row here
         group_size = W.shape[1] // levels.scale.shape[1]
+        groups = torch.div(factor.layout, group_size, rounding_mode="floor")
         return cls(
             factor.G,
             product_dtype,
-            torch.div(factor.layout, group_size, rounding_mode="floor").tolist(),
+            _round_block_on(W.device),
+            groups.int(),
+            groups.tolist(),
             originals,
             originals.clone(),
             torch.empty_like(originals),
@@ -171,9 +182,12 @@ class _Band:
     def _round_singly(self, start: int, stop: int) -> None:
         columns = slice(start, stop)
         G, errors = self.G[columns, columns], self.errors[columns]
+        parts = (self.originals[columns], self.targets[columns], errors)
+        if self.round_block is not None:
+            self.round_block(*parts, G, self.groups[columns], self.S, self.Z, self.M, self.top)
+            return
         scales, zeros = self.S.unbind(), self.Z.unbind()
         shifts = None if self.M is None else self.M.unbind()
-        parts = (self.originals[columns], self.targets[columns], errors)
         each = list(zip(*(part.unbind() for part in parts), self.groups_of[columns], strict=True))
         for i in range(len(each) - 1, -1, -1):
             w, t, error, group = each[i]
@@ -192,3 +206,13 @@ class _Band:
         codes = torch.empty(self.targets.shape, dtype=torch.uint8, device=layout.device)
         codes[layout] = self.targets.to(torch.uint8)
         return codes.T
+
+
+@cache
+def _round_block_on(device: torch.device) -> RoundBlock | None:
+    """The Triton kernel, on a GPU where Triton is: torch's CUDA wheels bring it, and its CPU wheel does not."""
+    if find_spec("triton") is None:
+        return None
+    from models.quantize import feedback_triton
+
+    return feedback_triton.round_block if feedback_triton.runs_on(device) else None
