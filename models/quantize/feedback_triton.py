@@ -8,6 +8,9 @@ codes are torch's, but where a target lies within float32's noise of the edge be
 It has neither run nor been timed on a GPU yet, but in Triton's interpreter, and was compiled for GPUs.
 """
 
+import os
+import shutil
+
 import torch
 import triton
 import triton.language as tl
@@ -18,8 +21,11 @@ WHOLE = tl.constexpr(12582912.0)  # 1.5 · 2²³: float32 has no fractions there
 
 
 def runs_on(device: torch.device) -> bool:
-    """On a GPU; elsewhere in Triton's interpreter alone (TRITON_INTERPRET=1), where it is far slower than torch."""
-    return device.type == "cuda" or bool(triton.knobs.runtime.interpret)
+    """On a GPU, where there is a C compiler, which Triton makes its launcher with; elsewhere in Triton's interpreter
+    alone (TRITON_INTERPRET=1), where it is far slower than torch.
+    """
+    compiler = "CC" in os.environ or shutil.which("gcc") or shutil.which("clang")
+    return (device.type == "cuda" and bool(compiler)) or bool(triton.knobs.runtime.interpret)
 
 
 def round_block(
