@@ -32,7 +32,7 @@ class Float8Codes:
     scheme: Scheme
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        return self.codes.to(dtype) * self.scale.to(dtype)
+        return self.codes.to(dtype).mul_(self.scale.to(dtype))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"codes": self.codes, "scale": self.scale}

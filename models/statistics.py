@@ -18,6 +18,7 @@ WIDE_TILE = 1024
 JUDGED_ROWS = 128  # of a weight, at the least, that the error of its outputs is measured on
 TOKENS_AT_ONCE = 1024  # multiplied in one go
 PARTS_PER_PROCESS = 4  # of a Hessian that several processes add to one after the other
+SQUARED_AT_ONCE = 1 << 18  # numbers: few enough for the second-level cache
 LEAST_ROUNDED = 64  # tokens, for which rounding them to integers pays
 
 
@@ -41,11 +42,12 @@ class Moments:
 
     def add(self, X: Tensor) -> None:
         """X: (n, in), any floating type."""
-        if len(X):
-            X = X.float()
-            self._squares += X.square().sum(dim=0)
-            self.largest = torch.maximum(self.largest, X.abs().amax(dim=0))
-            self.count += len(X)
+        for some in torch.split(X, max(1, SQUARED_AT_ONCE // X.shape[1])) if len(X) else ():
+            part = some.float()
+            self._squares += part.square().sum(dim=0)
+            reach = torch.maximum(part.amax(dim=0), -part.amin(dim=0))
+            self.largest = torch.maximum(self.largest, reach)
+        self.count += len(X)
 
     def add_in_turn(self, batches: Sequence[Tensor], team: Team) -> None:
         """As `add` of each batch, after those of the processes whose turn is before this one's."""

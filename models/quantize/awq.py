@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.codes import Codes
-from models.quantize.grid import FITTED_WEIGHTS, least, residual, round_to
+from models.quantize.grid import bands, least, residual, round_to
 from models.quantize.problem import Problem, Solution
 from squeeze.steps import AWQ
 
@@ -74,20 +74,14 @@ def clip(W: Tensor, blocks: Tensor, bits: int, symmetric: bool, dtype: torch.dty
     W: (out, groups, group_size) float32. blocks: H_g, (groups, group_size, group_size). Returns scale (out, groups)
     float32, storable, and zero (out, groups) float32, whole numbers.
     """
-    bands = [_clip(band, blocks, bits, symmetric, dtype) for band in _bands(W)]
-    scale, zero = (torch.cat(parts) for parts in zip(*bands, strict=True))
+    clipped = [_clip(band, blocks, bits, symmetric, dtype) for band in bands(W)]
+    scale, zero = (torch.cat(parts) for parts in zip(*clipped, strict=True))
     return scale, zero
 
 
 def diagonal_blocks(H: Tensor, size: int) -> Tensor:
     """What the columns of each group have to do with one another, (groups, size, size). H: (in, in)."""
     return torch.stack([H[start : start + size, start : start + size] for start in range(0, len(H), size)])
-
-
-def _bands(W: Tensor) -> tuple[Tensor, ...]:
-    """Rows that are worked on together."""
-    rows = max(1, FITTED_WEIGHTS // W[0].numel()) if W.device.type == "cpu" else len(W)
-    return torch.split(W, rows)
 
 
 def _clip(W: Tensor, blocks: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -107,7 +101,7 @@ def _scaled_error(W: Tensor, problem: Problem, H: Tensor, blocks: Tensor, s: Ten
     grouped = s.view(-1, size)
     blocks = blocks / grouped.unsqueeze(1) / grouped.unsqueeze(2)
     total = 0.0
-    for band in _bands(W.view(len(W), -1, size)):
+    for band in bands(W.view(len(W), -1, size)):
         scaled = band * grouped
         scale, zero = _clip(scaled, blocks, scheme.bits, scheme.symmetric, problem.dtype)
         D = residual(scaled, scale, zero, scheme.bits, torch.empty_like(scaled)).div_(grouped).view(len(band), -1)

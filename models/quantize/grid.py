@@ -25,10 +25,15 @@ def fit(W: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, importance: T
     Returns scale (out, groups) float32, storable, and zero (out, groups) float32, whole numbers.
     """
     importance = None if importance is None else importance.contiguous()
-    rows = max(1, FITTED_WEIGHTS // W[0].numel()) if W.device.type == "cpu" else len(W)
-    bands = [_fit(band, bits, symmetric, dtype, importance) for band in torch.split(W, rows)]
-    scale, zero = (torch.cat(parts) for parts in zip(*bands, strict=True))
+    fitted = [_fit(band, bits, symmetric, dtype, importance) for band in bands(W)]
+    scale, zero = (torch.cat(parts) for parts in zip(*fitted, strict=True))
     return scale, zero
+
+
+def bands(W: Tensor) -> tuple[Tensor, ...]:
+    """Rows that a search over scales works on together. W: (out, ...)."""
+    rows = max(1, FITTED_WEIGHTS // W[0].numel()) if W.device.type == "cpu" else len(W)
+    return torch.split(W, rows)
 
 
 def _fit(W: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, importance: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.quantize import feedback
-from tests.models.rounding import CASES, problems, rounded, tied
+from tests.models.rounding_in_triton import CASES, problems, rounded, tied
 
 ROOT = Path(__file__).parents[2]
 NOISE = 1e-3  # of a step: what float32 may make of targets that are 255 steps away from zero
@@ -33,7 +33,7 @@ def processed(program: str, path: Path, **environment: str) -> Path:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     path = tmp_path_factory.mktemp("rounding") / "made.safetensors"
-    return load_file(processed("rounding", path, TRITON_INTERPRET="1"))
+    return load_file(processed("rounding_in_triton", path, TRITON_INTERPRET="1"))
 
 
 def part(found: dict[str, Tensor], name: str) -> dict[str, Tensor]:
