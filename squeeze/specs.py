@@ -147,9 +147,13 @@ class Limits(Wire):
 def _refuse_unshared(step: Train, gpus: int) -> None:
     if gpus <= 1 and step.sharding != "auto":
         raise ValueError(f"sharding {step.sharding!r} says what several GPUs hold: set limits.gpus to 2 or more")
-    if gpus > 1 and (step.optimizer != "adamw" or step.precision == "fp16" or isinstance(step, QLoRA)):
-        what = "qlora" if isinstance(step, QLoRA) else step.optimizer if step.optimizer != "adamw" else "fp16"
+    if gpus > 1 and (step.optimizer != "adamw" or step.precision == "fp16"):
+        what = step.optimizer if step.optimizer != "adamw" else "fp16"
         raise ValueError(f"{what} is computed on one GPU alone: set limits.gpus to 1")
+    if isinstance(step, QLoRA) and step.sharding not in ("auto", "ddp"):
+        raise ValueError(
+            f"rounded weights are whole on every GPU, and {step.sharding} would take them apart: set sharding to ddp"
+        )
     if gpus > 1 and isinstance(step, Hidden | OnPolicy):
         raise ValueError(f"{step.method} runs on one GPU: set limits.gpus to 1, or take the method logits")
     if gpus > 1 and step.micro_batch_size == "auto":
