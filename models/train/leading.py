@@ -16,7 +16,7 @@ from models.team import Team
 from models.train.prepare import Prepared
 from models.train.processes import ALONE, Processes
 from squeeze.choosing import Choice
-from squeeze.distillation import Distill
+from squeeze.distillation import Distill, Hidden, OnPolicy
 from squeeze.errors import OutOfMemoryHost
 from squeeze.finetuning import Adapters, Full, QLoRA
 from squeeze.sharding import ZERO_STAGES, Way, state_bytes, way_for
@@ -107,7 +107,7 @@ def _way(prepared: Prepared, team: Team) -> Way:
     step, parameters = prepared.step, prepared.source.parameters
     if step.sharding != "auto":
         return step.sharding
-    if isinstance(step, QLoRA):
+    if isinstance(step, QLoRA | Hidden | OnPolicy):
         return "ddp"
     learning = sum(site.rows * site.columns for site in prepared.sites)
     if isinstance(step, Adapters):

@@ -82,7 +82,7 @@ def test_fields_that_don_t_go_together_are_refused(step: dict[str, Any], words: 
         ([lora(sharding="hybrid")], {"limits": {"gpus": 3}}, "3 GPUs can't be halved"),
         ([GPTQ, logits()], {}, "let the step that quantizes be the last"),
         ([logits()], {"data": {"source": "self"}}, "learns from text that is there"),
-        ([logits(method="on_policy")], {"limits": {"gpus": 2}}, "on_policy runs on one GPU"),
+        ([logits(method="on_policy", sharding="full")], {"limits": {"gpus": 2}}, "stands whole on every GPU"),
         ([lora(merge=True), logits()], {}, "more than one step trains"),
     ],
     ids=[

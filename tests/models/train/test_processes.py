@@ -37,6 +37,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = {"hidden_size": 64, "intermediate_size": 128}
+    return tiny.FAMILIES["llama"](tmp_path_factory.mktemp("narrow") / "model", **shape)
+
+
+@pytest.fixture(scope="module")
 def ask(model: Path) -> Iterator[Ask]:
     """Has a team run a case of `tests.models.train.teammates`."""
     command = [sys.executable, "-W", "error::ResourceWarning", "-m", "tests.models.train.teammates"]
@@ -113,6 +119,26 @@ def test_adapters_beside_rounded_weights_learn_the_same_in_several_processes(
     assert_same(both[1], both[0][0], "ddp", near)
     codes = [{path.name: path.read_bytes() for path in (tmp_path / str(n)).rglob("block-*")} for n in (1, size)]
     assert codes[0] == codes[1] and len(codes[0]) == (2 if base == "gptq" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "size"),
+    [
+        ({"method": "hidden", "micro_batch_size": 1}, 2),
+        ({"method": "hidden", "match": "relations"}, 3),
+        ({"method": "on_policy", "new_tokens": 6, "micro_batch_size": 1}, 2),
+        ({"method": "on_policy", "new_tokens": 6, "own_share": 0.5, "alpha": 0.5}, 3),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else str(value),
+)
+def test_students_beside_a_whole_teacher_learn_the_same_in_several_processes(
+    ask: Ask, narrow: Path, tmp_path: Path, step: dict[str, Any], size: int
+) -> None:
+    """The student is of half the width: what takes it to the teacher's learns beside it."""
+    step = step | {"kind": "distill", "student": {"model": "org/n"}, "learning_rate": 3e-3, "steps": 4}
+    one, team = (ask(tmp_path / str(number), step, number, student=str(narrow)) for number in (1, size))
+    assert_same(team, one[0], "ddp")
 
 
 @pytest.mark.slow
