@@ -135,6 +135,14 @@ def test_a_student_writes_after_the_prompts_and_both_models_judge_what_it_wrote(
     assert losses.shape[0] > 0 and torch.isfinite(losses).all() and losses.requires_grad
 
 
+def test_what_a_student_learns_from_itself_does_not_depend_on_how_a_batch_is_cut(tmp_path: Path, model: Path) -> None:
+    step = {"method": "on_policy", "new_tokens": 6, "own_share": 0.5, "alpha": 0.7, "steps": 4}
+    whole, cut = (
+        go_on(inputs_of(step | {"micro_batch_size": size}, model, tmp_path / str(size)))[1] for size in (None, 1)
+    )
+    assert [one.loss for one in cut.curve] == pytest.approx([one.loss for one in whole.curve], abs=1e-5)
+
+
 def test_what_is_written_after_a_prompt_does_not_depend_on_what_is_written_beside_it(model: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     dice = torch.Generator().manual_seed(0)
