@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# Two images of one source: `--target api` (no torch, some 400 MB) and `--target worker` (CUDA torch, several GB).
+# Two images of one source: `--target api` (no torch, some 570 MB) and `--target worker` (CUDA torch, several GB).
 # Python is that of requirements/*.lock.
 
 FROM python:3.11-slim-bookworm AS base

@@ -1,16 +1,19 @@
 """Whether uploaded examples can be learned from, found out before the job that names them is taken."""
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 
 from api.service import Service
 from api.sources import Files
+from api.tables import Table
 from api.tensors import has_chat_template
 from jobs import files
 from jobs.records import FileRecord
-from squeeze.documents import PARQUET, grain_for, rows_in
+from squeeze.documents import PARQUET, Row, grain_for, rows_in
 from squeeze.errors import ArtifactNotFound, DataUnusable, FileNotFound
 from squeeze.labels import Labelled, labelled_in, name_of, refuse_one_label, refuse_unknown
 from squeeze.names import OWN_ID
@@ -47,7 +50,7 @@ def refuse_unusable(service: Service, project: str, spec: JobSpec) -> Seen:
     """Reads the uploaded files that a step trains on or measures its loss on.
 
     Raises DataUnusable, with the lines, where records are none, or too few. Of a large file only the beginning is read;
-    parquet and datasets are the worker's. A file that is not there is the submit's to refuse.
+    datasets are the worker's. A file that is not there is the submit's to refuse.
     """
     if not any(isinstance(step, Train) for step in spec.steps):
         return Seen()
@@ -116,12 +119,11 @@ class _Look:
         except ArtifactNotFound:  # deleted since
             return
         first = next(chunks, b"")
-        if first.startswith(PARQUET):
-            return
         faults, count, beginning = Faults(), 0, _Beginning(chain([first], chunks))
+        table = Table(service.storage, record.storage_key, CHECKED_BYTES) if first.startswith(PARQUET) else None
         with blamed(param):
             try:
-                rows = rows_in(beginning, column, faults)
+                rows = rows_in(beginning, column, faults) if table is None else _soon(table.rows(column, label))
                 found: Iterator[tuple[str, Record | Labelled]] = (
                     records_in(rows, column, grain_for(record.bytes), faults)
                     if label is None
@@ -133,11 +135,14 @@ class _Look:
                         self.labels.add(name_of(one.label))
                     if self.chat is None and isinstance(one, Chat):
                         self.chat = where
-                self.count = count
+                self.count = count if table is None or table.whole else None
             except _Enough:
                 pass
-            self.records = round(count * max(1.0, record.bytes / max(1, beginning.seen)))
             faults.refuse_any()
+        if table is None:
+            self.records = round(count * max(1.0, record.bytes / max(1, beginning.seen)))
+        else:
+            self.records = table.records
 
 
 def _found(service: Service, project: str, source: str | None) -> FileRecord | None:
@@ -148,6 +153,17 @@ def _found(service: Service, project: str, source: str | None) -> FileRecord | N
             return files.find(session, project, source)
     except FileNotFound:
         return None
+
+
+def _soon(rows: Generator[Row]) -> Iterator[Row]:
+    """Raises _Enough where they take longer than is looked at them now, counted from the first."""
+    until = math.inf
+    with closing(rows):
+        for row in rows:
+            until = min(until, time.monotonic() + CHECKED_SECONDS)
+            if time.monotonic() > until:
+                raise _Enough
+            yield row
 
 
 class _Beginning:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from squeeze.documents import PARQUET, PIECE_BYTES, Row, Wrong, refuse, rows_in, said, wanted_of
 from squeeze.errors import DataUnusable
+from squeeze.parquet import parquet_rows
 from squeeze.records import blamed
 
 
@@ -33,30 +34,9 @@ def rows_of(source: Path, column: str | None = None, wrong: Wrong = refuse, labe
         parquet = file.read(len(PARQUET)) == PARQUET
         file.seek(0)
         if parquet:
-            yield from _parquet(source, column, label)
+            yield from parquet_rows(source, column, label)
         else:
             yield from rows_in(iter(lambda: file.read(PIECE_BYTES), b""), column, wrong)
-
-
-def _parquet(source: Path, column: str | None, label: str | None) -> Iterator[Row]:
-    from pyarrow import ArrowException, parquet  # only where such a file is given: it costs 60 MB
-
-    columns, wanted = wanted_of(column)
-    number = 0
-    try:
-        file = parquet.ParquetFile(source)
-        names = file.schema_arrow.names
-        held = [name for name in columns if name in names]
-        if not held:
-            raise DataUnusable(f"the file has none of {wanted} among its columns ({', '.join(names[:20])})")
-        if label is not None and label not in names:
-            raise DataUnusable(f"the file has no `{label}` among its columns ({', '.join(names[:20])})")
-        for batch in file.iter_batches(batch_size=256, columns=held if label is None else [*held, label]):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"row {number}", row
-    except (ArrowException, OSError) as error:
-        raise DataUnusable(f"the file is damaged parquet, unreadable after row {number}: upload it again") from error
 
 
 def _text_of(row: object, columns: Sequence[str], wanted: str, where: str) -> str:

@@ -158,7 +158,9 @@ class OnPolicy(Diverging):
     """Learns what the teacher says of text that the student wrote itself (arXiv 2306.13649, section 3).
 
     For each batch the student goes on from its examples' prompts, and both models' distributions over what it wrote are
-    compared; so it learns to get out of the mistakes that it makes. The whole teacher stands in memory beside it.
+    compared; so it learns to get out of the mistakes that it makes. The whole teacher stands in memory beside it. All
+    that is written after a prompt counts as often as its example has learned tokens; what is written is drawn from the
+    seed, the step and the example, whatever the number of GPUs.
     """
 
     method: Literal["on_policy"]

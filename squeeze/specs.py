@@ -147,11 +147,18 @@ class Limits(Wire):
 def _refuse_unshared(step: Train, gpus: int) -> None:
     if gpus <= 1 and step.sharding != "auto":
         raise ValueError(f"sharding {step.sharding!r} says what several GPUs hold: set limits.gpus to 2 or more")
-    if gpus > 1 and (step.optimizer != "adamw" or step.precision == "fp16" or isinstance(step, QLoRA)):
-        what = "qlora" if isinstance(step, QLoRA) else step.optimizer if step.optimizer != "adamw" else "fp16"
+    if gpus > 1 and (step.optimizer != "adamw" or step.precision == "fp16"):
+        what = step.optimizer if step.optimizer != "adamw" else "fp16"
         raise ValueError(f"{what} is computed on one GPU alone: set limits.gpus to 1")
-    if gpus > 1 and isinstance(step, Hidden | OnPolicy):
-        raise ValueError(f"{step.method} runs on one GPU: set limits.gpus to 1, or take the method logits")
+    if isinstance(step, QLoRA) and step.sharding not in ("auto", "ddp"):
+        raise ValueError(
+            f"rounded weights are whole on every GPU, and {step.sharding} would take them apart: set sharding to ddp"
+        )
+    if isinstance(step, Hidden | OnPolicy) and step.sharding not in ("auto", "ddp"):
+        raise ValueError(
+            f"the teacher of {step.method} stands whole on every GPU, beside a student that does too: set sharding to "
+            "ddp, or take the method logits"
+        )
     if gpus > 1 and step.micro_batch_size == "auto":
         raise ValueError("micro_batch_size `auto` is tried on one GPU: set limits.gpus to 1, or say a number")
     if step.batch_size != "auto" and gpus > step.batch_size:

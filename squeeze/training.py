@@ -71,7 +71,8 @@ class Train(Descent):
         "of which holds everything. `offload`: as `full`, and what is not at work lies in host memory. `auto`: `ddp` "
         "where weights and state take no more than half of a GPU's free memory, else `full`, or `offload` where the "
         "parts don't fit either. `zero1`, `zero2`, `zero3`: by DeepSpeed, where the worker has it, a part of the "
-        "optimizer's state, of the gradients too, of the weights too (arXiv 1910.02054). The losses are the same.",
+        "optimizer's state, of the gradients too, of the weights too (arXiv 1910.02054). The losses are the same. "
+        "`qlora`, `hidden` and `on_policy` take `ddp` alone: rounded weights and teachers are not taken apart.",
     )
     by_block: ClassVar[bool] = False
 

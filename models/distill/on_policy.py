@@ -1,5 +1,6 @@
 """Distillation on text that the student writes itself (arXiv 2306.13649, section 3)."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,26 +23,29 @@ def distill(step: OnPolicy, teaching: Teaching) -> Taught:
 
 
 class OfItsOwn:
-    """The objective. torch's random numbers decide what the student writes, and in which batches it does; a training
-    that goes on has them back.
+    """The objective. In which batches the student writes is drawn from seed and step, and what it writes from the
+    example's number too: neither depends on how many processes share a batch, nor on how it is cut.
     """
 
     def __init__(self, step: OnPolicy, teaching: Teaching) -> None:
         self._step, self._teaching, self._teacher = step, teaching, teaching.load()
+        self._turn = (0, 0)
+
+    def turn_to(self, seed: int, step: int) -> None:
+        """Where the training is."""
+        self._turn = (seed, step)
 
     def __call__(self, model: Any, batch: Batch, *, packed: bool) -> Tensor:
-        """Of each token that was compared, so weighted that their sum over the batch's learned tokens is the mean; then
-        the cross-entropy of each learned token, where it has a share.
+        """Of each token that was compared; then the cross-entropy of each learned token, where it has a share. What was
+        written counts with its mean (as in the paper), as often as its example has learned tokens.
         """
-        step, learned = self._step, batch.learned
-        mine = None
-        if float(torch.rand(())) < step.own_share:
-            mine = self._own(model, batch)
-        if mine is None:
+        step, written = self._step, None
+        if float(_drawn(1, *self._turn)) < step.own_share:
+            written = self._own(model, batch)
+        if written is None:
             found = self._compared(model, batch, packed=packed)
         else:
-            found = self._compared(model, mine, packed=False)
-            found = found * (learned / len(found))
+            found = self._compared(model, written[0], packed=False) * written[1]
         found = step.alpha * step.temperature**2 * found
         if step.alpha == 1:
             return found
@@ -55,28 +59,44 @@ class OfItsOwn:
         p, q = ((one[:, :vocabulary].float() / step.temperature).log_softmax(-1) for one in (told, said))
         return diverged(p, q, step.objective, step.beta)
 
-    def _own(self, model: Any, batch: Batch) -> Batch | None:
-        """What the student writes after the prompts of a batch's examples; None where it ends all of them at once."""
+    def _own(self, model: Any, batch: Batch) -> tuple[Batch, Tensor] | None:
+        """What the student writes after the prompts of a batch's examples, and the weight of each token that it wrote,
+        (n,); None where the batch has no examples.
+        """
         examples, step = self._teaching.examples, self._step
-        owners = sorted({one for one in batch.owners.flatten().tolist() if one >= 0})
-        prompts = [prompt for one in owners if len(prompt := _prompt(examples, one, step.prompt_tokens))]
-        if not prompts:
+        owners, counts = torch.unique(batch.owners[batch.targets != UNSCORED], return_counts=True)
+        numbers = owners.tolist()
+        if not numbers:
             return None
         longest = self._teaching.student.max_positions
-        room = step.new_tokens if longest is None else min(step.new_tokens, longest - max(map(len, prompts)))
-        if room < 1:
-            return None
+        room = step.new_tokens if longest is None else min(step.new_tokens, longest // 2)
+        prompts = [
+            _prompt(examples, number, step.prompt_tokens, None if longest is None else longest - room)
+            for number in numbers
+        ]
+        drawn = torch.stack([_drawn(room, *self._turn, number) for number in numbers])
         ends = [one for one in self._teaching.ends if one < self._teaching.vocabulary]
-        written = gone_on(own(model), prompts, room, 1.0, ends, self._teaching.vocabulary)
-        pairs = [(before, after) for before, after in zip(prompts, written, strict=True) if len(after)]
-        return _side_by_side(pairs).to(batch.ids.device) if pairs else None
+        written = gone_on(own(model), prompts, room, 1.0, ends, self._teaching.vocabulary, drawn)
+        lengths = torch.tensor([len(one) for one in written], device=counts.device)
+        weights = (counts / lengths).float().repeat_interleave(lengths)
+        return _side_by_side([*zip(prompts, written, strict=True)]).to(batch.ids.device), weights
 
 
-def _prompt(examples: Examples, number: int, tokens: int) -> Tensor:
-    """What stands before the first learned token of an example; of one that is learned whole, so many tokens."""
+def _prompt(examples: Examples, number: int, tokens: int, most: int | None) -> Tensor:
+    """What stands before the first learned token of an example; of one that is learned whole, so many tokens. most:
+    tokens that it may have, the last ones; None: any number.
+    """
     ids, scored = examples.one(number)
     first = int(scored.nonzero()[0, 0])
-    return ids[: first if first > 1 else min(tokens, len(ids) - 1)].long()
+    prompt = ids[: first if first > 1 else min(tokens, len(ids) - 1)].long()
+    return prompt if most is None else prompt[-most:]
+
+
+def _drawn(count: int, *of: int) -> Tensor:
+    """(count,) float64 from [0, 1), the same for the same numbers."""
+    digest = hashlib.sha256(" ".join(map(str, of)).encode()).digest()
+    dice = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.rand(count, generator=dice, dtype=torch.float64)
 
 
 def _side_by_side(pairs: Sequence[tuple[Tensor, Tensor]]) -> Batch:

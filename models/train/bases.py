@@ -49,9 +49,10 @@ class Base:
 def rounded_base(prepared: Prepared, inputs: Inputs, clock: Clock, notify: Notify) -> Base | None:
     """Rounds the source's linears, resuming where an earlier attempt stopped; None where the step has no such base.
 
-    The codes are the same bits in every attempt. Raises DataUnusable where the examples are too short to round on.
+    The codes are the same bits in every attempt. Several processes share the examples, and all of them get the codes;
+    the quality is the leader's. Raises DataUnusable where the examples are too short to round on.
     """
-    spec, source = prepared.spec, prepared.source
+    spec, source, team = prepared.spec, prepared.source, prepared.processes.team
     beforehand = base_of(source.shape(), spec, prepared.step)
     if beforehand is None:
         return None
@@ -79,9 +80,10 @@ def rounded_base(prepared: Prepared, inputs: Inputs, clock: Clock, notify: Notif
             notify,
             inputs.snapshot_seconds,
             memory_bytes=inputs.activation_bytes,
+            team=team,
         )
     quality = None
-    if windows is not None:
+    if windows is not None and team.leads:  # who alone has all of what the blocks left
         with clock.stage("evaluating"):
             notify.stage(Stage.evaluating)
             streams = done.activations.original, done.activations.compressed

@@ -16,9 +16,9 @@ from models.team import Team
 from models.train.prepare import Prepared
 from models.train.processes import ALONE, Processes
 from squeeze.choosing import Choice
-from squeeze.distillation import Distill
+from squeeze.distillation import Distill, Hidden, OnPolicy
 from squeeze.errors import OutOfMemoryHost
-from squeeze.finetuning import Adapters, Full
+from squeeze.finetuning import Adapters, Full, QLoRA
 from squeeze.sharding import ZERO_STAGES, Way, state_bytes, way_for
 from squeeze.specs import JobSpec
 
@@ -68,6 +68,7 @@ def lead(team: Team, prepared: Prepared, inputs: Inputs, places: Sequence[Path |
             "places": [_text(path) for path in places],
             "paths": {name: _text(path) for name, path in paths.items()},
             "texts": {name: getattr(inputs, name) for name in TEXTS},
+            "activation_bytes": inputs.activation_bytes,
         }
     )
     return Processes(team, way, at_once)
@@ -90,7 +91,13 @@ def told(team: Team, spec: JobSpec) -> Told:
     """As the leader has it, but for the device, which is this process's own."""
     heard = team.tell(None)
     paths: dict[str, Any] = {name: _path(text) for name, text in heard["paths"].items()}
-    inputs = Inputs(spec=spec, device=str(team.device), **paths, **heard["texts"])
+    inputs = Inputs(
+        spec=spec,
+        device=str(team.device),
+        activation_bytes=heard["activation_bytes"],
+        **paths,
+        **heard["texts"],
+    )
     processes = Processes(team, heard["way"], heard["at_once"])
     choices = [Choice.model_validate(one) for one in heard["choices"]]
     return Told(inputs, processes, heard["mark"], choices, [_path(text) for text in heard["places"]])
@@ -100,6 +107,8 @@ def _way(prepared: Prepared, team: Team) -> Way:
     step, parameters = prepared.step, prepared.source.parameters
     if step.sharding != "auto":
         return step.sharding
+    if isinstance(step, QLoRA | Hidden | OnPolicy):
+        return "ddp"
     learning = sum(site.rows * site.columns for site in prepared.sites)
     if isinstance(step, Adapters):
         learning = 0  # they are small beside the model

@@ -33,7 +33,7 @@ from models.train.optimizers import BAdam, optimizer_of, optimizer_tensors, rest
 from models.train.packing import Batch, Plan, Row
 from models.train.processes import ALONE, Processes, whole
 from models.train.schedule import learning_rate, warmup_steps
-from models.train.scoring import Objective, accuracy, example_losses, learned_losses, without_virtual_tokens
+from models.train.scoring import Objective, Turning, accuracy, example_losses, learned_losses, without_virtual_tokens
 from models.train.zero import Part
 from squeeze.errors import NotFinite
 from squeeze.report import HeldOutLoss, TrainingStep
@@ -189,6 +189,8 @@ class _Run:
         task, number, processes = self._task, self.story.done, self._task.processes
         began, self._random = time.monotonic(), random_tensors(task.device)
         processes.draw(task.plan.seed, number)
+        if isinstance(task.objective, Turning):
+            task.objective.turn_to(task.plan.seed, number)
         parts = processes.batches(task.examples, task.plan.batch(number), task.step.micro)
         learned, tokens = processes.total(sum(one.learned for one in parts), sum(one.tokens for one in parts))
         if isinstance(self._optimizer, BAdam):
@@ -221,6 +223,7 @@ class _Run:
             if self._task.processes.agree(asked):
                 return None
             total += self._part(part.to(self._task.device), learned, last=n == len(parts))
+        self._task.processes.average(self._task.beside)
         return total
 
     def _scale_down(self) -> bool:

@@ -114,6 +114,17 @@ class Processes:
             called.adding_up(last=last)
         return called.no_sync() if isinstance(called, DistributedDataParallel) and not last else nullcontext()
 
+    def average(self, module: nn.Module | None) -> None:
+        """Makes the gradients of what stands beside what `called` gave the average of everybody's, in place; all have
+        the module, and a gradient of each of its parameters.
+        """
+        if module is None or self.size == 1:
+            return
+        for parameter in module.parameters():
+            assert parameter.grad is not None, "all of it was called"
+            self.team.sum(parameter.grad)
+            parameter.grad /= self.size
+
     def batches(self, examples: Examples, rows: Sequence[Row], size: int | None) -> list[Batch]:
         """This process's share of some sequences, `size` of them together.
 

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,13 @@ class Objective(Protocol):
     """What a training makes less: of each learned token of a batch, (n,) float32, in the order of the batch."""
 
     def __call__(self, model: Any, batch: Batch, *, packed: bool) -> Tensor: ...
+
+
+@runtime_checkable
+class Turning(Protocol):
+    """An objective that draws: told where the training is, it draws the same in every process and in every attempt."""
+
+    def turn_to(self, seed: int, step: int) -> None: ...
 
 
 def logits_of(model: Any, batch: Batch, *, packed: bool) -> Tensor:

@@ -28,6 +28,12 @@ def uploaded(running: Running, content: bytes | list[Any], name: str = "rows.jso
     return str(answer.json()["id"])
 
 
+def parquet(**columns: Any) -> bytes:
+    made = io.BytesIO()
+    pq.write_table(pa.table(columns), made)
+    return made.getvalue()
+
+
 def submitted(running: Running, source: str, **changes: Any) -> httpx.Response:
     body = {"model": "org/name", "steps": [LORA], "data": {"source": source}} | changes
     return running.client.post("/v1/jobs", json=body)
@@ -122,13 +128,12 @@ def test_several_wrong_lines_are_told_at_once_but_not_endlessly(shared: Running)
 
 
 def test_what_can_be_learned_from_is_taken(shared: Running) -> None:
-    table = io.BytesIO()
-    pq.write_table(pa.table({"text": ["only one, which the worker will say"]}), table)
     for name, content in (
         ("a.jsonl", GOOD),
         ("a.jsonl", [{"messages": [{"role": "assistant", "content": "hi"}]}] * 2),
         ("a.txt", b"many words " * 100),
-        ("a.parquet", table.getvalue()),
+        ("a.parquet", parquet(text=["one", None, "two"], more=[1, 2, 3])),
+        ("a.parquet", parquet(messages=[[{"role": "assistant", "content": "hi"}]] * 2)),
     ):
         assert submitted(shared, uploaded(shared, content, name)).status_code == 202
     other = [{"body": "one"}, {"body": "two"}]
@@ -139,6 +144,40 @@ def test_what_can_be_learned_from_is_taken(shared: Running) -> None:
     own = uploaded(shared, [{"text": "x"}, {"words": 1}])
     quantizing = {"steps": [{"kind": "quantize", "method": "gptq"}]}
     assert submitted(shared, own, **quantizing).status_code == 202, "only what is trained on is held to this"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"text": ["one", "two", ""]}, "row 3: `text` is empty"),
+        ({"text": ["one"]}, "one record; at least 2 are needed"),
+        ({"text": [b"one", b"two"]}, "row 1: `text` is no text"),
+        ({"body": ["one", "two"]}, "none of `text`, `prompt` and `completion`, or `messages` among its columns (body)"),
+        ({"prompt": ["a", "b", "c"], "completion": ["x", "", None]}, "row 2: `completion` is empty, so that nothing"),
+        ({"messages": [[{"role": "user", "content": "x"}]] * 2}, "row 1 has no message of the assistant"),
+        (b"PAR1" + b"x" * 100, "damaged parquet"),
+    ],
+)
+def test_wrong_rows_of_parquet_are_named_before_the_job_is_taken(
+    shared: Running, content: bytes | dict[str, Any], words: str
+) -> None:
+    made = content if isinstance(content, bytes) else parquet(**content)
+    assert words in refused(submitted(shared, uploaded(shared, made, "a.parquet")))
+
+
+def test_labels_of_parquet_are_looked_at_too(shared: Running) -> None:
+    good = parquet(text=["a", "b", "c"], label=["x", "y", "x"])
+    assert submitted(shared, uploaded(shared, good, "a.parquet"), steps=[HEAD]).status_code == 202
+    bad = parquet(text=["a", "b"], label=["x", "x"])
+    assert "all records have the label `x`" in refused(
+        submitted(shared, uploaded(shared, bad, "a.parquet"), steps=[HEAD])
+    )
+
+
+def test_several_wrong_rows_of_parquet_are_told_at_once(shared: Running) -> None:
+    rows = ["one", "", "two", " ", "three"]
+    told = refused(submitted(shared, uploaded(shared, parquet(text=rows), "a.parquet")))
+    assert told.splitlines() == ["row 2: `text` is empty", "row 4: `text` is empty"]
 
 
 def test_one_record_will_do_beside_a_held_out_text_which_is_looked_at_too(shared: Running) -> None:

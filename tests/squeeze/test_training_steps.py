@@ -72,7 +72,7 @@ def test_fields_that_don_t_go_together_are_refused(step: dict[str, Any], words: 
         ([lora(), lora()], {}, "more than one step trains"),
         ([GPTQ, lora()], {}, "let the step that quantizes be the last"),
         ([lora(), GPTQ], {}, "set its `merge` to true"),
-        ([lora(method="qlora")], {"limits": {"gpus": 2}}, "qlora is computed on one GPU alone"),
+        ([lora(method="qlora", sharding="full")], {"limits": {"gpus": 2}}, "set sharding to ddp"),
         ([lora(optimizer="galore")], {"limits": {"gpus": 2}}, "galore is computed on one GPU alone"),
         ([lora(method="prompt"), GPTQ], {}, "what prompt learns can't be merged.*let it be the last step"),
         ([lora()], {"data": {}}, "learns from examples: name a file"),
@@ -82,7 +82,7 @@ def test_fields_that_don_t_go_together_are_refused(step: dict[str, Any], words: 
         ([lora(sharding="hybrid")], {"limits": {"gpus": 3}}, "3 GPUs can't be halved"),
         ([GPTQ, logits()], {}, "let the step that quantizes be the last"),
         ([logits()], {"data": {"source": "self"}}, "learns from text that is there"),
-        ([logits(method="on_policy")], {"limits": {"gpus": 2}}, "on_policy runs on one GPU"),
+        ([logits(method="on_policy", sharding="full")], {"limits": {"gpus": 2}}, "stands whole on every GPU"),
         ([lora(merge=True), logits()], {}, "more than one step trains"),
     ],
     ids=[

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from models.distill.hidden import _related, mapped
 from models.distill.lesson import Lesson
 from models.distill.on_policy import OfItsOwn, _prompt
+from models.distill.writing import gone_on
 from models.material import read_tokenizer
 from models.pipeline import run
 from models.train.loop import accelerator_of
@@ -21,7 +22,7 @@ from squeeze.distillation import Distill
 from squeeze.errors import ArchitectureUnsupported
 from tests.models.distill.parts import inputs_of, teacher
 from tests.models.job_parts import Heard
-from tests.models.tiny import FAMILIES
+from tests.models.tiny import FAMILIES, VOCABULARY
 from tests.models.train.parts import begin, go_on, seen, written
 
 
@@ -114,20 +115,54 @@ def test_a_student_writes_after_the_prompts_and_both_models_judge_what_it_wrote(
     _, task = begin(inputs_of({"method": "on_policy", "new_tokens": 6}, model, tmp_path))
     batch = batch_of(task.examples, task.plan.batch(0)[:2])
     assert isinstance(task.objective, OfItsOwn)
-    torch.manual_seed(1)
-    own = task.objective._own(task.model, batch)
-    assert own is not None
+    found = task.objective._own(task.model, batch)
+    assert found is not None
+    own, weights = found
     numbers = sorted({one for one in batch.owners.flatten().tolist() if one >= 0})
     assert len(own.ids) == len(numbers)
     for row, number in enumerate(numbers):
-        prompt = _prompt(task.examples, number, 16)
+        prompt = _prompt(task.examples, number, 16, None)
         ids, scored = task.examples.one(number)
         assert prompt.tolist() == ids[: int(scored.nonzero()[0, 0])].tolist() == own.ids[row, : len(prompt)].tolist()
         targets = own.targets[row][own.targets[row] >= 0]
         assert 1 <= len(targets) <= 6
         assert own.ids[row, len(prompt) : len(prompt) + len(targets)].tolist() == targets.tolist()
+    # What is written after one prompt weighs as much as the example has learned tokens.
+    owners = batch.owners[batch.targets >= 0].tolist()
+    weighed = torch.zeros(len(numbers)).index_add(0, own.owners[own.targets >= 0], weights)
+    torch.testing.assert_close(weighed, torch.tensor([float(owners.count(number)) for number in numbers]))
     losses = task.objective(task.model, batch, packed=task.packed)
     assert losses.shape[0] > 0 and torch.isfinite(losses).all() and losses.requires_grad
+
+
+def test_what_a_student_learns_from_itself_does_not_depend_on_how_a_batch_is_cut(tmp_path: Path, model: Path) -> None:
+    step = {"method": "on_policy", "new_tokens": 6, "own_share": 0.5, "alpha": 0.7, "steps": 4}
+    whole, cut = (
+        go_on(inputs_of(step | {"micro_batch_size": size}, model, tmp_path / str(size)))[1] for size in (None, 1)
+    )
+    assert [one.loss for one in cut.curve] == pytest.approx([one.loss for one in whole.curve], abs=1e-5)
+
+
+def test_what_is_written_after_a_prompt_does_not_depend_on_what_is_written_beside_it(model: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    dice = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 500, (length,), generator=dice) for length in (5, 9, 2)]
+    drawn = torch.rand(3, 6, generator=dice, dtype=torch.float64)
+    together = gone_on(whole, prompts, 6, 0.7, [], VOCABULARY, drawn)
+    for prompt, row, wrote in zip(prompts, drawn, together, strict=True):
+        (alone,) = gone_on(whole, [prompt], 6, 0.7, [], VOCABULARY, row[None])
+        assert alone.tolist() == wrote.tolist()
+
+
+def test_numbers_that_were_drawn_evenly_choose_tokens_as_often_as_they_are_likely(model: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    prompt, count = torch.arange(3, 9), 4000
+    even = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
+    chosen = torch.cat(gone_on(whole, [prompt] * count, 1, 0.5, [], VOCABULARY, even))
+    with torch.no_grad():
+        likely = (whole(prompt[None]).logits[0, -1, :VOCABULARY].double() / 0.5).softmax(-1)
+    often = torch.bincount(chosen, minlength=VOCABULARY).double() / count
+    assert float((often - likely).abs().max()) < 1.01 / count
 
 
 def test_the_teacher_s_text_is_what_it_writes_and_the_held_out_is_the_user_s(tmp_path: Path, model: Path) -> None:

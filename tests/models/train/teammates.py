@@ -2,10 +2,11 @@
 
     python -m tests.models.train.teammates
 
-A case: `model`, `work` (a room of its own, gone on with where it was left), `step`, `size`; if wanted
-`snapshot_seconds`, and what happens to whom once so many steps are done: `signals`: [rank, steps, name], a signal that
-the leader sends to a process; `spoil`: steps, after which the leader's embeddings are no numbers. Answers with the
-curve, the held-out losses and what was written.
+A case: `model`, `work` (a room of its own, gone on with where it was left), `step`, `size`; if wanted `records`, how
+many there are to learn from, `student`, a model that learns from the first, `snapshot_seconds`, and what happens to
+whom once so many steps are done: `signals`: [rank, steps, name], a signal that the leader sends to a process; `spoil`:
+steps, after which the leader's embeddings are no numbers. Answers with the curve, the held-out losses and what was
+written.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from models.train import job
 from squeeze.training import Train
 from tests.models.job_parts import Heard
 from tests.models.teammates import serve
-from tests.models.train.parts import inputs_for, seen_in, spec_of
+from tests.models.train.parts import inputs_for, seen_in, spec_of, sums
 
 
 class Disturbing(Heard):
@@ -56,8 +57,9 @@ def work(case: dict[str, Any], team: Team, pids: list[int]) -> dict[str, Any]:
     if not team.leads:
         job.follow(team, spec, step)
         return {"peak": peak_host_bytes()}
-    inputs = inputs_for(spec, Path(case["model"]), Path(case["work"]))
-    inputs = dataclasses.replace(inputs, snapshot_seconds=case.get("snapshot_seconds", 0.0))
+    inputs = inputs_for(spec, Path(case["model"]), Path(case["work"]), sums(case.get("records", 60)))
+    student = {"student": Path(case["student"]), "student_name": "org/n"} if "student" in case else {}
+    inputs = dataclasses.replace(inputs, snapshot_seconds=case.get("snapshot_seconds", 0.0), **student)
     heard = Disturbing(case, pids)
     adapter, whole = inputs.out / "peft", inputs.out / "whole"
     done = job.trained(inputs, step, adapter, whole if step.whole else None, Clock(), heard, team)

@@ -37,6 +37,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = {"hidden_size": 64, "intermediate_size": 128}
+    return tiny.FAMILIES["llama"](tmp_path_factory.mktemp("narrow") / "model", **shape)
+
+
+@pytest.fixture(scope="module")
 def ask(model: Path) -> Iterator[Ask]:
     """Has a team run a case of `tests.models.train.teammates`."""
     command = [sys.executable, "-W", "error::ResourceWarning", "-m", "tests.models.train.teammates"]
@@ -69,20 +75,20 @@ def alone(ask: Ask, tmp_path_factory: pytest.TempPathFactory) -> Alone:
     return lambda step: run(json.dumps(step))
 
 
-def assert_same(team: list[dict[str, Any]], one: dict[str, Any], way: str) -> None:
-    """The losses to 1e-5, learning rates to the bit; that what was written loses the same."""
+def assert_same(team: list[dict[str, Any]], one: dict[str, Any], way: str, near: float = 1e-5) -> None:
+    """The losses, learning rates to the bit; that what was written loses the same."""
     assert [each["says"] for each in team] == ["done"] * len(team)
     leader = team[0]
     assert leader["sharding"] == way and leader["files"].keys() == one["files"].keys()
     assert any(message.startswith(f"{len(team)} processes share the training") for message in leader["messages"])
     losses, rates, norms = (list(column) for column in zip(*leader["curve"], strict=True))
     expected_losses, expected_rates, expected_norms = (list(column) for column in zip(*one["curve"], strict=True))
-    assert losses == pytest.approx(expected_losses, abs=1e-5) and rates == expected_rates
-    assert norms == pytest.approx(expected_norms, rel=1e-4)
-    assert leader["held_out"] == pytest.approx(one["held_out"], abs=1e-5)
-    assert leader["after"] == pytest.approx(one["after"], abs=1e-5)
+    assert losses == pytest.approx(expected_losses, abs=near) and rates == expected_rates
+    assert norms == pytest.approx(expected_norms, rel=10 * near)
+    assert leader["held_out"] == pytest.approx(one["held_out"], abs=near)
+    assert leader["after"] == pytest.approx(one["after"], abs=near)
     if one["written"] is not None:
-        assert leader["written"] == pytest.approx(one["written"], abs=1e-4)  # rounded to 16 bits
+        assert leader["written"] == pytest.approx(one["written"], abs=10 * near)  # rounded to 16 bits
 
 
 def test_two_processes_lose_what_one_does_whether_each_holds_all_weights_or_a_part(
@@ -90,6 +96,49 @@ def test_two_processes_lose_what_one_does_whether_each_holds_all_weights_or_a_pa
 ) -> None:
     assert_same(ask(tmp_path / "whole", FULL, 2), alone(FULL), "ddp")  # as `auto` has it
     assert_same(ask(tmp_path / "parts", FULL | {"sharding": "full"}, 2), alone(FULL), "full")
+
+
+@pytest.mark.parametrize(
+    ("base", "size", "near"),
+    [
+        ("nf4", 2, 1e-5),
+        pytest.param("nf4", 3, 1e-5, marks=pytest.mark.slow),
+        # Rounds inputs too: a last bit may take one of them to the next code.
+        pytest.param("int8", 2, 5e-3, marks=pytest.mark.slow),
+        pytest.param("gptq", 2, 1e-5, marks=pytest.mark.slow),
+        pytest.param("gptq", 3, 1e-5, marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_beside_rounded_weights_learn_the_same_in_several_processes(
+    ask: Ask, tmp_path: Path, base: str, size: int, near: float
+) -> None:
+    step = LORA | {"method": "qlora", "base": base, "rank": 4, "merge": True}
+    both = []
+    for number in (1, size):  # records enough for a whole batch of each process, so that gptq finds the same codes
+        both.append(ask(tmp_path / str(number), step, number, records=300, modules=["gptqmodel"]))
+    assert_same(both[1], both[0][0], "ddp", near)
+    codes = [{path.name: path.read_bytes() for path in (tmp_path / str(n)).rglob("block-*")} for n in (1, size)]
+    assert codes[0] == codes[1] and len(codes[0]) == (2 if base == "gptq" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "size"),
+    [
+        ({"method": "hidden", "micro_batch_size": 1}, 2),
+        ({"method": "hidden", "match": "relations"}, 3),
+        ({"method": "on_policy", "new_tokens": 6, "micro_batch_size": 1}, 2),
+        ({"method": "on_policy", "new_tokens": 6, "own_share": 0.5, "alpha": 0.5}, 3),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else str(value),
+)
+def test_students_beside_a_whole_teacher_learn_the_same_in_several_processes(
+    ask: Ask, narrow: Path, tmp_path: Path, step: dict[str, Any], size: int
+) -> None:
+    """The student is of half the width: what takes it to the teacher's learns beside it."""
+    step = step | {"kind": "distill", "student": {"model": "org/n"}, "learning_rate": 3e-3, "steps": 4}
+    one, team = (ask(tmp_path / str(number), step, number, student=str(narrow)) for number in (1, size))
+    assert_same(team, one[0], "ddp")
 
 
 @pytest.mark.slow
