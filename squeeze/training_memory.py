@@ -22,8 +22,9 @@ PEFT_BYTES, CERTIFIER_PEFT_BYTES = 625_000_000, 565_000_000
 CERTIFIER_LOGIT_BYTES, CERTIFIER_LOGIT_SLICES = 256 << 20, 2.5  # of one float32 slice of logits
 TEXT_SHARE = 3.0  # bytes that a byte of the examples takes: its token's id, whether it is learned, its record's hash
 # glibc keeps pieces up to this size in one heap, where freed ones leave holes that aligned ones don't fit into (until
-# 2.38). What lies there takes this many times its size; measured. Adapters free more beside each that is kept. With
-# checkpointed activations and rounded weights nothing lies there (`models.resources.map_large_memory`).
+# 2.38). What lies there takes this many times its size; measured. Adapters free more beside each that is kept, unless
+# what they add is computed as one (`models.finetune.fused`). With checkpointed activations and rounded weights nothing
+# lies there (`models.resources.map_large_memory`).
 HEAP_BYTES = 32 << 20
 HOLES, HOLES_WITH_ADAPTERS = 1.6, 2.0
 LOGIT_COPIES = 3  # float32: log-probabilities, and two gradients
@@ -147,7 +148,13 @@ class Pass:
         size = tokens * width * each
         if size >= HEAP_BYTES or self.step.activation_checkpointing or isinstance(self.step, QLoRA):
             return size
-        return int((HOLES_WITH_ADAPTERS if self.learned.apart else HOLES) * size)
+        return int((HOLES_WITH_ADAPTERS if self.learned.apart and not self.fused else HOLES) * size)
+
+    @property
+    def fused(self) -> bool:
+        """Whether a layer and what LoRA adds to it are one operation."""
+        step = self.step
+        return isinstance(step, LowRank) and self.each == FLOAT and not (step.dora or step.dropout)
 
 
 def slice_of(shape: Shape, length: int, most_bytes: int = CERTIFIER_LOGIT_BYTES) -> int:
