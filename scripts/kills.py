@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -149,6 +150,7 @@ def work(model: Path, room: Path, step: dict[str, Any]) -> None:
         "data": {"samples": 16, "sequence_length": 128},
         "evaluation": {"samples": 4},
     }
+    shutil.rmtree(room / "out", ignore_errors=True)  # as workers do
     run(inputs_of(JobSpec.model_validate(asked), model, room), Says())
 
 

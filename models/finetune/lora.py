@@ -3,12 +3,11 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# gptqmodel 7.6 keeps an error of its own import for ever, and with it all frames that stood open then. peft would
-# import it while it wraps a model, which would then stay in memory for as long as the process lives.
-import gptqmodel  # noqa: F401
 import torch
 from peft import LoraConfig
 from torch import Tensor
@@ -19,6 +18,12 @@ from models.finetune.peft_adapter import adapter_of
 from models.frame import Frame
 from models.quantized import Site
 from squeeze.finetuning import LoRA, LowRank
+
+# gptqmodel 7.6 keeps an error of its own import for ever, and with it all frames that stand open then. peft would
+# import it while it wraps a model, which would stay in memory for as long as the process lives. In a thread of its own
+# no frame of ours is open.
+with ThreadPoolExecutor(1) as thread:
+    thread.submit(import_module, "gptqmodel").result()
 
 __all__ = ["Merged", "adapter_of", "beside", "finetune", "sites_of", "write"]
 
