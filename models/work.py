@@ -3,10 +3,10 @@
 from collections.abc import Collection
 
 from models.checkpoint import SourceModel
+from squeeze.compressing import Compress
 from squeeze.distillation import Distill
 from squeeze.distillation_work import Lessons, counted_distillation
 from squeeze.specs import JobSpec
-from squeeze.steps import Quantize
 from squeeze.trainable import learned
 from squeeze.work import counted
 
@@ -32,7 +32,7 @@ def ahead(
     """
     left = {stage: each for stage, each in work.items() if stage not in done}
     for step in spec.steps:
-        if isinstance(step, Quantize):
+        if step is spec.steps[-1] and isinstance(step, Compress):
             left = summed(left, {name: count.whole for name, count in counted(source.shape(step.ignore), spec).items()})
     return left
 

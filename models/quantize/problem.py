@@ -28,6 +28,10 @@ class Problem:
     heights: tuple[int, ...] = ()
     ties: Tensor | None = None
 
+    def each(self, joined: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each linear, of a tensor with those of all."""
+        return torch.split(joined, list(self.heights) or [len(joined)])
+
     @property
     def group_size(self) -> int:
         """Input columns of one scale."""
