@@ -22,7 +22,7 @@ from models.formats.fitness import computed_as_one
 from models.frame import Frame
 from models.lockstep import Twin, run_in_lockstep
 from models.passes import run_in_passes
-from models.quantize.problem import Problem, Solution
+from models.quantize.problem import Problem, Solution, pruned
 from models.quantized import Site, block_file, tensors_of
 from models.resources import available_device_bytes, peak_gpu_bytes, peak_host_bytes, return_free_memory
 from models.snapshots import STREAMS, Activations
@@ -355,7 +355,8 @@ def _layer(
         error = float(difference.square().sum() / W.square().sum().clamp_min(1e-30))
     else:
         error = statistics.error_of(difference, W)
-    dense = scheme.element == "dense"
+    dense, zeros = scheme.element == "dense", pruned(W)
+    kept = None if zeros is None else float((difference[zeros] == 0).float().mean())
     return Layer(
         name=site.name,
         element=scheme.ggml or scheme.element,
@@ -363,6 +364,7 @@ def _layer(
         group_size=scheme.columns(site.columns),
         relative_error=error,
         sparsity=solution.encoded.dequantize(torch.float32).eq(0).float().mean().item() if dense else None,
+        zeros_kept=kept,
         damping=solution.damping,
         damping_escalations=solution.escalations,
         instead=solution.instead,

@@ -24,6 +24,12 @@ def work_of_distilling(
     return {stage: count.whole for stage, count in counts.items()}
 
 
+def work_of(source: SourceModel, spec: JobSpec, step: Compress) -> dict[str, float]:
+    """Operations by stage of one step that compresses, as if it ended the job."""
+    alone = spec.model_copy(update={"steps": (step,)})
+    return {name: count.whole for name, count in counted(source.shape(step.ignore), alone).items()}
+
+
 def ahead(
     work: dict[str, float], source: SourceModel, spec: JobSpec, done: Collection[str] = BEFORE_TRAINING
 ) -> dict[str, float]:

@@ -71,6 +71,9 @@ class Layer(Part):
     damping: float | None = None
     damping_escalations: int = 0
     sparsity: float | None = Field(None, description="Share of its weights that are zero, where a step zeroes weights.")
+    zeros_kept: float | None = Field(
+        None, description="Share of the zeros that it came with that are still zero, where it came with many."
+    )
     instead: str | None = Field(None, description="What compressed it where the method itself could not, and why.")
     cast: Cast | None = Field(None, description="Of a cast alone.")
 

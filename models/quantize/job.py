@@ -41,6 +41,7 @@ from models.rotation import told
 from models.team import Team
 from models.teamwork import Frames, frames_of, lead
 from models.train import rounded
+from models.work import work_of
 from squeeze import __version__
 from squeeze.compressing import Compress
 from squeeze.objects import Stage
@@ -48,7 +49,6 @@ from squeeze.report import Allocation, Block, Certificate, Report, Sparsity, Tun
 from squeeze.schemes import Scheme
 from squeeze.sparsifying import Sparsify
 from squeeze.steps import QAT, Format, Grouped
-from squeeze.work import counted
 
 
 def run_compression(
@@ -121,7 +121,7 @@ def _begun(inputs: Inputs, step: Compress, notify: Notify) -> _Begun:
     spec = inputs.spec
     source = open_or_convert(inputs.model, inputs.work / "source")
     refuse_broken_companions(source)
-    work = {name: count.whole for name, count in counted(source.shape(step.ignore), spec).items()}
+    work = work_of(source, spec, step)
     notify.expect(work)
     if "gguf" in spec.formats:
         refuse_source(source)

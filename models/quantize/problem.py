@@ -9,6 +9,14 @@ from models.codes import Encoded
 from models.statistics import Statistics
 from squeeze.schemes import Scheme
 
+MANY_ZEROS = 0.05  # of a weight: then they are taken for pruned, and stay
+
+
+def pruned(W: Tensor) -> Tensor | None:
+    """True for the zeros of a weight, (out, in) bool, where there are so many that somebody wanted them."""
+    zeros = W == 0
+    return zeros if int(zeros.sum()) >= MANY_ZEROS * W.numel() else None
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -125,3 +125,20 @@ def test_a_job_ends_with_a_model_that_loads_and_a_report_that_says_what_zeros_sa
     weight = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "safetensors").model.layers[0].mlp.up_proj.weight
     assert (weight == 0).float().mean() == 0.5
     assert set(report.spent.work) == set(report.spent.seconds)
+
+
+@pytest.mark.slow
+def test_what_quantizes_after_it_leaves_the_zeros_and_is_measured_against_the_original(tmp_path: Path) -> None:
+    model = FAMILIES["llama"](tmp_path / "model")
+    spec = spec_of(zeroing("wanda", pattern="2:4"), {"kind": "quantize", "method": "gptq", "group_size": 32})
+    inputs, heard = inputs_of(spec, model, None, tmp_path), Heard()
+    outcome = run(inputs, heard)
+    report = outcome.report
+    assert report.sparsity is not None and report.sparsity.quality is not None and report.quality is not None
+    assert report.sparsity.zeros_kept == 1.0 and report.sparsity.rows_checked
+    assert report.bits_per_weight == 4.5 and report.sizes[0].ratio and report.sizes[0].ratio > 2
+    assert report.quality.perplexity_before == report.sparsity.quality.perplexity_before
+    assert (report.quality.divergence_nats or 0) > (report.sparsity.quality.divergence_nats or 0) > 0
+    assert report.source.bytes == open_model(model).weight_bytes and "are zero in the result" in report.warnings[0]
+    assert set(report.spent.work) == set(report.spent.seconds)
+    assert [set(one) for one in heard.expected] == [set(report.spent.work)] * 2

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from models.prune import magnitude, sparsegpt, wanda
 from models.prune.masks import lowest
+from models.quantize import gptq, rtn
 from models.quantize.problem import Problem
 from models.statistics import Hessian, Statistics
 from squeeze.sparsifying import Magnitude, SparseGPT, Sparsify, Wanda
+from squeeze.steps import GPTQ, RTN
 from tests.models.test_quantize import CPU, correlated
 
 PATTERNS = [{"sparsity": 0.5}, {"sparsity": 0.3}, {"pattern": "2:4"}, {"pattern": "4:8"}]
@@ -136,3 +138,17 @@ def test_a_hessian_is_factorised_once_for_all_that_read_the_input() -> None:
     for _ in range(2):
         sparsegpt.prune(Problem(weights(8, 32), statistics, step.scheme(), torch.float32), step)
     assert isinstance(statistics.hessian, Hessian) and statistics.hessian.factor is not None
+
+
+@pytest.mark.parametrize("activation_order", [True, False])
+def test_gptq_leaves_the_zeros_of_a_pruned_weight_and_makes_the_others_pay(activation_order: bool) -> None:
+    W, X = weights(24, 128), correlated(600, 128, 7)
+    W = pruned(magnitude, W, X, Magnitude(method="magnitude", pattern="2:4"))
+    for symmetric in (True, False):
+        step = GPTQ(method="gptq", bits=3, group_size=32, symmetric=symmetric, activation_order=activation_order)
+        problem = Problem(W.clone(), statistics_of(X), step.scheme(), torch.float32)
+        result = gptq.quantize(problem, step).encoded.dequantize(torch.float32)
+        assert (result[W == 0] == 0).all() and (result[W != 0] != 0).any()
+        nearest = rtn.quantize(Problem(W.clone(), None, step.scheme(), torch.float32), RTN(method="rtn")).encoded
+        errors = [((one - W) @ X.T).square().sum() for one in (result, nearest.dequantize(torch.float32))]
+        assert errors[0] < errors[1]
