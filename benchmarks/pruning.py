@@ -3,8 +3,8 @@
     python benchmarks/pruning.py [--model DIR] [--samples 64] [--length 512] [--windows 32] [--draws 3]
 
 One pass of the engine prunes and measures, on the held-out part of the generic text; the result is written and read
-back, so that zeros and bytes are those of the files. Every draw of calibration text is another seed's; `magnitude` looks
-at none. A row with `then gptq` is that result quantized to 4 bits, its zeros kept, against the original. Prints
+back, so that zeros and bytes are those of the files. Every draw of calibration text is of another seed; `magnitude`
+looks at none. A row with `then gptq` is that result quantized to 4 bits, its zeros kept, against the original. Prints
 Markdown: medians over the draws.
 """
 

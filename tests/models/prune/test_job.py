@@ -1,6 +1,9 @@
 """Zeros through the engine and the service's pipeline: written, read back, loaded by transformers, told of, resumed."""
 
 import shutil
+import signal
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,30 +13,26 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from models import engine
 from models.checkpoint import open_model
+from models.data import calibration_batches, evaluation_windows
+from models.evaluation import measure
 from models.formats import layout
+from models.material import read_tokenizer
 from models.pipeline import check, run
 from models.progress import Silent
 from models.prune.counting import counted_zeros, saved_by_zeros, zstd_bytes
 from squeeze.errors import CompressionBug, ModelAlreadyCompressed, ModelMalformed, SpecInvalid
 from squeeze.report import Report
-from squeeze.sparsifying import Magnitude, Wanda
-from squeeze.specs import JobSpec
+from squeeze.sparsifying import Magnitude, SparseGPT, Wanda
 from tests.models.engine_parts import compressed, frame_of, perplexity_in_transformers, thrown
-from tests.models.job_parts import Heard, inputs_of
+from tests.models.job_parts import Heard, digests, inputs_of
+from tests.models.prune.killed import STEPS
+from tests.models.prune.parts import spec_of, zeroing
 from tests.models.tiny import FAMILIES, KINDS
 
 ROOT = Path(__file__).resolve().parents[3]
 BUNDLED = ROOT / "models" / "bundled"
-SIZES: dict[str, Any] = {"data": {"samples": 16, "sequence_length": 64}, "evaluation": {"samples": 4}}
-
-
-def spec_of(*steps: dict[str, Any], **fields: Any) -> JobSpec:
-    return JobSpec.model_validate({"model": "org/model", "steps": steps} | SIZES | fields)
-
-
-def zeroing(method: str = "magnitude", **fields: Any) -> dict[str, Any]:
-    return {"kind": "prune", "method": method} | fields
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -142,3 +141,36 @@ def test_what_quantizes_after_it_leaves_the_zeros_and_is_measured_against_the_or
     assert report.source.bytes == open_model(model).weight_bytes and "are zero in the result" in report.warnings[0]
     assert set(report.spent.work) == set(report.spent.seconds)
     assert [set(one) for one in heard.expected] == [set(report.spent.work)] * 2
+
+
+@pytest.mark.slow
+def test_a_job_killed_in_either_step_ends_with_the_same_files(tmp_path: Path) -> None:
+    model, heard = FAMILIES["llama"](tmp_path / "model", num_hidden_layers=4), Heard()
+    quiet = run(inputs_of(spec_of(*STEPS), model, None, tmp_path / "quiet"), Heard())
+    room = tmp_path / "disturbed"
+    for place in (("prune", "2"), ("prune", "4"), ("quantize", "3")):
+        command = [sys.executable, "-m", "tests.models.prune.killed", str(model), str(room), *place]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    outcome = run(inputs_of(spec_of(*STEPS), model, None, room), heard)
+    going = [message for message in heard.messages if message.startswith("going on after block")]
+    assert [message.split()[4] for message in going] == ["4", "2"]
+    assert digests(room / "out") == digests(tmp_path / "quiet" / "out")
+    assert outcome.report.sparsity == quiet.report.sparsity and outcome.report.quality == quiet.report.quality
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [{"sparsity": 0.5}, {"pattern": "2:4"}])
+def test_the_order_of_the_papers_holds_on_a_trained_model(tmp_path: Path, target: dict[str, Any]) -> None:
+    tokenizer = read_tokenizer(BUNDLED)
+    ids = calibration_batches(tokenizer, None, None, 64, 512, 0).ids
+    windows = evaluation_windows(tokenizer, None, None, True, 16, 512, None)
+    divergences = []
+    for kind in (Magnitude, Wanda, SparseGPT):
+        step, frame = kind.model_validate({"method": kind.__name__.lower()} | target), frame_of(BUNDLED)
+        given = ids if step.needs_calibration else None
+        done = engine.quantize(frame, step, given, windows, tmp_path / step.method, "", Silent())
+        streams = done.activations.original, done.activations.compressed
+        divergences.append(measure(frame, windows, *streams, Silent()).quality.divergence_nats or 0.0)
+    magnitude, wanda, sparsegpt = divergences
+    assert magnitude > 1.05 * wanda and wanda > 1.5 * sparsegpt, divergences
