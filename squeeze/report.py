@@ -132,11 +132,7 @@ class Sparsity(Part):
     zeros_kept: float | None = Field(
         None, description="Where a step that quantizes follows: share of the zeros that are zero in its result."
     )
-    quality: Quality | None = Field(
-        None,
-        description="Of the model with zeros against the original, where a step that quantizes follows; where none "
-        "does, it is the report's own `quality`.",
-    )
+    quality: Quality | None = Field(None, description="With zeros alone, where a step that quantizes follows.")
 
 
 class Rotation(Part):
