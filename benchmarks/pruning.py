@@ -1,15 +1,19 @@
 """What zeros cost: perplexity and divergence of each method at each target, with parameters and bytes.
 
     python benchmarks/pruning.py [--model DIR] [--samples 64] [--length 512] [--windows 32] [--draws 3]
+        [--llmcompressor PYTHON]
 
 One pass of the engine prunes and measures, on the held-out part of the generic text; the result is written and read
 back, so that zeros and bytes are those of the files. Every draw of calibration text is of another seed; `magnitude`
 looks at none. A row with `then gptq` is that result quantized to 4 bits, its zeros kept, against the original. Prints
-Markdown: medians over the draws.
+Markdown: medians over the draws. With the Python of an environment that has llm-compressor, its SparseGPT and Wanda
+prune on the first draw too, and are measured in the same way.
 """
 
 import argparse
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from models import engine
@@ -34,9 +39,10 @@ from models.teamwork import frames_of
 from squeeze.compressing import Compress
 from squeeze.report import Quality
 from squeeze.sparsifying import SPARSIFYING_METHODS, Sparsify
-from squeeze.steps import GPTQ, Format, tag_of
+from squeeze.steps import GPTQ, RTN, Format, tag_of
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
+PEER = Path(__file__).with_name("peers") / "prune_with_llmcompressor.py"
 TARGETS: list[dict[str, Any]] = [{"sparsity": 0.3}, {"sparsity": 0.5}, {"sparsity": 0.7}]
 PATTERNS: list[dict[str, Any]] = [{"pattern": "4:8"}, {"pattern": "2:4"}]
 
@@ -56,6 +62,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--llmcompressor", type=Path, help="Python of an environment with it")
     options = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer, source = read_tokenizer(options.model), open_model(options.model)
@@ -72,6 +79,9 @@ def main() -> None:
             rows = [_made(source, step, ids, windows) for ids in (draws if step.needs_calibration else draws[:1])]
             for number, name in enumerate((step.method, f"{step.method}, then gptq")):
                 _print(name, step, source, [row[number] for row in rows])
+            if options.llmcompressor and step.needs_calibration:
+                peer = _made_by_llmcompressor(options.llmcompressor, source, step, draws[0], windows)
+                _print(f"llm-compressor's {step.method}", step, source, [peer])
 
 
 def _made(source: SourceModel, step: Sparsify, ids: Tensor, windows: Windows) -> tuple[Made, Made]:
@@ -85,6 +95,30 @@ def _made(source: SourceModel, step: Sparsify, ids: Tensor, windows: Windows) ->
         step_after, at = GPTQ(method="gptq"), Path(room) / "quantize"
         _, after = _compressed(open_model(pruned), step_after, ids, windows, at, rounded, "compressed-tensors", source)
         return first, Made(after, weight_bytes(rounded), nonzero, None)
+
+
+def _made_by_llmcompressor(python: Path, source: SourceModel, step: Sparsify, ids: Tensor, windows: Windows) -> Made:
+    with tempfile.TemporaryDirectory() as directory:
+        room = Path(directory)
+        save_file({"ids": ids}, room / "tokens.safetensors")
+        job = {
+            "model": str(source.path.resolve()),
+            "tokens": str(room / "tokens.safetensors"),
+            "out": str(room / "out"),
+        }
+        asked = {"method": step.method, "sparsity": step.sparsity, "pattern": step.pattern}
+        (room / "job.json").write_text(json.dumps(job | asked))
+        subprocess.run([str(python), str(PEER), str(room / "job.json")], check=True, stdout=sys.stderr)
+        result, plain = open_model(room / "out"), RTN(method="rtn")
+        frames = frames_of(result, plain, torch.device("cpu"), source)
+        done = engine.quantize(
+            frames.result, plain, None, windows, room / "work", "", Silent(), schemes={}, reference=frames.reference
+        )
+        streams = done.activations.original, done.activations.compressed
+        quality = measure(frames.result, windows, *streams, Silent(), reference=frames.reference).quality
+        sites = [site for n in range(frames.result.count) for site in frames.result.sites(n)]
+        zeros = counted_zeros(source, room / "out", sites, step)
+        return Made(quality, zeros.weight_bytes, source.parameters - zeros.zeros, zeros.zstd_bytes)
 
 
 def _compressed(
