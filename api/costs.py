@@ -10,6 +10,7 @@ from api.teaching import Made
 from api.tensors import Tensor
 from jobs import history
 from squeeze.choosing import supposed
+from squeeze.compressing import Compress
 from squeeze.distillation import Distill
 from squeeze.distillation_memory import needed_to_distill, stored_bytes
 from squeeze.distillation_work import Lessons, at_length, counted_distillation, lessons
@@ -19,8 +20,9 @@ from squeeze.merging import Merge
 from squeeze.merging_work import counted_merging, merging_bytes
 from squeeze.pace import duration
 from squeeze.shapes import Shape, shape_of
+from squeeze.sparsifying import Sparsify
 from squeeze.specs import JobSpec
-from squeeze.steps import RTN, Format, Quantize
+from squeeze.steps import RTN, Format
 from squeeze.trainable import Learned, learned
 from squeeze.training import Train
 from squeeze.training_memory import needed_to_train
@@ -80,9 +82,10 @@ def cost_of(
         elif isinstance(step, Merge):
             largest = max((tensor.elements for tensor in tensors.values()), default=0)
             cost = cost.then(_merging(spec, step, own, largest, formats))
-        elif isinstance(step, Quantize):
-            memory = needed(shape, spec, result_bytes)
-            cost = cost.then(_Cost(memory.whole, memory.least, 0, counted(shape, spec)))
+        elif isinstance(step, Compress):
+            memory = needed(shape, spec.model_copy(update={"steps": (step,)}), formats)
+            last = step is spec.steps[-1]  # which is counted together with those of its kind before
+            cost = cost.then(_Cost(memory.whole, memory.least, 0, counted(shape, spec) if last else {}))
     found |= {"host_bytes": cost.whole, "least_host_bytes": cost.least}
     if cost.counts is not None:
         gpu = spec.limits.gpus > 0 or None  # without the wish, whatever worker is free takes it
@@ -131,6 +134,8 @@ def kept_bytes(
     step = next((step for step in spec.steps if isinstance(step, Train)), None)
     size, begun = (2 * sum(one.elements for one in its.values()) for its in (made.tensors, tensors))
     merged = begun if isinstance(spec.steps[0], Merge) and len(spec.steps) > 1 else 0  # otherwise it is the result
+    zeroed = [step for step in spec.steps if isinstance(step, Sparsify)]  # kept, and whole for a step that follows
+    merged += sum(size * (1 if one is spec.steps[-1] else 2) for one in zeroed)
     if step is None:
         return merged
     known = learned_of(step, made.config, made.tensors)
@@ -183,7 +188,7 @@ def _merging(spec: JobSpec, step: Merge, shape: Shape, largest: int, formats: di
 
 
 def _ignored(spec: JobSpec) -> list[str]:
-    return [pattern for step in spec.steps if isinstance(step, Quantize) for pattern in step.ignore]
+    return [pattern for step in spec.compressing[-1:] for pattern in step.ignore]
 
 
 def _together(first: dict[str, Count], second: dict[str, Count]) -> dict[str, Count]:

@@ -9,11 +9,13 @@ from api.learning import Seen, refuse_misfit, refuse_unusable
 from api.merging import look_at_entries
 from api.service import Service
 from api.sources import Files, files_of, refuse_absent_dataset
+from api.sparsifying import torn_patterns, transposed
 from api.teaching import Made, depth, made_by
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
 from jobs import files as uploads
 from squeeze.architectures import ARCHITECTURES, HELD_BY, refuse_classifier, refuse_unclassifiable, refuse_unrotatable
 from squeeze.bases import rounding
+from squeeze.compressing import Compress
 from squeeze.distillation import Distill
 from squeeze.errors import (
     ArchitectureUnsupported,
@@ -52,7 +54,9 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
         return _answer([*obstacles, _obstacle(error)])
     made = made_by(service, project, spec, config, tensors)
     obstacles += map(_obstacle, made.obstacles)
-    linears = _compressed(spec, linears_of(made.tensors, transposed=made.config.get("model_type") == "gpt2"))
+    every = linears_of(made.tensors, transposed=transposed(made.config))
+    linears = _compressed(spec, every)
+    obstacles += map(_obstacle, torn_patterns(spec, every))
     obstacles += [_obstacle(error) for error in _in_the_model(spec, config, files, tensors, made, linears)]
     if any(isinstance(step, Train) for step in spec.steps):
         try:
@@ -185,13 +189,9 @@ def _in_the_model(
 
 
 def _compressed(spec: JobSpec, linears: list[Linear]) -> list[Linear]:
-    """Those that a step does not ignore."""
-    ignored = _ignored(spec)
+    """Those that the last step of its kind does not ignore."""
+    ignored = [pattern for step in spec.compressing[-1:] for pattern in step.ignore]
     return [linear for linear in linears if not any(fnmatchcase(linear.name, pattern) for pattern in ignored)]
-
-
-def _ignored(spec: JobSpec) -> list[str]:
-    return [pattern for step in spec.steps if isinstance(step, Quantize) for pattern in step.ignore]
 
 
 def _weight_bytes(files: Files) -> int:
@@ -200,7 +200,7 @@ def _weight_bytes(files: Files) -> int:
 
 def _result_bytes(spec: JobSpec, made: Made, linears: list[Linear]) -> dict[Format, int]:
     """Of the weight files, by format."""
-    step = next((step for step in spec.steps if isinstance(step, Quantize)), None)
+    step = next(iter(spec.compressing[-1:]), None)
     if step is None:
         return _trained_bytes(spec, made, linears)
     if isinstance(step, Grouped) and step.target_bytes is not None:
@@ -222,16 +222,18 @@ def _trained_bytes(spec: JobSpec, made: Made, linears: list[Linear]) -> dict[For
     return {name: sizes[name] for name in spec.formats if name in sizes}
 
 
-def _estimates(spec: JobSpec, step: Quantize, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[Format, int]:
+def _estimates(spec: JobSpec, step: Compress, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[Format, int]:
     """What stays as it is, and the layers in codes, scales and zero points."""
     kept = sum(tensor.size_bytes for tensor in tensors.values()) - sum(linear.size_bytes for linear in linears)
-    if step.rotation is not None and not any(name.endswith("lm_head.weight") for name in tensors):
+    if step.rotates and not any(name.endswith("lm_head.weight") for name in tensors):
         kept += sum(one.size_bytes for name, one in tensors.items() if name.endswith("embed_tokens.weight"))
     return {name: kept + sum(_layer_bytes(linear, step, name) for linear in linears) for name in spec.formats}
 
 
-def _layer_bytes(linear: Linear, step: Quantize, name: str) -> int:
+def _layer_bytes(linear: Linear, step: Compress, name: str) -> int:
     scheme = step.scheme()
+    if scheme.element == "dense":
+        return linear.size_bytes
     bits = scheme.bits_per_weight(linear.columns)
     if isinstance(step, Grouped):
         bits += step.average_bits - scheme.bits

@@ -22,7 +22,7 @@ from models.formats.fitness import computed_as_one
 from models.frame import Frame
 from models.lockstep import Twin, run_in_lockstep
 from models.passes import run_in_passes
-from models.quantize.problem import Problem, Solution
+from models.quantize.problem import Problem, Solution, pruned
 from models.quantized import Site, block_file, tensors_of
 from models.resources import available_device_bytes, peak_gpu_bytes, peak_host_bytes, return_free_memory
 from models.snapshots import STREAMS, Activations
@@ -30,21 +30,21 @@ from models.statistics import Statistics
 from models.streams import Stream
 from models.team import SOLO, Team
 from models.wiring import Producer, Wiring, scale_outputs, wiring_of
+from squeeze.compressing import Compress
 from squeeze.errors import NotFinite
 from squeeze.report import Block, Layer
 from squeeze.schemes import Scheme
-from squeeze.steps import Quantize
 
 LOCKSTEP_SHARE = 0.5  # of the free memory; what a block needs beside is its weights, Hessians and copies
 
 
-def method_of(step: Quantize) -> Any:
+def method_of(step: Compress) -> Any:
     """The module of a step's method, found by its name: `models/<kind>/<method>.py`.
 
-    It has `quantize(problem, step) -> Solution`, called for the linears that read one input, or, where the step is
-    `by_block`, `quantize_block(work, step)`, which gives a Solution by name. It may have `fold(problem, step)`, which
-    gives a scale for each input column, (in,) float32, or None: the weights' columns are multiplied by it and whatever
-    makes the inputs is divided, before anything is rounded.
+    It has a function of its kind's name, `quantize(problem, step) -> Solution`, called for the linears that read one
+    input, or, where the step is `by_block`, `quantize_block(work, step)`, which gives a Solution by name. It may have
+    `fold(problem, step)`, which gives a scale for each input column, (in,) float32, or None: the weights' columns are
+    multiplied by it and whatever makes the inputs is divided, before anything is rounded.
     """
     return import_module(f"models.{step.kind}.{step.method}")
 
@@ -87,7 +87,7 @@ class BlockJob:
     def __init__(
         self,
         frame: Frame,
-        step: Quantize,
+        step: Compress,
         schemes: Mapping[str, Scheme],
         index: int,
         calls: Calls,
@@ -120,7 +120,7 @@ class BlockJob:
             if self.compares:
                 self.calls.forward(self.index, module, activations.original)
             if len(activations.calibration):
-                with kv_cache.observed(module, self._reach) if self.step.kv_cache else nullcontext():
+                with kv_cache.observed(module, self._reach) if self.step.scales_cache else nullcontext():
                     self._calibrate(module, activations)
             elif self.team.leads:
                 for group in computed_as_one(self.sites):  # engines want one scale where one serves a whole tensor
@@ -234,7 +234,7 @@ class BlockJob:
             alike = tuple(name for name in group if self.schemes[name] == scheme)
             problem = self._problem(alike, statistics, fold)
             heights = problem.heights
-            solution = self.method.quantize(problem, self.step)
+            solution = getattr(self.method, self.step.kind)(problem, self.step)
             del problem  # or its weights would stand beside each linear's own
             start = 0
             for name, height in zip(alike, heights, strict=True):
@@ -300,14 +300,14 @@ class BlockJob:
 
     def _scale_cache(self, module: nn.Module) -> None:
         """Finds the scales of keys and values, where they were asked for."""
-        for name in kv_cache.attentions(module) if self.step.kv_cache is not None else ():
+        for name in kv_cache.attentions(module) if self.step.scales_cache else ():
             scales = self._reach.scales(name, self._producer_scales, self.frame.source.dtype)
             for leaf, scale in scales.items():
                 self.changed[f"{self.frame.blocks_path}.{self.index}.{name}.{leaf}"] = scale
 
     def _cache_scales(self, module: nn.Module) -> dict[str, dict[str, Tensor]]:
         """Of keys and values, by the name of an attention inside of the block; empty where none were asked for."""
-        if self.step.kv_cache is None:
+        if not self.step.scales_cache:
             return {}
         prefix = f"{self.frame.blocks_path}.{self.index}."
         leaves = (kv_cache.KEY, kv_cache.VALUE)
@@ -355,12 +355,16 @@ def _layer(
         error = float(difference.square().sum() / W.square().sum().clamp_min(1e-30))
     else:
         error = statistics.error_of(difference, W)
+    dense, zeros = scheme.element == "dense", pruned(W)
+    kept = None if zeros is None else float((difference[zeros] == 0).float().mean())
     return Layer(
         name=site.name,
         element=scheme.ggml or scheme.element,
         bits=scheme.bits,
         group_size=scheme.columns(site.columns),
         relative_error=error,
+        sparsity=solution.encoded.dequantize(torch.float32).eq(0).float().mean().item() if dense else None,
+        zeros_kept=kept,
         damping=solution.damping,
         damping_escalations=solution.escalations,
         instead=solution.instead,

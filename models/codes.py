@@ -90,6 +90,7 @@ KINDS: dict[str, Callable[..., Encoded]] = {
     "nf4": NormalFloat,
     "float16": Plain,
     "bfloat16": Plain,
+    "dense": Plain,
     "ggml": Blocks,
 }
 SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number

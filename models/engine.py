@@ -12,7 +12,7 @@ through every block, and where a linear is compressed they add up what they saw.
 import fnmatch
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -30,11 +30,11 @@ from models.resources import available_host_bytes, return_free_memory
 from models.snapshots import SNAPSHOT_SECONDS, SNAPSHOT_SHARE, Activations, Snapshots
 from models.streams import Room, Stream
 from models.team import SOLO, Team
+from squeeze.compressing import Compress
 from squeeze.errors import DataUnusable, SpecInvalid
 from squeeze.objects import Stage
 from squeeze.report import Block
 from squeeze.schemes import Scheme
-from squeeze.steps import Quantize
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Quantization:
     activations: Activations
 
 
-def is_ignored(step: Quantize, name: str) -> bool:
+def is_ignored(step: Compress, name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in step.ignore)
 
 
-def idle_patterns(step: Quantize, frame: Frame) -> list[str]:
+def idle_patterns(step: Compress, frame: Frame) -> list[str]:
     """Warnings of `ignore` patterns that no layer's name matches."""
     names = [site.name for n in range(frame.count) for site in frame.sites(n)]
     names += [name for name, module in frame.model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
@@ -61,18 +61,21 @@ def idle_patterns(step: Quantize, frame: Frame) -> list[str]:
     ]
 
 
-def schemes_of(frame: Frame, step: Quantize) -> dict[str, Scheme]:
+def schemes_of(frame: Frame, step: Compress) -> dict[str, Scheme]:
     """How every linear that the step doesn't ignore will be stored, in the model's order."""
     sites = [site for n in range(frame.count) for site in frame.sites(n) if not is_ignored(step, site.name)]
     method = import_module(f"models.{step.kind}.{step.method}")
     if hasattr(method, "schemes"):
         return cast(dict[str, Scheme], method.schemes(frame.source, sites, step))
-    return {site.name: step.scheme() for site in sites}
+    scheme = step.scheme()
+    if scheme.element == "dense" and frame.source.entries:  # of the type of the weights, once they are there
+        scheme = replace(scheme, bits=8 * frame.source.dtype.itemsize)
+    return {site.name: scheme for site in sites}
 
 
 def quantize(
     frame: Frame,
-    step: Quantize,
+    step: Compress,
     calibration: Tensor | None,
     windows: Windows | None,
     directory: Path,
@@ -162,7 +165,7 @@ def quantize(
     return Quantization(_written(frame, step, schemes, kept.directory), blocks, activations)
 
 
-def _written(frame: Frame, step: Quantize, schemes: dict[str, Scheme], directory: Path) -> QuantizedModel:
+def _written(frame: Frame, step: Compress, schemes: dict[str, Scheme], directory: Path) -> QuantizedModel:
     """The codes that all blocks left in a directory."""
     sites = {site.name: site for n in range(frame.count) for site in frame.sites(n)}
     chosen = {name: site for name, site in sites.items() if name in schemes}
@@ -170,7 +173,7 @@ def _written(frame: Frame, step: Quantize, schemes: dict[str, Scheme], directory
     return QuantizedModel(directory, step, chosen, schemes, ignored, frame.source.dtype)
 
 
-def _refuse_unsharable(step: Quantize, calibration: Tensor | None, team: Team) -> None:
+def _refuse_unsharable(step: Compress, calibration: Tensor | None, team: Team) -> None:
     if team.size == 1:
         return
     if step.by_block:

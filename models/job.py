@@ -9,12 +9,13 @@ from pathlib import Path
 from models.checkpoint import SourceModel
 from models.formats.directory import weight_bytes
 from models.snapshots import SNAPSHOT_SECONDS
+from squeeze.compressing import Compress
 from squeeze.errors import CertificationFailed, SqueezeError
 from squeeze.merging import Merge
 from squeeze.objects import Result
 from squeeze.report import Report, Size, Source
 from squeeze.specs import JobSpec
-from squeeze.steps import Format, Quantize, Step
+from squeeze.steps import Format, Step
 from squeeze.training import Train
 
 LIBRARIES = (
@@ -49,6 +50,7 @@ class Inputs:
     merged: what a step merges into the model, in the order of its `models`.
     digest: of the files of a model that has no revision and never changes. student: of the model that learns from this
     one, where the job names it; its name, revision and digest as the model's.
+    original: what the result is compared with, where an earlier step changed the model.
     consumers: Pythons of environments that results are loaded in, by the consumer's name. activation_bytes: see
     `engine.quantize`.
     """
@@ -68,6 +70,7 @@ class Inputs:
     snapshot_seconds: float = SNAPSHOT_SECONDS
     activation_bytes: int | None = None
     merged: tuple[Named, ...] = ()
+    original: Path | None = None
     student: Path | None = None
     student_name: str | None = None
     student_revision: str | None = None
@@ -137,6 +140,7 @@ def result_of(report: Report, directories: Mapping[Format, Path]) -> Result:
         result_bytes={size.format: size.bytes for size in report.sizes},
         compression_ratio=max((size.ratio for size in report.sizes if size.ratio), default=None) if smaller else None,
         bits_per_weight=report.bits_per_weight,
+        sparsity=report.sparsity.of_model if report.sparsity else None,
         perplexity_before=quality.perplexity_before if quality else None,
         perplexity_after=quality.perplexity_after if quality else None,
         divergence_nats=quality.divergence_nats if quality else None,
@@ -157,13 +161,14 @@ def merging_step(spec: JobSpec) -> Merge | None:
     return next((step for step in spec.steps if isinstance(step, Merge)), None)
 
 
-def quantize_step(spec: JobSpec) -> Quantize:
-    return next(step for step in spec.steps if isinstance(step, Quantize))
+def compress_step(spec: JobSpec) -> Compress:
+    """The last that goes through the model block by block."""
+    return spec.compressing[-1]
 
 
 def param_of(spec: JobSpec, name: str, step: Step | None = None) -> str:
-    """A field of a step, by default of the one that quantizes, as the request names it; other fields as they are."""
-    number = spec.steps.index(step or quantize_step(spec))
+    """A field of a step, by default of the last that compresses, as the request names it; other fields as they are."""
+    number = spec.steps.index(step or compress_step(spec))
     return f"steps.{number}.{name}" if name.partition(".")[0] in type(spec.steps[number]).model_fields else name
 
 

@@ -11,10 +11,10 @@ from models.frame import Frame
 from models.progress import Notify, Silent
 from models.quoting import quoted
 from models.self_text import refuse_beforehand, sampled_text
+from squeeze.compressing import Compress
 from squeeze.errors import DataUnusable, ModelMalformed, ModelUnsafe
 from squeeze.merging import Merge
 from squeeze.specs import SELF, JobSpec
-from squeeze.steps import Quantize
 
 # On tiny random models at 3 bits GPTQ was worse than round-to-nearest at 3 tokens per input, a fifth better at 16.
 TOKENS_PER_INPUT = 8
@@ -59,7 +59,7 @@ def few_tokens(count: int, length: int, widest: int) -> list[str]:
     ]
 
 
-def refuse_too_large_for_self(spec: JobSpec, step: Quantize, frame: Frame) -> None:
+def refuse_too_large_for_self(spec: JobSpec, step: Compress, frame: Frame) -> None:
     """Raises DataUnusable where a model that is to sample its own text doesn't fit in memory; needs no weights."""
     if spec.data.source == SELF and step.needs_calibration:
         refuse_beforehand(frame, spec.data.samples, _length(spec, frame))
@@ -76,7 +76,7 @@ class Material:
     def __init__(
         self,
         spec: JobSpec,
-        step: Quantize | Merge,
+        step: Compress | Merge,
         tokenizer: Any,
         frame: Frame,
         calibration_text: Path | None,

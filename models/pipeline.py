@@ -1,8 +1,8 @@
 """A job's way through this room: a model directory and a spec in, model directories and a report out.
 
 loading -> merging, where a step merges; of what that made, or of the source, loading -> training, where a step trains;
-of what that made, where a step quantizes: loading ->
-calibrating -> compressing (evaluating in the same pass) -> evaluating -> exporting -> certifying
+of what that made, where a step zeroes weights or quantizes: loading -> calibrating -> compressing (evaluating in the
+same pass) -> evaluating -> exporting -> certifying; where one does each, all but the last twice
 """
 
 from collections.abc import Callable
@@ -20,13 +20,14 @@ from models.disk import disk_faults
 from models.experts import refuse_torn
 from models.formats import layout
 from models.frame import Frame
-from models.job import Inputs, Outcome, merging_step, param_of, params_named, quantize_step, training_step
+from models.job import Inputs, Outcome, compress_step, merging_step, param_of, params_named, training_step
 from models.kv_cache import refuse_unknown_attention
 from models.material import refuse_too_large_for_self
 from models.merge import entries
 from models.merge import job as merge
 from models.progress import Notify
-from models.quantize.job import run_quantization
+from models.prune import job as prune
+from models.quantize.job import run_compression
 from models.resources import Clock
 from models.team import SOLO, Team
 from models.teamwork import follow as follow_quantizing
@@ -36,13 +37,15 @@ from models.train.job import follow as follow_training
 from models.train.optimizers import refuse_without_gpu
 from models.train.prepare import refuse_untrainable
 from squeeze.architectures import HELD_BY, refuse_unrotatable
+from squeeze.compressing import Compress
 from squeeze.errors import FormatUnfit, ModelMalformed
 from squeeze.formats import candidates
 from squeeze.merging import Entry, Merge
 from squeeze.objects import Stage
 from squeeze.report import Report
+from squeeze.sparsifying import Sparsify, refuse_torn_pattern
 from squeeze.specs import JobSpec
-from squeeze.steps import QAT, Grouped, Quantize
+from squeeze.steps import QAT, Grouped
 from squeeze.training import Train
 
 
@@ -67,7 +70,7 @@ def check(spec: JobSpec, model: Path) -> Facts:
             return Facts(config["model_type"], frame.count, count)
     if isinstance(spec.steps[-1], Merge):
         return Facts(config["model_type"], frame.count, sum(len(frame.sites(n)) for n in range(frame.count)))
-    return _check_quantizable(spec, config, frame)
+    return _check_compressible(spec, config, frame)
 
 
 def check_entry(base: Path, model: str, entry: Entry, directory: Path) -> None:
@@ -83,22 +86,25 @@ def check_student(spec: JobSpec, model: Path) -> Facts:
     """As `check`, of the model that learns from the job's own and goes on to the next step."""
     config = read_config(model)
     frame = Frame(SourceModel(model, config, {}, architecture_of(config)), torch.float32, torch.device("cpu"))
-    if isinstance(spec.steps[-1], Quantize):
-        return _check_quantizable(spec, config, frame)
+    if isinstance(spec.steps[-1], Compress):
+        return _check_compressible(spec, config, frame)
     return Facts(config["model_type"], frame.count, sum(len(frame.sites(n)) for n in range(frame.count)))
 
 
-def _check_quantizable(spec: JobSpec, config: dict[str, Any], frame: Frame) -> Facts:
-    step = quantize_step(spec)
+def _check_compressible(spec: JobSpec, config: dict[str, Any], frame: Frame) -> Facts:
+    for zeroing in spec.compressing:
+        if isinstance(zeroing, Sparsify):
+            _refuse_unprunable(spec, zeroing, frame)
+    step = compress_step(spec)
     refuse_too_large_for_self(spec, step, frame)
     if isinstance(step, QAT):
         rounded.refuse_too_large_to_train(spec, step, frame)
-    if step.rotation is not None:
+    if step.rotates:
         refuse_unrotatable(config["model_type"], param_of(spec, "rotation"))
     schemes = engine.schemes_of(frame, step)
     sites = [site for n in range(frame.count) for site in frame.sites(n) if site.name in schemes]
     if not sites:
-        raise ModelMalformed("`ignore` leaves no linear layer to quantize", param=param_of(spec, "ignore"))
+        raise ModelMalformed("`ignore` leaves no linear layer to compress", param=param_of(spec, "ignore"))
     if isinstance(step, Grouped) and allots(step):
         schemes = mixed(schemes, candidates(step, spec.formats))
     held = HELD_BY[config["model_type"]]
@@ -109,11 +115,21 @@ def _check_quantizable(spec: JobSpec, config: dict[str, Any], frame: Frame) -> F
             )
         with params_named(spec):
             layout(name).refuse(sites, schemes)
-            if step.kv_cache is not None:
+            if step.scales_cache:
                 refuse_unknown_attention(frame)
             if name != "gguf":  # which stacks one linear of a layer's experts at a time, and says itself where it can't
                 refuse_torn([linears for n in range(frame.count) for linears in frame.experts(n).values()], schemes)
     return Facts(config["model_type"], frame.count, len(sites))
+
+
+def _refuse_unprunable(spec: JobSpec, step: Sparsify, frame: Frame) -> None:
+    names = engine.schemes_of(frame, step)
+    sites = [site for n in range(frame.count) for site in frame.sites(n) if site.name in names]
+    if not sites:
+        raise ModelMalformed("`ignore` leaves no linear layer to prune", param=param_of(spec, "ignore", step))
+    with params_named(spec, step):
+        refuse_torn_pattern(step, {site.name: site.columns for site in sites})
+        refuse_too_large_for_self(spec, step, frame)
 
 
 def run(inputs: Inputs, notify: Notify, team: Team = SOLO) -> Outcome:
@@ -130,7 +146,7 @@ def follow(spec: JobSpec, team: Team) -> None:
     for step in spec.steps:
         if isinstance(step, Train):
             follow_training(team, spec, step)
-        elif isinstance(step, Quantize):
+        elif isinstance(step, Compress):
             follow_quantizing(team, step)
 
 
@@ -163,10 +179,22 @@ def _after_merging(
 ) -> Outcome:
     """The other steps. completed: adds to the report what came before."""
     if training is None:
-        return run_quantization(inputs, clock, notify, team, completed)
+        return _compressing(inputs, clock, notify, team, completed)
     with params_named(inputs.spec, training):
         if training is inputs.spec.steps[-1]:
             return run_training(inputs, training, clock, notify, team, completed)
         done = trained(inputs, training, inputs.work / "adapter", inputs.work / "whole", clock, notify, team)
     following = for_what_follows(inputs, done)
-    return run_quantization(following, clock, notify, team, lambda report: completed(added(report, inputs, done)))
+    return _compressing(following, clock, notify, team, lambda report: completed(added(report, inputs, done)))
+
+
+def _compressing(
+    inputs: Inputs, clock: Clock, notify: Notify, team: Team, completed: Callable[[Report], Report]
+) -> Outcome:
+    """The steps that go through the model block by block: the one that quantizes, if two."""
+    first = inputs.spec.compressing[0]
+    if not isinstance(first, Sparsify) or first is inputs.spec.steps[-1]:
+        return run_compression(inputs, clock, notify, team, completed)
+    done = prune.pruned(inputs, first, clock, notify, team)
+    following = prune.for_what_follows(inputs, done)
+    return run_compression(following, clock, notify, team, lambda report: completed(prune.added(report, inputs, done)))

@@ -1,4 +1,4 @@
-"""Weights in a 16-bit type, as they are."""
+"""Weights as they are: in a 16-bit type, or in the model's own."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ TYPES: dict[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfl
 
 @dataclass(frozen=True)
 class Plain:
-    """weight: (out, in), float16 or bfloat16."""
+    """weight: (out, in), of a floating-point type."""
 
     weight: Tensor
     scheme: Scheme

@@ -1,4 +1,4 @@
-"""What a quantize step leaves in its work directory: the codes of every linear, one file for each decoder block."""
+"""What a step that compresses leaves in its work directory: the codes of every linear, one file a decoder block."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from models.codes import Encoded, restored
 from models.safetensors_file import Entry, read, read_header
+from squeeze.compressing import Compress
 from squeeze.schemes import Scheme
-from squeeze.steps import Quantize
 
 CHANGED = "changed/"  # before the name of a tensor that is no code
 
@@ -39,7 +39,7 @@ class QuantizedModel:
     """
 
     directory: Path
-    step: Quantize
+    step: Compress
     sites: dict[str, Site]
     schemes: dict[str, Scheme]
     ignored: tuple[str, ...]

@@ -1,6 +1,6 @@
 """What the calibration inputs of a linear tell, collected by the engine as they pass.
 
-Linears that read the same input share one. A method asks for what it needs (`Quantize.statistics`); nothing else is
+Linears that read the same input share one. A method asks for what it needs (`Compress.statistics`); nothing else is
 collected.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.team import Team
-from squeeze.steps import Statistic
+from squeeze.compressing import Statistic
 
 TILE = 256  # rows of a Hessian that are summed at once
 WIDE_TILE = 1024

@@ -21,34 +21,37 @@ from models.progress import Notify, Silent
 from models.rotation import Rotated
 from models.snapshots import SNAPSHOT_SECONDS
 from models.team import Team
+from squeeze.compressing import Compress
 from squeeze.report import Text
 from squeeze.schemes import Scheme
-from squeeze.steps import Quantize
 
 
 @dataclass(frozen=True)
 class Frames:
-    """reference: the model as it is. result: what is compressed, which a cast, a rotation or K-quants change first.
+    """reference: the original. result: what is compressed, which a cast, a rotation or K-quants change first.
 
-    turned: the rotated source. target: the type of a cast.
+    turned: the rotated source. target: the type of a cast. source: the model that the step is given.
     """
 
     reference: Frame
     result: Frame
     turned: Rotated | None
     target: torch.dtype | None
+    source: SourceModel
 
 
-def frames_of(source: SourceModel, step: Quantize, device: torch.device) -> Frames:
-    reference = Frame(source, compute_dtype(source.dtype, device), device)
+def frames_of(source: SourceModel, step: Compress, device: torch.device, original: SourceModel | None = None) -> Frames:
+    """original: what the result is compared with, where that isn't the source."""
+    own = Frame(source, compute_dtype(source.dtype, device), device)
+    reference = own if original is None else Frame(original, compute_dtype(original.dtype, device), device)
     target = TYPES.get(step.scheme().element)
-    result = reference if target is None else Frame(source, compute_dtype(target, device), device, stored=target)
-    turned = None if step.rotation is None else Rotated.of(source)
+    result = own if target is None else Frame(source, compute_dtype(target, device), device, stored=target)
+    turned = Rotated.of(source) if step.rotates else None
     if turned is not None:
-        result = Frame(turned, reference.dtype, device)
+        result = Frame(turned, own.dtype, device)
     if step.scheme().element == "ggml":
-        result = Frame(RoundedEnds.of(result), reference.dtype, device)
-    return Frames(reference, result, turned, target)
+        result = Frame(RoundedEnds.of(result), own.dtype, device)
+    return Frames(reference, result, turned, target, source)
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -60,7 +63,7 @@ def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 def lead(
     team: Team,
     frames: Frames,
-    step: Quantize,
+    step: Compress,
     calibration: Tensor | None,
     windows: Windows | None,
     directory: Path,
@@ -77,7 +80,8 @@ def lead(
     with team.together():
         team.tell(
             {
-                "source": str(frames.reference.source.path.absolute()),
+                "source": str(frames.source.path.absolute()),
+                "original": str(frames.reference.source.path.absolute()),
                 "directory": str(directory.absolute()),
                 "fingerprint": fingerprint,
                 "schemes": None if schemes is None else {name: asdict(scheme) for name, scheme in schemes.items()},
@@ -103,12 +107,13 @@ def lead(
         )
 
 
-def follow(team: Team, step: Quantize) -> None:
+def follow(team: Team, step: Compress) -> None:
     """Waits for the leader, and does one process's share of the step. The result is the leader's."""
     with team.together():
         told = team.tell(None)
         calibration, ids = team.tensors({}).get("calibration"), team.tensors({}).get("windows")
-        frames = frames_of(open_model(Path(told["source"])), step, team.device)
+        source, original = (open_model(Path(told[name])) for name in ("source", "original"))
+        frames = frames_of(source, step, team.device, None if original.path == source.path else original)
         schemes = told["schemes"]
         engine.quantize(
             frames.result,

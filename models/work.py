@@ -3,10 +3,10 @@
 from collections.abc import Collection
 
 from models.checkpoint import SourceModel
+from squeeze.compressing import Compress
 from squeeze.distillation import Distill
 from squeeze.distillation_work import Lessons, counted_distillation
 from squeeze.specs import JobSpec
-from squeeze.steps import Quantize
 from squeeze.trainable import learned
 from squeeze.work import counted
 
@@ -24,6 +24,12 @@ def work_of_distilling(
     return {stage: count.whole for stage, count in counts.items()}
 
 
+def work_of(source: SourceModel, spec: JobSpec, step: Compress) -> dict[str, float]:
+    """Operations by stage of one step that compresses, as if it ended the job."""
+    alone = spec.model_copy(update={"steps": (step,)})
+    return {name: count.whole for name, count in counted(source.shape(step.ignore), alone).items()}
+
+
 def ahead(
     work: dict[str, float], source: SourceModel, spec: JobSpec, done: Collection[str] = BEFORE_TRAINING
 ) -> dict[str, float]:
@@ -32,7 +38,7 @@ def ahead(
     """
     left = {stage: each for stage, each in work.items() if stage not in done}
     for step in spec.steps:
-        if isinstance(step, Quantize):
+        if step is spec.steps[-1] and isinstance(step, Compress):
             left = summed(left, {name: count.whole for name, count in counted(source.shape(step.ignore), spec).items()})
     return left
 

@@ -19,6 +19,7 @@ from squeeze.distillation import DISTILLING_METHODS, Distill, Student  # noqa: E
 from squeeze.finetuning import TRAINING_METHODS  # noqa: E402
 from squeeze.formats import CAPACITIES, Capacity, holders  # noqa: E402
 from squeeze.merging import MERGING_METHODS, Entry, Merge  # noqa: E402
+from squeeze.sparsifying import SPARSIFYING_METHODS, Sparsify  # noqa: E402
 from squeeze.steps import METHODS, Grouped, Method, Quantize, tag_of  # noqa: E402
 from squeeze.training import Train  # noqa: E402
 
@@ -30,6 +31,7 @@ MARKS = {
         "<!-- End of the distilling methods. -->",
     ),
     "merging": ("<!-- Merging: written by scripts/document_methods.py. -->", "<!-- End of the merging methods. -->"),
+    "zeroing": ("<!-- Zeroing: written by scripts/document_methods.py. -->", "<!-- End of the zeroing methods. -->"),
     "methods": ("<!-- Methods: written by scripts/document_methods.py. -->", "<!-- End of the methods. -->"),
     "formats": ("<!-- Formats: written by scripts/document_methods.py. -->", "<!-- End of the formats. -->"),
 }
@@ -43,6 +45,7 @@ def page() -> str:
         "training": _training(),
         "distilling": _distilling(),
         "merging": _merging(),
+        "zeroing": _zeroing(),
         "formats": _formats(),
     }
     for name, made in made_of.items():
@@ -98,6 +101,14 @@ def _merging() -> str:
     return "\n\n".join(parts)
 
 
+def _zeroing() -> str:
+    parts = ["Every method takes:\n\n" + _table(Sparsify, ())]
+    for method in SPARSIFYING_METHODS:
+        about = f"### {_name(method)}\n\n{inspect.getdoc(method)}"
+        parts.append("\n\n".join(filter(None, (about, _table(method, Sparsify.model_fields)))))
+    return "\n\n".join(parts)
+
+
 def _formats() -> str:
     rows = [
         f"| `{name}` | {_held(capacity) or 'what was learned, without the model'} | {', '.join(capacity.consumers)} |"
@@ -109,12 +120,15 @@ def _formats() -> str:
 def _held(capacity: Capacity) -> str:
     told = []
     for held in capacity.held:
-        bits = "" if held.element in {"float16", "bfloat16"} else f", {_numbers(held.bits)} bits"
-        groups = "" if held.element in {"float16", "bfloat16", "ggml"} else f", groups {_numbers(held.group_sizes)}"
+        bits = "" if held.element in {"float16", "bfloat16", "dense"} else f", {_numbers(held.bits)} bits"
+        groups = (
+            "" if held.element in {"float16", "bfloat16", "ggml", "dense"} else f", groups {_numbers(held.group_sizes)}"
+        )
         zero = ", zero points" if held.asymmetric else ""
         rounded = [one for one in held.activations if one]
         activations = f", activations {' or '.join(rounded)}" if rounded else ""
-        told.append(f"{held.element}{bits}{groups}{zero}{activations}")
+        element = "any type as it is" if held.element == "dense" else held.element
+        told.append(f"{element}{bits}{groups}{zero}{activations}")
     return "; ".join(told)
 
 

@@ -6,11 +6,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from squeeze.compressing import Compress
 from squeeze.errors import FormatUnfit
 from squeeze.finetuning import Adapters, QLoRA
 from squeeze.merging import Merge
 from squeeze.schemes import Activations, Element, Group, Scheme
-from squeeze.steps import CODE_BITS, Format, Grouped, Quantize
+from squeeze.steps import CODE_BITS, Format, Grouped
 from squeeze.training import Train
 
 
@@ -64,7 +65,11 @@ CAPACITIES: dict[Format, Capacity] = {
         consumers=("transformers",),
     ),
     "safetensors": Capacity(
-        held=(Held("bfloat16", (16,), ("channel",)), Held("float16", (16,), ("channel",))),
+        held=(
+            Held("bfloat16", (16,), ("channel",)),
+            Held("float16", (16,), ("channel",)),
+            Held("dense", (16, 32, 64), ("channel",)),
+        ),
         consumers=("transformers", "vllm"),
     ),
     "gguf": Capacity(
@@ -127,10 +132,10 @@ def refuse_unfit(steps: Sequence[object], formats: Sequence[Format]) -> None:
             param="formats",
         )
     for number, step in enumerate(steps):
-        if not isinstance(step, Quantize):
+        if not isinstance(step, Compress) or step is not steps[-1]:  # what another goes on with is in no format
             continue
         for name in formats:
-            if step.kv_cache is not None and not CAPACITIES[name].kv_cache:
+            if step.scales_cache and not CAPACITIES[name].kv_cache:
                 able = ", ".join(one for one, capacity in CAPACITIES.items() if capacity.kv_cache)
                 raise FormatUnfit(
                     f"{name} can't hold scales of a key/value cache; {able} can. Leave `kv_cache` or {name} out.",

@@ -7,10 +7,12 @@ takes of formats that must be loaded whole.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from squeeze.compressing import Compress
 from squeeze.formats import CAPACITIES
 from squeeze.shapes import Block, Group, Shape
+from squeeze.sparsifying import Sparsify
 from squeeze.specs import SELF, JobSpec
-from squeeze.steps import QAT, Format, Quantize, SmoothQuant
+from squeeze.steps import QAT, Format, SmoothQuant
 from squeeze.work import LEARNED_SEQUENCES, SAMPLED_ROWS, Tokens
 
 PIECES = 1.1  # what is freed in pieces between others, and not given back at once
@@ -78,7 +80,7 @@ class Memory:
 
 def needed(shape: Shape, spec: JobSpec, result_bytes: Mapping[Format, int] | None = None) -> Memory:
     """The memory of a job. result_bytes: of the weight files, by format; without them no certifier is counted."""
-    step = next(step for step in spec.steps if isinstance(step, Quantize))
+    step = spec.compressing[-1]
     tokens = Tokens.of(shape, spec, step)
     each = shape.computed_bytes
     first = step.begun if isinstance(step, QAT) else step
@@ -118,7 +120,7 @@ class _Inside:
     half_way: int
 
     @classmethod
-    def of(cls, block: Block, shape: Shape, step: Quantize, tokens: Tokens) -> "_Inside":
+    def of(cls, block: Block, shape: Shape, step: Compress, tokens: Tokens) -> "_Inside":
         each, twin = shape.computed_bytes, "drift" in step.wanted()
         own = block.elements * each * (2 if twin else 1) + block.weights
         batch = min(max(BATCH_TOKENS, tokens.length), max(tokens.calibration, tokens.windows))
@@ -136,7 +138,7 @@ class _Inside:
         return largest
 
 
-def _solving(group: Group, step: Quantize) -> int:
+def _solving(group: Group, step: Compress) -> int:
     """The joined weights of all linears that read one input, their statistics, and what the method makes of them."""
     weights, square = group.weights, FLOAT * group.columns**2
     gptq = step.method == "gptq" or (isinstance(step, SmoothQuant) and step.rounding == "gptq")
@@ -148,12 +150,22 @@ def _solving(group: Group, step: Quantize) -> int:
         return max(4 * square + (1 * weights + 8 * few) * FLOAT, 3 * square + 6 * FLOAT * weights)
     if step.method == "kquant":
         return max(rounding, square + (2 * FLOAT + 2) * weights)
+    if isinstance(step, Sparsify):
+        return _zeroing(group, step)
     if step.method == "hqq":
         return 9 * FLOAT * weights
     return (3 * FLOAT + 1) * weights  # the weights, rounded in two steps, the codes
 
 
-def _keeping(group: Group, step: Quantize, each: int) -> int:
+def _zeroing(group: Group, step: Sparsify) -> int:
+    """Weights, result; of one linear scores, their copy in order with places, what goes; or, fed back, it thrice."""
+    one = max(group.rows) * group.columns
+    if step.method == "sparsegpt":
+        return 2 * FLOAT * group.columns**2 + (FLOAT + 2) * group.weights + 4 * FLOAT * one
+    return (FLOAT + 2) * group.weights + (2 * FLOAT + 8 + 2) * one
+
+
+def _keeping(group: Group, step: Compress, each: int) -> int:
     """While one of the linears is compared with what it was."""
     one = max(group.rows) * group.columns
     hessian = FLOAT * group.columns**2 if "hessian" in step.wanted() else 0
@@ -188,7 +200,7 @@ def _training(shape: Shape, step: QAT, tokens: Tokens) -> int:
     return whole + LEARNED_SCALE_BYTES * scales + work
 
 
-def _ends(shape: Shape, step: Quantize, tokens: Tokens) -> int:
+def _ends(shape: Shape, step: Compress, tokens: Tokens) -> int:
     logits = LOGIT_SLICES * _slice(shape, tokens, LOGIT_BYTES) if tokens.windows else 0
     rounded = shape.outside * (2 * FLOAT + 1) if step.scheme().element == "ggml" else 0  # as they will be stored
     return shape.outside * shape.computed_bytes + logits + rounded

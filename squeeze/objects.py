@@ -78,6 +78,9 @@ class Result(Answer):
     bits_per_weight: float | None = Field(
         description="Of the compressed linears, scales and zeros counted in. Null where nothing was quantized."
     )
+    sparsity: float | None = Field(
+        None, description="Share of all parameters that a step set to zero. They take as many bytes as before."
+    )
     perplexity_before: float | None = None
     perplexity_after: float | None = None
     divergence_nats: float | None = Field(None, description="Mean KL(original ‖ result) a token.")

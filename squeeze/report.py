@@ -70,6 +70,10 @@ class Layer(Part):
     relative_error: float = Field(description="tr(ΔW H ΔWᵀ) / tr(W H Wᵀ); H = identity where no data was used.")
     damping: float | None = None
     damping_escalations: int = 0
+    sparsity: float | None = Field(None, description="Share of its weights that are zero, where a step zeroes weights.")
+    zeros_kept: float | None = Field(
+        None, description="Share of the zeros that it came with that are still zero, where it came with many."
+    )
     instead: str | None = Field(None, description="What compressed it where the method itself could not, and why.")
     cast: Cast | None = Field(None, description="Of a cast alone.")
 
@@ -105,6 +109,30 @@ class Allocation(Part):
     divergence_nats: float = Field(description="Predicted for this choice; the measured one is in `quality`.")
     layers: list[Allotment]
     curve: list[Optimum] = Field(description="Of other budgets, from the least to the most bits.")
+
+
+class Sparsity(Part):
+    """What a step that zeroes weights did, counted on what was written, read back."""
+
+    method: str
+    pattern: str | None
+    target: float = Field(description="Share of each layer's weights.")
+    layers: int
+    weights: int = Field(description="Of these layers.")
+    zeros: int = Field(description="Among them.")
+    reached: float = Field(description="Zeros over weights of these layers.")
+    of_model: float = Field(description="The same zeros over all parameters.")
+    rows_checked: int | None = Field(
+        description="Rows, all of which hold to the pattern, so that kernels that use it take them. Null without."
+    )
+    weight_bytes: int = Field(description="As written: what the zeros take is no less than what was there.")
+    zstd_bytes: int = Field(description="Of the same weights under zstd, level 3: what storage or transfer could save.")
+    zstd_bytes_before: int = Field(description="Of the source's weights under zstd.")
+    zstd_share_read: float = Field(description="Of either, what was compressed to know; 1: all of it.")
+    zeros_kept: float | None = Field(
+        None, description="Where a step that quantizes follows: share of the zeros that are zero in its result."
+    )
+    quality: Quality | None = Field(None, description="With zeros alone, where a step that quantizes follows.")
 
 
 class Rotation(Part):
@@ -359,6 +387,7 @@ class Report(Part):
     )
     rotation: Rotation | None = Field(None, description="Of `rotation` alone.")
     allocation: Allocation | None = Field(None, description="Of bits `auto` alone.")
+    sparsity: Sparsity | None = Field(None, description="Of a step that zeroes weights alone.")
     sizes: list[Size]
     blocks: list[Block]
     damping_escalations: int = Field(description="How often a factorisation failed and was tried with more damping.")

@@ -7,7 +7,7 @@ the product method × format know nothing else of each other.
 from dataclasses import dataclass
 from typing import Literal
 
-Element = Literal["int", "float8", "float4", "nf4", "ggml", "float16", "bfloat16"]
+Element = Literal["int", "float8", "float4", "nf4", "ggml", "float16", "bfloat16", "dense"]
 Activations = Literal["int8", "llm-int8", "float8", "float8-static"]
 Group = int | Literal["channel", "tensor"]
 
@@ -17,7 +17,8 @@ class Scheme:
     """One way to store a linear's weights.
 
     element: of one code: `int` (0 … 2^bits − 1 with a zero point), `float8` (E4M3), `float4` (E2M1), `nf4`
-    (NormalFloat, arXiv 2305.14314 §3), `ggml` (blocks as llama.cpp defines them) or a 16-bit type as it is.
+    (NormalFloat, arXiv 2305.14314 §3), `ggml` (blocks as llama.cpp defines them), a 16-bit type as it is, or
+    `dense` (the type of the model, of so many bits).
     bits: of one code, without scales. group_size: input columns that share a scale; `channel`: an output row,
     `tensor`: all. symmetric: no zero points are stored.
     activations: how a consumer rounds what the linear reads, before it multiplies: `int8` and `float8` with a scale a
@@ -60,6 +61,7 @@ SCALE_BITS: dict[Element, int] = {
     "ggml": 0,
     "float16": 0,
     "bfloat16": 0,
+    "dense": 0,
 }
 
 # Of one weight, with everything that its block stores (ggml-common.h: block_q2_K and so on).

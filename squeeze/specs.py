@@ -10,12 +10,14 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, field_validator, model_validator
 
+from squeeze.compressing import Compress
 from squeeze.descent import Auto, or_auto
 from squeeze.distillation import Distill, Hidden, OnPolicy
 from squeeze.finetuning import Adapters, Finetune, Head, QLoRA
 from squeeze.formats import holders
 from squeeze.merging import Merge
 from squeeze.names import names_a_model
+from squeeze.sparsifying import Sparsify
 from squeeze.steps import QAT, Format, Quantize, Step
 from squeeze.training import Train
 from squeeze.wire import Wire
@@ -174,7 +176,7 @@ def _default_formats(fields: dict[str, Any]) -> tuple[Format, ...]:
         return ("safetensors",)  # an adapter would go with a merged model that is not written
     if isinstance(last, Train | Merge):
         return last.formats
-    schemes = [step.scheme() for step in fields.get("steps", ()) if isinstance(step, Quantize)]
+    schemes = [step.scheme() for step in fields.get("steps", ()) if isinstance(step, Compress)]
     return (holders(schemes[-1]) if schemes else ())[:1] or ("compressed-tensors",)
 
 
@@ -214,6 +216,11 @@ class JobSpec(Wire):
         return named
 
     @property
+    def compressing(self) -> tuple[Compress, ...]:
+        """The steps that go through the model block by block, in their order."""
+        return tuple(step for step in self.steps if isinstance(step, Compress))
+
+    @property
     def label_column(self) -> str | None:
         """The field of a record that holds its label, where a step learns labels."""
         return next((step.label_column for step in self.steps if isinstance(step, Head)), None)
@@ -251,6 +258,18 @@ class JobSpec(Wire):
                 raise ValueError(f"{step.method} works on whole blocks, which GPUs can't share: set limits.gpus to 1")
             if isinstance(step, QAT) and self.limits.gpus > 1:
                 raise ValueError(f"{step.method} trains on one GPU: set limits.gpus to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _zeroes_once_before_quantizing(self) -> Self:
+        zeroing = [n for n, step in enumerate(self.steps) if isinstance(step, Sparsify)]
+        if len(zeroing) > 1:
+            raise ValueError(f"steps {zeroing} all zero weights: keep one of them, with the share that you want")
+        if zeroing and not all(isinstance(step, Quantize) for step in self.steps[zeroing[0] + 1 :]):
+            raise ValueError(
+                "the step after one that zeroes weights would fill the zeros again: only a step that quantizes may "
+                "follow it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,47 +1,37 @@
 """The steps of a job, one class per method: what it takes, with units, ranges and defaults.
 
-Those that quantize are here, those that finetune in `squeeze.finetuning`, those that distill in `squeeze.distillation`,
-those that merge in `squeeze.merging`. A method is found by its name: `kind` and `method` are the folder and the file in
-`models/` (`quantize`, `gptq` -> `models/quantize/gptq.py`). A new method adds its class and that file, nothing else.
+Those that quantize are here, those that zero weights in `squeeze.sparsifying`, those that finetune in
+`squeeze.finetuning`, those that distill in `squeeze.distillation`, those that merge in `squeeze.merging`. A method is
+found by its name: `kind` and `method` are the folder and the file in `models/` (`quantize`, `gptq` ->
+`models/quantize/gptq.py`). A new method adds its class and that file, nothing else.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from squeeze.compressing import Compress, Statistic
 from squeeze.distillation import DISTILLING_METHODS
 from squeeze.finetuning import TRAINING_METHODS
 from squeeze.merging import MERGING_METHODS, Merge
 from squeeze.schemes import Activations, Scheme
+from squeeze.sparsifying import SPARSIFYING_METHODS, Sparsify
 from squeeze.training import Rounded, Train
-from squeeze.wire import Wire
 
-Kind = Literal["quantize", "finetune", "distill", "merge"]
+Kind = Literal["quantize", "prune", "finetune", "distill", "merge"]
 Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx", "gguf", "peft"]
 GroupSize = Literal[32, 64, 128, "channel"]
-Statistic = Literal["moments", "hessian", "drift"]
 Mixture = Literal["q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"]
 
 CODE_BITS = (2, 3, 4, 8)  # of the integer codes of `Grouped`
 USUAL_BITS = 4
 
 
-class Quantize(Wire):
-    """What every weight quantization shares.
-
-    What a method needs of the calibration inputs of each linear is `statistics`: per-column `moments`, the `hessian`,
-    their `drift` from what the linear would read in the uncompressed model, or nothing. A method that works on whole
-    blocks (`by_block`) sees the inputs themselves.
-    """
+class Quantize(Compress):
+    """What every weight quantization shares."""
 
     kind: Literal["quantize"] = "quantize"
     method: str
-    ignore: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(
-        (),
-        max_length=64,
-        description="Linear layers to leave in 16 bits: shell patterns over their full names, for example "
-        "`model.layers.0.*` or `*.down_proj`. Embeddings, norms and the output head are always left alone.",
-    )
     kv_cache: Literal["fp8"] | None = Field(
         None,
         description="`fp8`: keys and values are cached in 8 bits by engines that can (vLLM), with a scale a layer that "
@@ -53,26 +43,14 @@ class Quantize(Wire):
         "outliers are spread; the function stays the same and the result loads like any other. A tied output head is "
         "written apart from the embedding, so that the result grows. Left out: weights are rounded as they are.",
     )
-    statistics: ClassVar[frozenset[Statistic]] = frozenset()
-    by_block: ClassVar[bool] = False
-
-    def wanted(self) -> frozenset[Statistic]:
-        """The statistics that this step needs, where its options decide."""
-        return self.statistics
 
     @property
-    def reads_inputs(self) -> bool:
-        """Whether it looks at what the layers that it compresses are given."""
-        return bool(self.wanted()) or self.by_block or self.kv_cache is not None
+    def scales_cache(self) -> bool:
+        return self.kv_cache is not None
 
     @property
-    def needs_calibration(self) -> bool:
-        """Whether it looks at text."""
-        return self.reads_inputs
-
-    def scheme(self) -> Scheme:
-        """How a linear's weights are stored, where nothing makes an exception."""
-        raise TypeError(f"{type(self).__name__} says no scheme")
+    def rotates(self) -> bool:
+        return self.rotation is not None
 
 
 class Grouped(Quantize):
@@ -373,8 +351,8 @@ METHODS: tuple[type[Quantize], ...] = (
     KQuant,
 )
 
-Method = type[Quantize] | type[Train] | type[Merge]
-STEPS: tuple[Method, ...] = (*METHODS, *TRAINING_METHODS, *DISTILLING_METHODS, *MERGING_METHODS)
+Method = type[Quantize] | type[Sparsify] | type[Train] | type[Merge]
+STEPS: tuple[Method, ...] = (*METHODS, *SPARSIFYING_METHODS, *TRAINING_METHODS, *DISTILLING_METHODS, *MERGING_METHODS)
 
 
 def _tag(value: Any) -> str | None:
@@ -390,6 +368,6 @@ def tag_of(method: Method) -> str:
 
 
 if TYPE_CHECKING:
-    Step = Quantize | Train | Merge
+    Step = Quantize | Sparsify | Train | Merge
 else:
     Step = Annotated[Union[tuple(Annotated[one, Tag(tag_of(one))] for one in STEPS)], Discriminator(_tag)]  # noqa: UP007 - of as many as there are

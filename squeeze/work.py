@@ -9,10 +9,12 @@ linearly in the blocks but for what is said to be fixed. `squeeze.pace` makes se
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from squeeze.compressing import Compress
 from squeeze.formats import CAPACITIES, candidates
 from squeeze.shapes import Block, Group, Shape
+from squeeze.sparsifying import SparseGPT, Sparsify
 from squeeze.specs import SELF, JobSpec
-from squeeze.steps import AWQ, GPTQ, HQQ, QAT, AutoRound, Grouped, KQuant, Quantize, SmoothQuant
+from squeeze.steps import AWQ, GPTQ, HQQ, QAT, AutoRound, Format, Grouped, KQuant, SmoothQuant
 
 # In which a core of the reference machine does 40 operations of a product of two bfloat16 matrices of usual size.
 VISIT = 40.0
@@ -44,6 +46,9 @@ SAMPLED_ROWS = 1024  # on which AWQ judges a scale
 CLIP_STEPS = 20
 LEARNED_SEQUENCES = 8  # that a step of AutoRound looks at
 LEARN_VISITS = 40  # of a weight in such a step
+CHOOSING_VISITS = 16  # of a weight, until it is known whether it becomes zero
+ZSTD = 500.0  # of a byte, of source and result, whose size under zstd is measured
+ZSTD_BYTES = 1 << 30  # of each, at the most
 SKETCHED_TOKENS = (16, 512)  # sequences, and tokens of each, that gradients are taken on
 SKETCH_ROWS = 128
 CERTIFIED = (16, 8192)  # windows, and tokens of all together, that a certifying process scores
@@ -63,10 +68,22 @@ class Count:
     def whole(self) -> float:
         return self.fixed + self.blocks
 
+    def plus(self, other: "Count") -> "Count":
+        return Count(self.fixed + other.fixed, self.blocks + other.blocks)
+
 
 def counted(shape: Shape, spec: JobSpec) -> dict[str, Count]:
-    """The work of a job on a model of that shape, by stage; a stage that the job doesn't have is left out."""
-    step = next(step for step in spec.steps if isinstance(step, Quantize))
+    """The work of a job's steps that compress, by stage, on a model of that shape; a stage without work is left out."""
+    found: dict[str, Count] = {}
+    for step in spec.compressing:
+        formats: tuple[Format, ...] = spec.formats if step is spec.steps[-1] else ("safetensors",)
+        alone = spec.model_copy(update={"steps": (step,), "formats": formats})
+        for stage, count in _counted(shape, alone, step, last=step is spec.steps[-1]).items():
+            found[stage] = found.get(stage, Count()).plus(count)
+    return found
+
+
+def _counted(shape: Shape, spec: JobSpec, step: Compress, *, last: bool) -> dict[str, Count]:
     tokens = Tokens.of(shape, spec, step)
     stages = {"loading": _loading(shape, spec, step, tokens)}
     if isinstance(step, Grouped) and step.bits == "auto":
@@ -77,7 +94,8 @@ def counted(shape: Shape, spec: JobSpec) -> dict[str, Count]:
     if tokens.windows:
         stages["evaluating"] = _evaluating(shape, tokens)
     stages["exporting"] = _exporting(shape, spec, step)
-    stages["certifying"] = _certifying(shape, spec, tokens)
+    if last:
+        stages["certifying"] = _certifying(shape, spec, tokens)
     return stages
 
 
@@ -93,14 +111,14 @@ class Tokens:
     windows: int
 
     @classmethod
-    def of(cls, shape: Shape, spec: JobSpec, step: Quantize) -> "Tokens":
+    def of(cls, shape: Shape, spec: JobSpec, step: Compress) -> "Tokens":
         length = min(spec.data.length, shape.positions or spec.data.length)
         evaluated = spec.evaluation.perplexity or spec.evaluation.divergence
         sampled = spec.data.samples * length * step.needs_calibration
         return cls(length, sampled, sampled * step.reads_inputs, spec.evaluation.samples * length * evaluated)
 
 
-def _loading(shape: Shape, spec: JobSpec, step: Quantize, tokens: Tokens) -> Count:
+def _loading(shape: Shape, spec: JobSpec, step: Compress, tokens: Tokens) -> Count:
     """Texts to tokens; a model that samples its own reads all its weights for every token of so many sequences."""
     fixed, blocks = TEXTS + TOKEN * (tokens.sampled + tokens.windows), 0.0
     if spec.data.source == SELF and step.needs_calibration:
@@ -131,7 +149,7 @@ def _allotting(shape: Shape, spec: JobSpec, step: Grouped, tokens: Tokens) -> Co
     return Count(3 * some * of_head(shape) + shape.outside * shape.stored_bytes * BYTE, blocks)
 
 
-def _compressing(shape: Shape, step: Quantize, tokens: Tokens) -> Count:
+def _compressing(shape: Shape, step: Compress, tokens: Tokens) -> Count:
     fixed = shape.outside * shape.stored_bytes * BYTE + (tokens.calibration + tokens.windows) * shape.hidden * VISIT
     passes = [step.begun, step] if isinstance(step, QAT) else [step]  # the second with what was learned
     blocks = sum(of_block(block, shape, one, tokens) for one in passes for block in shape.blocks)
@@ -150,7 +168,7 @@ def _training(shape: Shape, step: QAT, tokens: Tokens) -> Count:
     return Count((2 + step.distill) * seen * of_head(shape), blocks)
 
 
-def of_block(block: Block, shape: Shape, step: Quantize, tokens: Tokens) -> float:
+def of_block(block: Block, shape: Shape, step: Compress, tokens: Tokens) -> float:
     """Operations of one block's compression, with the windows that run through it before and after."""
     passes = 0 if not tokens.calibration else 3 if step.by_block else 2 if "drift" in step.wanted() else 1
     moved = passes * tokens.calibration + 2 * tokens.windows
@@ -183,7 +201,7 @@ def of_head(shape: Shape) -> float:
     return shape.vocabulary * (2 * shape.hidden + 4 * VISIT)
 
 
-def _gathering(group: Group, step: Quantize, tokens: int) -> float:
+def _gathering(group: Group, step: Compress, tokens: int) -> float:
     """Statistics of one input."""
     n, columns, wanted = tokens * group.share, group.columns, step.wanted()
     moments = 2 * VISIT * n * columns if "moments" in wanted or step.by_block else 0.0
@@ -191,14 +209,16 @@ def _gathering(group: Group, step: Quantize, tokens: int) -> float:
     return moments + hessian + (2 * n * columns**2 if "drift" in wanted else 0.0)
 
 
-def _solving(group: Group, step: Quantize) -> float:
+def _solving(group: Group, step: Compress) -> float:
     """From weights and statistics to codes: of all linears that read one input."""
     if isinstance(step, QAT):
         return 0.0  # known when it learned
+    if isinstance(step, Sparsify):
+        return _zeroing(group, step)
     return SOLVERS.get(type(step), _to_nearest)(group, step)
 
 
-def _to_nearest(group: Group, step: Quantize) -> float:
+def _to_nearest(group: Group, step: Compress) -> float:
     searched = TRIAL_VISITS if step.scheme().element == "int" else 0
     return (searched + ROUND_VISITS) * VISIT * group.weights
 
@@ -208,14 +228,14 @@ def _feeding_back(group: Group) -> float:
     return group.columns**3 / 3 + group.weights * group.columns + 3 * VISIT * group.columns**2
 
 
-def _gptq(group: Group, step: Quantize) -> float:
+def _gptq(group: Group, step: Compress) -> float:
     total = _feeding_back(group) + _to_nearest(group, step)
     if "drift" in step.wanted():  # a product, and two triangular systems
         total += 4 * group.weights * group.columns
     return total
 
 
-def _awq(group: Group, step: Quantize) -> float:
+def _awq(group: Group, step: Compress) -> float:
     """A scale by trying, each trial with clipped groups, then the clipping of all rows."""
     assert isinstance(step, AWQ)
     columns, rows = group.columns, sum(group.rows)
@@ -225,21 +245,26 @@ def _awq(group: Group, step: Quantize) -> float:
     return trials + rows * clip + ROUND_VISITS * VISIT * group.weights
 
 
-def _hqq(group: Group, step: Quantize) -> float:
+def _hqq(group: Group, step: Compress) -> float:
     assert isinstance(step, HQQ)
     return _to_nearest(group, step) if step.symmetric else SOLVER_VISITS * VISIT * group.weights
 
 
-def _smoothquant(group: Group, step: Quantize) -> float:
+def _smoothquant(group: Group, step: Compress) -> float:
     assert isinstance(step, SmoothQuant)
     return _gptq(group, step) if step.rounding == "gptq" else _to_nearest(group, step)
 
 
-def _kquant(group: Group, step: Quantize) -> float:  # noqa: ARG001 - all mixtures take about as long
+def _zeroing(group: Group, step: Compress) -> float:
+    choosing = CHOOSING_VISITS * VISIT * group.weights
+    return _feeding_back(group) + choosing if isinstance(step, SparseGPT) else choosing
+
+
+def _kquant(group: Group, step: Compress) -> float:  # noqa: ARG001 - all mixtures take about as long
     return _feeding_back(group) + (SEARCH_VISITS + ROUND_VISITS) * VISIT * group.weights
 
 
-SOLVERS: Mapping[type[Quantize], Callable[[Group, Quantize], float]] = {
+SOLVERS: Mapping[type[Compress], Callable[[Group, Compress], float]] = {
     GPTQ: _gptq,
     AWQ: _awq,
     HQQ: _hqq,
@@ -254,12 +279,13 @@ def _evaluating(shape: Shape, tokens: Tokens) -> Count:
     return Count(tokens.windows * (2 * of_head(shape) + compared) + shape.outside * shape.stored_bytes * BYTE)
 
 
-def _exporting(shape: Shape, spec: JobSpec, step: Quantize) -> Count:
+def _exporting(shape: Shape, spec: JobSpec, step: Compress) -> Count:
     each = KEEP_VISITS * VISIT + BYTE * (1 + step.scheme().bits / 8)
     rest = sum(block.elements - block.weights for block in shape.blocks)
     moved = 2 * shape.stored_bytes * BYTE
     blocks = len(spec.formats) * (each * shape.weights + moved * rest)
-    return Count(len(spec.formats) * moved * shape.outside, blocks)
+    zstd = 2 * ZSTD * min(shape.elements * shape.stored_bytes, ZSTD_BYTES) if isinstance(step, Sparsify) else 0.0
+    return Count(len(spec.formats) * moved * shape.outside + zstd, blocks)
 
 
 def _certifying(shape: Shape, spec: JobSpec, tokens: Tokens) -> Count:

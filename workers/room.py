@@ -5,8 +5,8 @@ from pathlib import Path
 
 from squeeze.errors import DiskFull
 from squeeze.merging import Merge
+from squeeze.sparsifying import Sparsify
 from squeeze.specs import JobSpec
-from squeeze.steps import Quantize
 
 _CODES_SHARE = 0.55  # of 16-bit weights: what the engine keeps between attempts, a byte a weight and scales
 _SOURCE_BITS = 16
@@ -42,13 +42,15 @@ def demand(
 
 
 def _written_bytes(spec: JobSpec, source_bytes: int) -> int:
-    bits = min((step.scheme().bits for step in spec.steps if isinstance(step, Quantize)), default=_SOURCE_BITS)
+    bits = min((step.scheme().bits for step in spec.compressing[-1:]), default=_SOURCE_BITS)
     return int(len(spec.formats) * source_bytes * min(1.0, bits / _SOURCE_BITS + _OVERHEAD_SHARE))
 
 
 def _made_bytes(spec: JobSpec, source_bytes: int) -> int:
     merged = source_bytes if isinstance(spec.steps[0], Merge) and len(spec.steps) > 1 else 0  # goes to the next step
-    return int(source_bytes * _CODES_SHARE) + merged + _written_bytes(spec, source_bytes)
+    zeroed = [step for step in spec.steps if isinstance(step, Sparsify)]  # kept as they are, and whole for a next step
+    kept = sum(source_bytes * (1 if step is spec.steps[-1] else 2) for step in zeroed)
+    return int(source_bytes * _CODES_SHARE) + merged + kept + _written_bytes(spec, source_bytes)
 
 
 def _held_bytes(scratch: Path) -> int:

@@ -8,8 +8,9 @@ import importlib
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from squeeze.architectures import ARCHITECTURES
+from squeeze.compressing import Compress
 from squeeze.formats import CAPACITIES
-from squeeze.steps import METHODS, tag_of  # what trains is imported by the jobs that do: peft takes 100 MB
+from squeeze.steps import STEPS, tag_of
 
 importlib.import_module("transformers.models.auto.modeling_auto")
 importlib.import_module("transformers.models.auto.tokenization_auto")
@@ -18,5 +19,6 @@ for _name in map(model_type_to_module_name, ARCHITECTURES):
 for _format, _capacity in CAPACITIES.items():
     if _capacity.held:
         importlib.import_module(f"models.formats.{_format.replace('-', '_')}")
-for _method in METHODS:
-    importlib.import_module(f"models.{tag_of(_method)}")
+for _method in STEPS:
+    if issubclass(_method, Compress):  # what trains is imported by the jobs that do: peft takes 100 MB
+        importlib.import_module(f"models.{tag_of(_method)}")

@@ -15,6 +15,7 @@ from api.merging import refuse_unlike
 from api.problems import refusals
 from api.routes import examples
 from api.service import Parts, Service
+from api.sparsifying import refuse_unprunable
 from jobs import lifecycle, views
 from jobs.places import checkpoints_prefix
 from jobs.queue import enqueue
@@ -103,6 +104,7 @@ def submit(
         directory_of(name, service.settings.model_roots, param, adapter=".models." in param)
     refuse_unusable(service, project, spec)
     refuse_unlike(service, project, spec)
+    refuse_unprunable(service, project, spec)
     body_hash = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
     with service.database.write() as session:
         record, created = lifecycle.submit(

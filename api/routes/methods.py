@@ -10,13 +10,14 @@ from fastapi import APIRouter
 from api.auth import Project
 from api.problems import refusals
 from squeeze.architectures import ARCHITECTURES, HELD_BY
+from squeeze.compressing import Compress
 from squeeze.errors import ServiceUnavailable, Unauthenticated
 from squeeze.finetuning import Adapters, Finetune, Head, QLoRA
 from squeeze.formats import CAPACITIES
 from squeeze.merging import Merge
 from squeeze.objects import Load, Method, Page
 from squeeze.schemes import Scheme
-from squeeze.steps import STEPS, Format, Quantize, tag_of
+from squeeze.steps import STEPS, Format, tag_of
 from squeeze.steps import Method as Step
 from squeeze.training import Train
 
@@ -39,13 +40,13 @@ def _method(step: Step) -> Method:
         description=inspect.getdoc(step) or "",
         parameters=step.model_json_schema(),
         architectures=list(ARCHITECTURES),
-        formats=_formats(usual.scheme()) if isinstance(usual, Quantize) else _trained_formats(usual),
+        formats=_formats(usual.scheme()) if isinstance(usual, Compress) else _trained_formats(usual),
         loads=[Load.model_validate(one) for one in _loads() if one.pop("method") == method],
         needs=_needs(usual),
     )
 
 
-def _needs(step: Quantize | Train | Merge) -> list[str]:
+def _needs(step: Compress | Train | Merge) -> list[str]:
     if isinstance(step, Merge):
         return ["models or adapters of one base"]
     if isinstance(step, Head):

@@ -149,7 +149,7 @@ def _input_activations(activations: Activations | None) -> dict[str, Any] | None
 
 
 def _kv_cache_scheme(quantized: QuantizedModel) -> dict[str, Any] | None:
-    if quantized.step.kv_cache is None:
+    if not quantized.step.scales_cache:
         return None
     return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 

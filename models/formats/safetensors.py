@@ -1,17 +1,27 @@
-"""A plain transformers directory in a 16-bit type: every floating-point tensor of the source, cast.
+"""A plain transformers directory: of a cast every floating-point tensor in a 16-bit type, of weights that an engine
+changed every tensor in its own.
 
-Tensors keep their names and order. What is no floating-point number, or what transformers keeps in float32 whatever the
-model's type, is copied.
+Tensors keep their names and order. Of a cast, what is no floating-point number, or what transformers keeps in float32
+whatever the model's type, is copied.
 """
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from models.casts import castable
 from models.checkpoint import SourceModel, open_model
-from models.formats.directory import COMPUTED, without_private, write_companions, write_json, written_whole
+from models.formats.directory import (
+    COMPUTED,
+    pieces_of,
+    skeleton_of,
+    without_private,
+    write_companions,
+    write_json,
+    written_whole,
+)
 from models.formats.shards import SHARD_BYTES, Piece, write_shards
 from models.frame import Frame
 from models.plain import TYPES, Plain, saturated
@@ -29,10 +39,14 @@ def write(
 ) -> None:
     """Writes a directory that every loader of the source loads as it is.
 
-    Read from the source, not from the codes: a cast of a tensor is the same wherever it is made, and embeddings and
-    norms, which the engine does not compress, are cast as well.
+    A cast is read from the source, not from the codes: a cast of a tensor is the same wherever it is made, and
+    embeddings and norms, which the engine does not compress, are cast as well.
     """
-    dtype = TYPES[quantized.step.scheme().element]
+    element = quantized.step.scheme().element
+    if element == "dense":
+        _write_dense(source, quantized, out, notify, shard_bytes)
+        return
+    dtype = TYPES[element]
     with written_whole(out) as partial:
         write_companions(source, partial)
         config = without_private(source.config)
@@ -51,8 +65,30 @@ def read(out: Path, module: str) -> Plain:
     frame = Frame(model, torch.float32, torch.device("cpu"))
     site = next(site for n in range(frame.count) for site in frame.sites(n) if site.name == module)
     weight = model.tensor(model.module_key(module, "weight"))
-    element: Element = "float16" if weight.dtype == torch.float16 else "bfloat16"
-    return Plain(weight.t().contiguous() if site.transposed else weight, Scheme(element, 16, "channel"))
+    elements: dict[torch.dtype, Element] = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+    scheme = Scheme(elements.get(weight.dtype, "dense"), 8 * weight.dtype.itemsize, "channel")
+    return Plain(weight.t().contiguous() if site.transposed else weight, scheme)
+
+
+def _write_dense(source: SourceModel, quantized: QuantizedModel, out: Path, notify: Notify, shard_bytes: int) -> None:
+    """Of a step that changed weights and not their type."""
+
+    def site_piece(site: Site) -> Piece:
+        name, shape = f"{site.name}.weight", (site.rows, site.columns)
+
+        def make() -> dict[str, Tensor]:
+            weight = quantized.part(site.name, "weight")
+            return {name: weight.T.contiguous() if site.transposed else weight}
+
+        return Piece({name: (quantized.dtype, shape[::-1] if site.transposed else shape)}, make)
+
+    with written_whole(out) as partial:
+        write_companions(source, partial)
+        config = without_private(source.config)
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["dtype"] = str(quantized.dtype).removeprefix("torch.")
+        write_json(partial / "config.json", config)
+        write_shards(partial, pieces_of(source, skeleton_of(source), quantized, site_piece), notify, shard_bytes)
 
 
 def _piece(source: SourceModel, name: str, dtype: torch.dtype) -> Piece:

@@ -83,8 +83,16 @@ def factorised(hessian: Hessian, damping: float, *, by_activation: bool) -> Fact
     )
 
 
-def round_columns(W: Tensor, factor: Factor, levels: Levels, dtype: torch.dtype, refit: Refit | None = None) -> Tensor:
-    """Codes, (out, in) uint8. W: (out, in) float32. dtype: of the model.
+def round_columns(
+    W: Tensor,
+    factor: Factor,
+    levels: Levels,
+    dtype: torch.dtype,
+    refit: Refit | None = None,
+    zeros: Tensor | None = None,
+) -> Tensor:
+    """Codes, (out, in) uint8. W: (out, in) float32. dtype: of the model. zeros: (out, in) bool, true for weights that
+    become zero whatever is put on them, which levels without a shift have.
 
     refit: fits each group anew when it is reached, to targets that hold what the columns before put on them; what it
     finds goes into `levels`. Groups must then be reached one after the other.
@@ -96,7 +104,7 @@ def round_columns(W: Tensor, factor: Factor, levels: Levels, dtype: torch.dtype,
     coarse = dtype == torch.bfloat16 and multiplies_bfloat16(W.device)
     for start in range(0, len(W), band_rows):
         rows = slice(start, start + band_rows)
-        band = _Band.of(W[rows], factor, levels, rows, torch.bfloat16 if coarse else torch.float32)
+        band = _Band.of(W[rows], factor, levels, rows, torch.bfloat16 if coarse else torch.float32, zeros)
         band.round(0, W.shape[1], refit)
         codes[rows] = band.codes(factor.layout)
         if refit is not None:
@@ -120,7 +128,7 @@ class _Band:
     G: of the factor. product_dtype: in which blocks of errors are multiplied by it.
     originals, targets, errors: (in, out) float32. groups: of each column, (in,) int32, and groups_of the same as
     numbers. S, Z, M: scale, zero and shift, (groups, out). round_block: what rounds few columns in one launch, where
-    there is such a thing.
+    there is such a thing. zeros: (in, out) bool, of the weights that become zero; None: of none.
     """
 
     G: Tensor
@@ -135,16 +143,25 @@ class _Band:
     Z: Tensor
     M: Tensor | None
     top: int
+    zeros: Tensor | None
 
     @classmethod
-    def of(cls, W: Tensor, factor: Factor, levels: Levels, rows: slice, product_dtype: torch.dtype) -> "_Band":
+    def of(
+        cls,
+        W: Tensor,
+        factor: Factor,
+        levels: Levels,
+        rows: slice,
+        product_dtype: torch.dtype,
+        zeros: Tensor | None,
+    ) -> "_Band":
         originals = W.T.contiguous()[factor.layout]  # a column of W is a contiguous row here
         group_size = W.shape[1] // levels.scale.shape[1]
         groups = torch.div(factor.layout, group_size, rounding_mode="floor")
         return cls(
             factor.G,
             product_dtype,
-            _round_block_on(W.device),
+            _round_block_on(W.device) if zeros is None else None,  # it knows of none
             groups.int(),
             groups.tolist(),
             originals,
@@ -154,6 +171,7 @@ class _Band:
             levels.zero[rows].T.contiguous(),
             None if levels.shift is None else levels.shift[rows].T.contiguous(),
             levels.top,
+            None if zeros is None else zeros[rows].T.contiguous()[factor.layout],
         )
 
     def round(self, start: int, stop: int, refit: Refit | None) -> None:
@@ -186,7 +204,8 @@ class _Band:
         if self.round_block is not None:
             self.round_block(*parts, G, self.groups[columns], self.S, self.Z, self.M, self.top)
             return
-        scales, zeros = self.S.unbind(), self.Z.unbind()
+        scales, offsets = self.S.unbind(), self.Z.unbind()
+        gone = None if self.zeros is None else self.zeros[columns]
         shifts = None if self.M is None else self.M.unbind()
         each = list(zip(*(part.unbind() for part in parts), self.groups_of[columns], strict=True))
         for i in range(len(each) - 1, -1, -1):
@@ -195,8 +214,10 @@ class _Band:
                 t.addmv_(errors[i + 1 :].T, G[i + 1 :, i])
             if shifts is not None:
                 t.add_(shifts[group])
-            t.div_(scales[group]).round_().add_(zeros[group]).clamp_(0, self.top)  # the code
-            torch.sub(t, zeros[group], out=error).mul_(scales[group])
+            t.div_(scales[group]).round_().add_(offsets[group]).clamp_(0, self.top)  # the code
+            if gone is not None:
+                torch.where(gone[i], offsets[group], t, out=t)
+            torch.sub(t, offsets[group], out=error).mul_(scales[group])
             torch.sub(w, error, out=error)
             if shifts is not None:
                 error.add_(shifts[group])

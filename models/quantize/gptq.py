@@ -5,7 +5,8 @@ share the Hessian and its factor; activation order keeps every group where it wa
 the original weights before the columns move), so that any loader reads the result; scales minimise the
 Hessian-weighted rounding error over shrunken ranges instead of spanning min to max. With asymmetric calibration the
 weight first makes up for what earlier layers changed, as a whole and exactly (least squares on Σ(x̃ − x)xᵀ, the minimum
-of the same objective), where GPTAQ (Li et al., arXiv 2504.02692) does so column by column.
+of the same objective), where GPTAQ (Li et al., arXiv 2504.02692) does so column by column. Zeros of
+a weight that was pruned stay zero.
 """
 
 from dataclasses import replace
@@ -17,7 +18,7 @@ from models.codes import Codes
 from models.quantize import rtn
 from models.quantize.feedback import Levels, factorised, round_columns
 from models.quantize.grid import fit
-from models.quantize.problem import Problem, Solution
+from models.quantize.problem import Problem, Solution, pruned
 from models.statistics import Factor
 from squeeze.steps import GPTQ, RTN
 
@@ -34,6 +35,7 @@ def quantize(problem: Problem, step: GPTQ) -> Solution:
     if problem.statistics.count < LEAST_TOKENS_PER_COLUMN * W.shape[1]:
         why = f"rtn: {problem.statistics.count:,} calibration tokens came to {W.shape[1]:,} columns"
         return replace(rtn.quantize(problem, RTN(method="rtn")), instead=why)
+    zeros = pruned(W)
     factor = factorised(problem.statistics.hessian, step.damping, by_activation=step.activation_order)
     if drift is not None and drift.count:
         _make_up(W, drift.sum, factor)
@@ -53,7 +55,7 @@ def quantize(problem: Problem, step: GPTQ) -> Solution:
     else:
         scale, zero = (torch.empty(len(W), len(importance), device=W.device) for _ in range(2))
     levels = Levels(scale, zero, None, 2**scheme.bits - 1)
-    codes = round_columns(W, factor, levels, problem.dtype, None if static else refit)
+    codes = round_columns(W, factor, levels, problem.dtype, None if static else refit, zeros)
     encoded = Codes(codes, levels.scale, levels.zero.to(torch.uint8), scheme)
     return Solution(encoded, factor.damping, factor.escalations)
 

@@ -1,4 +1,4 @@
-"""The step of a job that quantizes: from a model's directory and texts to directories that load, and their story.
+"""A step of a job that compresses: from a model's directory and texts to directories that load, and their story.
 
 loading -> calibrating -> compressing (evaluating in the same pass) -> evaluating -> exporting -> certifying
 """
@@ -15,7 +15,7 @@ from models import casts, engine
 from models.allocation import allot, allots
 from models.certify import certify
 from models.certify_run import tokenized
-from models.checkpoint import SourceModel, open_or_convert
+from models.checkpoint import SourceModel, open_model, open_or_convert
 from models.closing import certified, closed, spent
 from models.evaluation import Measured, measure
 from models.fingerprint import fingerprint
@@ -26,29 +26,32 @@ from models.frame import Frame
 from models.job import (
     Inputs,
     Outcome,
+    compress_step,
     libraries,
     params_named,
-    quantize_step,
     size_part,
     source_part,
 )
 from models.material import Material, read_tokenizer
 from models.progress import Notify
+from models.prune.counting import counted_zeros, saved_by_zeros
 from models.quantized import QuantizedModel
 from models.resources import Clock, device_name
 from models.rotation import told
 from models.team import Team
 from models.teamwork import Frames, frames_of, lead
 from models.train import rounded
+from models.work import work_of
 from squeeze import __version__
+from squeeze.compressing import Compress
 from squeeze.objects import Stage
-from squeeze.report import Allocation, Block, Certificate, Report, Tuning
+from squeeze.report import Allocation, Block, Certificate, Report, Sparsity, Tuning
 from squeeze.schemes import Scheme
-from squeeze.steps import QAT, Format, Grouped, Quantize
-from squeeze.work import counted
+from squeeze.sparsifying import Sparsify
+from squeeze.steps import QAT, Format, Grouped
 
 
-def run_quantization(
+def run_compression(
     inputs: Inputs,
     clock: Clock,
     notify: Notify,
@@ -56,7 +59,22 @@ def run_quantization(
     completed: Callable[[Report], Report] = lambda report: report,
 ) -> Outcome:
     """A job's last step, or its only one. completed: adds to the report what came before."""
-    step = quantize_step(inputs.spec)
+    written = compressed(inputs, clock, notify, team)
+    with clock.stage("exporting"):
+        notify.stage(Stage.exporting)
+        directories = written.export(notify)
+        zeros = written.zeros(next(iter(directories.values())))
+    if zeros is not None:
+        notify.event("warning", saved_by_zeros(zeros))
+    certificates = certified(directories, partial(written.certify, notify), clock, notify)
+    return closed(inputs, directories, completed(written.report(directories, certificates, clock, zeros)))
+
+
+def compressed(inputs: Inputs, clock: Clock, notify: Notify, team: Team) -> "Compressed":
+    """Compresses by the job's last step, and measures the result; nothing is written yet but what the next attempt
+    resumes from.
+    """
+    step = compress_step(inputs.spec)
     with clock.stage("loading"):
         notify.stage(Stage.loading)
         begun = _begun(inputs, step, notify)
@@ -69,12 +87,7 @@ def run_quantization(
             streams, frames = (held.original, held.compressed), begun.frames
             measured = measure(frames.result, begun.texts.windows, *streams, notify, reference=frames.reference)
     codes.done.activations.release()
-    written = _Written(inputs, team, begun, codes, measured)
-    with clock.stage("exporting"):
-        notify.stage(Stage.exporting)
-        directories = written.export(notify)
-    certificates = certified(directories, partial(written.certify, notify), clock, notify)
-    return closed(inputs, directories, completed(written.report(directories, certificates, clock)))
+    return Compressed(inputs, team, begun, codes, measured)
 
 
 @dataclass(frozen=True)
@@ -104,16 +117,16 @@ class _Codes:
         return self.done.model
 
 
-def _begun(inputs: Inputs, step: Quantize, notify: Notify) -> _Begun:
+def _begun(inputs: Inputs, step: Compress, notify: Notify) -> _Begun:
     spec = inputs.spec
     source = open_or_convert(inputs.model, inputs.work / "source")
     refuse_broken_companions(source)
-    work = {name: count.whole for name, count in counted(source.shape(step.ignore), spec).items()}
+    work = work_of(source, spec, step)
     notify.expect(work)
     if "gguf" in spec.formats:
         refuse_source(source)
     device = torch.device(inputs.device)
-    frames = frames_of(source, step, device)
+    frames = frames_of(source, step, device, None if inputs.original is None else open_model(inputs.original))
     if isinstance(step, QAT):
         rounded.refuse_too_large_to_train(spec, step, frames.result, device)
     losses = None if frames.target is None else casts.losses(source, frames.target)
@@ -137,7 +150,7 @@ def _begun(inputs: Inputs, step: Quantize, notify: Notify) -> _Begun:
     return _Begun(source, frames, tokenizer, texts, work, losses, warnings)
 
 
-def _codes(inputs: Inputs, step: Quantize, begun: _Begun, clock: Clock, notify: Notify, team: Team) -> _Codes:
+def _codes(inputs: Inputs, step: Compress, begun: _Begun, clock: Clock, notify: Notify, team: Team) -> _Codes:
     frames, texts, schemes, allocation = begun.frames, begun.texts, None, None
     if isinstance(step, Grouped) and allots(step):
         with clock.stage("allotting"):
@@ -150,7 +163,7 @@ def _codes(inputs: Inputs, step: Quantize, begun: _Begun, clock: Clock, notify: 
             step.begun if isinstance(step, QAT) else step,
             texts.calibration.ids if texts.calibration and step.reads_inputs else None,
             texts.windows,
-            inputs.work / "quantize",
+            inputs.work / step.kind,
             mark,
             notify,
             snapshot_seconds=inputs.snapshot_seconds,
@@ -208,8 +221,11 @@ def _learned(
 
 
 @dataclass(frozen=True)
-class _Written:
-    """Everything that the end of a job needs: writes the directories, has them certified, tells the story."""
+class Compressed:
+    """Everything that the end of a job needs: writes the directories, has them certified, tells the story.
+
+    measured: against the original, where that was wanted.
+    """
 
     inputs: Inputs
     team: Team
@@ -224,6 +240,13 @@ class _Written:
             directories[name] = self.inputs.out / name
             layout(name).write(stored, self.codes.model, directories[name], notify)
         return directories
+
+    def zeros(self, directory: Path) -> Sparsity | None:
+        """Of a directory that was written, where the step zeroes weights."""
+        step = self.codes.model.step
+        if not isinstance(step, Sparsify):
+            return None
+        return counted_zeros(self.begun.source, directory, self.codes.model.sites.values(), step)
 
     def certify(self, notify: Notify, name: Format, directory: Path) -> list[Certificate]:
         frame = self.begun.frames.result
@@ -240,7 +263,13 @@ class _Written:
             notify=notify,
         )
 
-    def report(self, directories: dict[Format, Path], certificates: list[Certificate], clock: Clock) -> Report:
+    def report(
+        self,
+        directories: dict[Format, Path],
+        certificates: list[Certificate],
+        clock: Clock,
+        zeros: Sparsity | None = None,
+    ) -> Report:
         inputs, spec, begun, blocks = self.inputs, self.inputs.spec, self.begun, self.codes.blocks
         frames, calibration = begun.frames, begun.texts.calibration
         quality = self.measured.quality if self.measured else None
@@ -256,14 +285,15 @@ class _Written:
             calibration=calibration.text if calibration else None,
             quality=quality,
             tuning=self.codes.tuning,
-            bits_per_weight=self.codes.model.bits_per_weight,
+            bits_per_weight=self.codes.model.bits_per_weight if zeros is None else None,
+            sparsity=zeros,
             rotation=None if frames.turned is None else told(frames.turned, frames.reference, frames.result),
             allocation=self.codes.allocation,
             sizes=[size_part(name, directory, begun.source.weight_bytes) for name, directory in directories.items()],
             blocks=blocks,
             damping_escalations=sum(layer.damping_escalations for block in blocks for layer in block.layers),
             certificates=certificates,
-            warnings=begun.warnings,
+            warnings=begun.warnings if zeros is None else [saved_by_zeros(zeros), *begun.warnings],
             spent=spent(
                 clock,
                 begun.work,

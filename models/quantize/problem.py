@@ -9,6 +9,14 @@ from models.codes import Encoded
 from models.statistics import Statistics
 from squeeze.schemes import Scheme
 
+MANY_ZEROS = 0.05  # of a weight: then they are taken for pruned, and stay
+
+
+def pruned(W: Tensor) -> Tensor | None:
+    """True for the zeros of a weight, (out, in) bool, where there are so many that somebody wanted them."""
+    zeros = W == 0
+    return zeros if int(zeros.sum()) >= MANY_ZEROS * W.numel() else None
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -27,6 +35,10 @@ class Problem:
     names: tuple[str, ...] = ()
     heights: tuple[int, ...] = ()
     ties: Tensor | None = None
+
+    def each(self, joined: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each linear, of a tensor with those of all."""
+        return torch.split(joined, list(self.heights) or [len(joined)])
 
     @property
     def group_size(self) -> int:

@@ -9,7 +9,7 @@ from models import engine
 from models.certify_run import Sample
 from models.data import LEAST_TOKENS, Windows, text_of
 from models.evaluation import measure
-from models.job import Inputs, quantize_step
+from models.job import Inputs, compress_step
 from models.material import few_tokens
 from models.progress import Notify
 from models.quantized import QuantizedModel
@@ -56,7 +56,7 @@ def rounded_base(prepared: Prepared, inputs: Inputs, clock: Clock, notify: Notif
     beforehand = base_of(source.shape(), spec, prepared.step)
     if beforehand is None:
         return None
-    step = quantize_step(beforehand)
+    step = compress_step(beforehand)
     if work := work_of(prepared, prepared.plan(packed=prepared.step.packing), spec):
         notify.expect(ahead(work, source, spec, ()))
     calibration = _sequences(prepared.split.train, spec.data.samples, prepared.length, prepared.seed)

@@ -68,6 +68,8 @@ def job(one: Job) -> None:
         lines.append(("size", f"{decimal(one.result.source_bytes)} -> {sizes}{smaller}"))
         if one.result.bits_per_weight is not None:
             lines.append(("bits a weight", f"{one.result.bits_per_weight:.2f}"))
+        if one.result.sparsity is not None:
+            lines.append(("zeros", f"{one.result.sparsity:.1%} of all parameters, which take as many bytes"))
         if one.result.loss_before is not None and one.result.loss_after is not None:
             lines.append(("held-out loss", change_text(one.result.loss_before, one.result.loss_after)))
         if one.result.accuracy_before is not None and one.result.accuracy_after is not None:
@@ -97,6 +99,9 @@ def report(one: Report) -> None:
         lines.append(("", f"{smaller}{decimal(size.bytes)} with everything"))
     if one.bits_per_weight is not None:
         lines.append(("bits a weight", f"{one.bits_per_weight:.2f} in the compressed layers, scales counted in"))
+    if one.sparsity is not None:
+        stored = f"{decimal(one.sparsity.zstd_bytes)} under zstd (before: {decimal(one.sparsity.zstd_bytes_before)})"
+        lines.append(("zeros", f"{one.sparsity.reached:.1%} of {one.sparsity.layers} layers' weights; {stored}"))
     if one.training is not None:
         lines += _training_lines(one.training)
     quality = one.quality

@@ -199,6 +199,27 @@ def test_models_and_adapters_from_the_hub_and_of_earlier_jobs_are_merged_into_th
 
 
 @pytest.mark.slow
+def test_a_model_that_was_pruned_is_pruned_and_quantized_and_published(place: Place, worker: Worker) -> None:
+    zeroing = {"kind": "prune", "method": "magnitude", "pattern": "2:4"}
+    job_id = place.submit(steps=[zeroing], **SMALL)
+    assert worker.run_job(job_id) == Status.succeeded, place.job(job_id).error
+    with place.database.read() as session:
+        sparsity = listing.report(session, PROJECT, job_id)["sparsity"]
+        assert {artifact.format for artifact in listing.artifacts(session, PROJECT, job_id)} == {
+            "safetensors",
+            "report",
+        }
+    assert sparsity["reached"] == 0.5 and sparsity["rows_checked"] > 0
+    chain = place.submit(steps=[zeroing | {"method": "sparsegpt"}, GPTQ], **(SMALL | {"model": job_id}))
+    assert worker.run_job(chain) == Status.succeeded, place.job(chain).error
+    with place.database.read() as session:
+        report = listing.report(session, PROJECT, chain)
+    assert report["sparsity"]["zeros_kept"] == 1.0 and report["bits_per_weight"] == 4.5
+    stages = [event.message for event in place.events(chain) if event.type == "stage"]
+    assert stages.count("compressing") == 2 and stages.count("certifying") == 1
+
+
+@pytest.mark.slow
 def test_a_training_whose_process_is_killed_goes_on_and_gives_the_same_adapter(place: Place, worker: Worker) -> None:
     rows = [json.dumps({"text": f"line {n} says that {n} is followed by {n + 1}"}) for n in range(300)]
     fields = SMALL | {"data": {"source": upload(place, "\n".join(rows)), "sequence_length": 64}}

@@ -1,0 +1,53 @@
+"""Whether weights of a model can be zeroed as a job wants it, from its config and headers."""
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from api.service import Service
+from api.sources import files_of
+from api.tensors import Linear, config_of, linears_of, tensors_of
+from squeeze.errors import ModelAlreadyCompressed, SpecInvalid, SqueezeError
+from squeeze.sparsifying import Sparsify, refuse_torn_pattern
+from squeeze.specs import JobSpec
+
+
+def refuse_unprunable(service: Service, project: str, spec: JobSpec) -> None:
+    """Raises where the model that comes with the job can't be pruned so: quantized already, or with layers that a
+    pattern does not fit. What can't be looked at now, or is made by a step before, is the worker's to refuse.
+    """
+    step = spec.steps[0]
+    if not isinstance(step, Sparsify):
+        return
+    try:
+        files = files_of(service, project, spec.model)
+        config = config_of(files)
+        linears = linears_of(tensors_of(files), transposed=transposed(config)) if step.group is not None else []
+    except SqueezeError:  # of the model a job says itself what is wrong
+        return
+    if config.get("quantization_config"):
+        raise ModelAlreadyCompressed("The model's weights are quantized already; name the model it was made from.")
+    for error in torn_patterns(spec, linears):
+        raise error
+
+
+def torn_patterns(spec: JobSpec, linears: Sequence[Linear]) -> Iterator[SqueezeError]:
+    """Of each step whose pattern does not fit the layers."""
+    for number, step in enumerate(spec.steps):
+        if not isinstance(step, Sparsify):
+            continue
+        columns = {
+            linear.name: linear.columns
+            for linear in linears
+            if not any(fnmatchcase(linear.name, pattern) for pattern in step.ignore)
+        }
+        try:
+            refuse_torn_pattern(step, columns)
+        except SpecInvalid as error:
+            error.param = f"steps.{number}.{error.param}"
+            yield error
+
+
+def transposed(config: dict[str, Any]) -> bool:
+    """Whether the files keep linears (in, out)."""
+    return config.get("model_type") == "gpt2"

@@ -1,0 +1,158 @@
+"""What zeros cost: perplexity and divergence of each method at each target, with parameters and bytes.
+
+    python benchmarks/pruning.py [--model DIR] [--samples 64] [--length 512] [--windows 32] [--draws 3]
+        [--llmcompressor PYTHON]
+
+One pass of the engine prunes and measures, on the held-out part of the generic text; the result is written and read
+back, so that zeros and bytes are those of the files. Every draw of calibration text is of another seed; `magnitude`
+looks at none. A row with `then gptq` is that result quantized to 4 bits, its zeros kept, against the original. Prints
+Markdown: medians over the draws. With the Python of an environment that has llm-compressor, its SparseGPT and Wanda
+prune on the first draw too, and are measured in the same way.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models import engine
+from models.checkpoint import SourceModel, open_model
+from models.data import Windows, calibration_batches, evaluation_windows
+from models.evaluation import measure
+from models.formats import layout
+from models.formats.directory import weight_bytes
+from models.material import read_tokenizer
+from models.progress import Silent
+from models.prune.counting import counted_zeros
+from models.teamwork import frames_of
+from squeeze.compressing import Compress
+from squeeze.report import Quality
+from squeeze.sparsifying import SPARSIFYING_METHODS, Sparsify
+from squeeze.steps import GPTQ, RTN, Format, tag_of
+
+BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
+PEER = Path(__file__).with_name("peers") / "prune_with_llmcompressor.py"
+TARGETS: list[dict[str, Any]] = [{"sparsity": 0.3}, {"sparsity": 0.5}, {"sparsity": 0.7}]
+PATTERNS: list[dict[str, Any]] = [{"pattern": "4:8"}, {"pattern": "2:4"}]
+
+
+@dataclass(frozen=True)
+class Made:
+    quality: Quality
+    bytes: int
+    nonzero: int
+    zstd_bytes: int | None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=BUNDLED)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--llmcompressor", type=Path, help="Python of an environment with it")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    tokenizer, source = read_tokenizer(options.model), open_model(options.model)
+    windows = evaluation_windows(tokenizer, None, None, True, options.windows, options.length, None)
+    draws = [
+        calibration_batches(tokenizer, None, None, options.samples, options.length, seed).ids
+        for seed in range(options.draws)
+    ]
+    print("| method | target | perplexity | divergence, nats | parameters | not zero | bytes | under zstd |")
+    print("|---|---|---|---|---|---|---|---|")
+    for wanted in TARGETS + PATTERNS:
+        for method in SPARSIFYING_METHODS:
+            step = method.model_validate({"method": tag_of(method).split(".")[1]} | wanted)
+            rows = [_made(source, step, ids, windows) for ids in (draws if step.needs_calibration else draws[:1])]
+            for number, name in enumerate((step.method, f"{step.method}, then gptq")):
+                _print(name, step, source, [row[number] for row in rows])
+            if options.llmcompressor and step.needs_calibration:
+                peer = _made_by_llmcompressor(options.llmcompressor, source, step, draws[0], windows)
+                _print(f"llm-compressor's {step.method}", step, source, [peer])
+
+
+def _made(source: SourceModel, step: Sparsify, ids: Tensor, windows: Windows) -> tuple[Made, Made]:
+    """Pruned; and quantized after it."""
+    with tempfile.TemporaryDirectory() as room:
+        pruned, rounded = Path(room) / "pruned", Path(room) / "rounded"
+        done, quality = _compressed(source, step, ids, windows, Path(room) / "prune", pruned, "safetensors", None)
+        zeros = counted_zeros(source, pruned, done.model.sites.values(), step)
+        nonzero = source.parameters - zeros.zeros
+        first = Made(quality, zeros.weight_bytes, nonzero, zeros.zstd_bytes)
+        step_after, at = GPTQ(method="gptq"), Path(room) / "quantize"
+        _, after = _compressed(open_model(pruned), step_after, ids, windows, at, rounded, "compressed-tensors", source)
+        return first, Made(after, weight_bytes(rounded), nonzero, None)
+
+
+def _made_by_llmcompressor(python: Path, source: SourceModel, step: Sparsify, ids: Tensor, windows: Windows) -> Made:
+    with tempfile.TemporaryDirectory() as directory:
+        room = Path(directory)
+        save_file({"ids": ids}, room / "tokens.safetensors")
+        job = {
+            "model": str(source.path.resolve()),
+            "tokens": str(room / "tokens.safetensors"),
+            "out": str(room / "out"),
+        }
+        asked = {"method": step.method, "sparsity": step.sparsity, "pattern": step.pattern}
+        (room / "job.json").write_text(json.dumps(job | asked))
+        subprocess.run([str(python), str(PEER), str(room / "job.json")], check=True, stdout=sys.stderr)
+        result, plain = open_model(room / "out"), RTN(method="rtn")
+        frames = frames_of(result, plain, torch.device("cpu"), source)
+        done = engine.quantize(
+            frames.result, plain, None, windows, room / "work", "", Silent(), schemes={}, reference=frames.reference
+        )
+        streams = done.activations.original, done.activations.compressed
+        quality = measure(frames.result, windows, *streams, Silent(), reference=frames.reference).quality
+        sites = [site for n in range(frames.result.count) for site in frames.result.sites(n)]
+        zeros = counted_zeros(source, room / "out", sites, step)
+        return Made(quality, zeros.weight_bytes, source.parameters - zeros.zeros, zeros.zstd_bytes)
+
+
+def _compressed(
+    source: SourceModel,
+    step: Compress,
+    ids: Tensor,
+    windows: Windows,
+    work: Path,
+    out: Path,
+    form: Format,
+    original: SourceModel | None,
+) -> tuple[engine.Quantization, Quality]:
+    frames = frames_of(source, step, torch.device("cpu"), original)
+    calibration = ids if step.needs_calibration else None
+    done = engine.quantize(frames.result, step, calibration, windows, work, "", Silent(), reference=frames.reference)
+    streams = done.activations.original, done.activations.compressed
+    quality = measure(frames.result, windows, *streams, Silent(), reference=frames.reference).quality
+    layout(form).write(source, done.model, out, Silent())
+    return done, quality
+
+
+def _print(name: str, step: Sparsify, source: SourceModel, rows: list[Made]) -> None:
+    def median(figures: list[float | None]) -> float:
+        return statistics.median(one for one in figures if one is not None)
+
+    perplexity = median([one.quality.perplexity_after for one in rows])
+    divergence = median([one.quality.divergence_nats for one in rows])
+    zstd = "" if rows[0].zstd_bytes is None else f"{median([one.zstd_bytes for one in rows]) / 1e6:.2f} MB"
+    print(
+        f"| {name} | {step.pattern or f'{step.sparsity:.0%}'} | {perplexity:.3f} | {divergence:.4f} | "
+        f"{source.parameters:,} | {rows[0].nonzero:,} | {rows[0].bytes / 1e6:.2f} MB | {zstd} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

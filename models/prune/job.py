@@ -1,0 +1,96 @@
+"""A step that zeroes weights before one that quantizes: the pruned model in its own type, and what the report says."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+from models.checkpoint import SourceModel, open_or_convert
+from models.formats import layout
+from models.job import Inputs, source_part
+from models.progress import Notify
+from models.prune.counting import counted_zeros
+from models.quantize.job import compressed
+from models.quantized import Site
+from models.resources import Clock
+from models.team import Team
+from models.work import summed, work_of
+from squeeze.objects import Stage
+from squeeze.report import Report, Sparsity
+from squeeze.sparsifying import Sparsify
+from squeeze.steps import Format
+
+FORMAT: Format = "safetensors"
+
+
+@dataclass(frozen=True)
+class Done:
+    """source: what was pruned. whole: the pruned model's directory. zeros: its part of the report. work: operations by
+    stage.
+    """
+
+    source: SourceModel
+    whole: Path
+    zeros: Sparsity
+    sites: tuple[Site, ...]
+    warnings: list[str]
+    work: dict[str, float]
+
+
+def pruned(inputs: Inputs, step: Sparsify, clock: Clock, notify: Notify, team: Team) -> Done:
+    """Prunes, resuming where an earlier attempt stopped, and measures the result against what it was."""
+    alone = inputs.spec.model_copy(update={"steps": (step,), "formats": (FORMAT,)})
+    with clock.stage("loading"):
+        source = open_or_convert(inputs.model, inputs.work / "source")
+        following = work_of(source, inputs.spec, inputs.spec.compressing[-1])
+    begun = compressed(replace(inputs, spec=alone), clock, _Before(notify, following), team)
+    model, work = begun.codes.model, {name: each for name, each in begun.begun.work.items() if name != "certifying"}
+    # A directory that is there is whole, and as long as nobody touches it, the next step resumes as well.
+    whole = inputs.work / f"pruned-{sha256((model.directory / 'fingerprint').read_bytes()).hexdigest()[:16]}"
+    with clock.stage("exporting"):
+        notify.stage(Stage.exporting)
+        if not whole.exists():
+            layout(FORMAT).write(source, model, whole, notify)
+        zeros = counted_zeros(source, whole, model.sites.values(), step)
+    if begun.measured is not None:
+        zeros = zeros.model_copy(update={"quality": begun.measured.quality})
+    return Done(source, whole, zeros, tuple(model.sites.values()), begun.begun.warnings, work)
+
+
+def for_what_follows(inputs: Inputs, done: Done) -> Inputs:
+    """What the next step is given; what it makes is compared with the model before either."""
+    return replace(inputs, model=done.whole, original=done.source.path)
+
+
+def added(report: Report, inputs: Inputs, done: Done) -> Report:
+    """The report of what came after, with the zeros and the model that it began with."""
+    whole, kept = done.source.weight_bytes, _kept(report, done)
+    told = f"{kept:.1%} of the zeros of {done.zeros.method} are zero in the result; its files are no smaller for it"
+    return report.model_copy(
+        update={
+            "sizes": [size.model_copy(update={"ratio": whole / size.weight_bytes}) for size in report.sizes],
+            "sparsity": done.zeros.model_copy(update={"zeros_kept": kept}),
+            "source": source_part(inputs, done.source),
+            "warnings": [*dict.fromkeys([told, *done.warnings, *report.warnings])],
+            "spent": report.spent.model_copy(update={"work": summed(done.work, report.spent.work)}),
+        }
+    )
+
+
+class _Before:
+    """Tells of this step as of a part of the job. The next one counts as what comes last, until it tells of itself."""
+
+    def __init__(self, notify: Notify, following: Mapping[str, float]) -> None:
+        self.stage, self.advance, self.event, self.kept = notify.stage, notify.advance, notify.event, notify.kept
+        self._notify, self._following = notify, sum(following.values())
+
+    def expect(self, work: Mapping[str, float]) -> None:
+        self._notify.expect({**work, "certifying": self._following})
+
+
+def _kept(report: Report, done: Done) -> float | None:
+    """Share of the zeros that the next step left as they are. Every layer has as large a share of them."""
+    weights = {site.name: site.rows * site.columns for site in done.sites}
+    told = {layer.name: layer.zeros_kept for block in report.blocks for layer in block.layers}
+    kept = sum(count * (1.0 if (one := told.get(name, 1.0)) is None else one) for name, count in weights.items())
+    return kept / sum(weights.values())

@@ -1,0 +1,18 @@
+"""Magnitude pruning: the smallest weights of a layer become zero. The baseline that the others have to beat; no data.
+
+Source: Han et al., arXiv 1506.02626; compared over a whole layer, as the baseline of Wanda and SparseGPT is (arXiv
+2306.11695 §4).
+"""
+
+from models.plain import Plain
+from models.prune.masks import lowest_of_layer
+from models.quantize.problem import Problem, Solution
+from squeeze.sparsifying import Magnitude
+
+
+def prune(problem: Problem, step: Magnitude) -> Solution:
+    """Weights of linears, in each of them the smallest zero; the others as they are."""
+    W = problem.W
+    for one in problem.each(W):
+        one.masked_fill_(lowest_of_layer(one.abs(), step), 0)
+    return Solution(Plain(W.to(problem.dtype), problem.scheme))

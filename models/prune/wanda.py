@@ -1,0 +1,19 @@
+"""Wanda: of each output row those weights become zero whose product with the norm of their inputs is the least.
+
+Source: Sun et al., arXiv 2306.11695 §3: the score of W_ij is |W_ij| · ‖X_j‖₂, compared within row i. The others stay as
+they are.
+"""
+
+from models.plain import Plain
+from models.prune.masks import lowest_of_rows
+from models.quantize.problem import Problem, Solution
+from squeeze.sparsifying import Wanda
+
+
+def prune(problem: Problem, step: Wanda) -> Solution:
+    """Weights of linears with one input, in each row the least telling zero."""
+    if problem.statistics is None or problem.statistics.moments is None:
+        raise ValueError("Wanda needs the moments of the layer's inputs")
+    W, X_norm = problem.W, problem.statistics.moments.mean_square.sqrt()  # (in,), over the same number of tokens
+    W.masked_fill_(lowest_of_rows(W.abs().mul_(X_norm), step), 0)
+    return Solution(Plain(W.to(problem.dtype), problem.scheme))

@@ -1,0 +1,97 @@
+"""Whether zeros fit a model is looked at when the job is posted, from headers, and by its plan, with what it takes."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from jobs.settings import Settings
+from squeeze.objects import Plan
+from tests.api.serving import serve
+from tests.api.test_plan import CONFIG, LLAMA, _safetensors, _shapes
+from tests.hub import FaultyHub
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+MODELS = {
+    "org/llama": LLAMA,
+    "org/odd": {**LLAMA, "model.safetensors": _safetensors(_shapes() | {DOWN: (256, 636)})},
+    "org/rounded": {**LLAMA, "config.json": json.dumps({**CONFIG, "quantization_config": {"bits": 4}}).encode()},
+    "org/bare": {"README.md": b"x"},
+}
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory, _valkey: str) -> Iterator[Callable[..., Any]]:
+    data = tmp_path_factory.mktemp("zeroing")
+    settings = Settings(data, f"sqlite:///{data}/squeeze.db", _valkey, (data / "storage").as_uri())
+    with FaultyHub() as hub, pytest.MonkeyPatch.context() as environment:
+        for name, files in MODELS.items():
+            hub.add_files(name, files, tmp_path_factory.mktemp("hub"))
+        environment.setenv("HF_ENDPOINT", hub.url)
+        with serve(settings) as running:
+
+            def ask(route: str, *steps: dict[str, Any], model: str = "org/llama", **fields: Any) -> Any:
+                return running.client.post(f"/v1/{route}", json={"model": model, "steps": steps, **fields})
+
+            yield ask
+
+
+def step(method: str = "sparsegpt", **fields: Any) -> dict[str, Any]:
+    return {"kind": "prune", "method": method} | fields
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "code", "param", "words"),
+    [
+        ("org/odd", {"pattern": "4:8"}, "spec_invalid", "steps.0.pattern", "has 636, not 632 or 640. Take 2:4"),
+        ("org/rounded", {}, "model_already_compressed", None, "quantized already"),
+    ],
+)
+def test_what_can_t_be_pruned_so_is_refused_at_once_and_by_the_plan(
+    asked: Callable[..., Any], model: str, fields: dict[str, Any], code: str, param: str | None, words: str
+) -> None:
+    answer = asked("jobs", step(**fields), model=model)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (422, code, param) and words in error["message"]
+    (obstacle,) = Plan.model_validate(asked("plan", step(**fields), model=model).json()).obstacles
+    assert (obstacle.code, obstacle.param) == (code, param) and words in obstacle.message
+    left = step(**fields, ignore=["*.layers.0.mlp.down_proj"])
+    assert asked("jobs", left, model="org/odd").status_code == 202
+    assert asked("jobs", step(**fields), model="org/bare").status_code == 202, "the worker's to refuse"
+
+
+@pytest.mark.parametrize(
+    ("steps", "fields", "words"),
+    [
+        ([step(sparsity=1.0)], {}, "less than 1"),
+        ([step(sparsity=0.6, pattern="2:4")], {}, "leave `sparsity` out"),
+        ([step(pattern="3:4")], {}, "2:4"),
+        ([step()], {"formats": ["compressed-tensors"]}, "safetensors can"),
+        ([step("wanda"), step("magnitude")], {}, "keep one of them"),
+        ([step(), {"kind": "finetune", "method": "lora"}], {"data": {"source": "file-abcdefgh"}}, "fill the zeros"),
+        ([{"kind": "quantize", "method": "rtn"}, step()], {}, "let the step that quantizes be the last"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_with_what_would_do(
+    asked: Callable[..., Any], steps: list[dict[str, Any]], fields: dict[str, Any], words: str
+) -> None:
+    answer = asked("jobs", *steps, **fields)
+    assert answer.status_code == 422 and words in answer.json()["error"]["message"], answer.text
+
+
+def test_a_plan_says_that_the_bytes_stay_and_counts_what_it_takes(asked: Callable[..., Any]) -> None:
+    plans = [Plan.model_validate(asked("plan", step(method)).json()) for method in ("magnitude", "wanda", "sparsegpt")]
+    for plan in plans:
+        assert plan.feasible and plan.result_bytes == {"safetensors": plan.source_bytes}
+        assert plan.seconds is not None and plan.host_bytes
+        assert set(plan.seconds.stages) == {"loading", "compressing", "evaluating", "exporting", "certifying"}
+        assert plan.source_bytes and plan.disk_bytes and plan.disk_bytes >= 3 * plan.source_bytes
+    compressing = [plan.seconds.stages["compressing"] for plan in plans if plan.seconds]
+    assert compressing == sorted(compressing)
+    chain = Plan.model_validate(asked("plan", step(), {"kind": "quantize", "method": "gptq"}).json())
+    assert chain.feasible and chain.seconds is not None and plans[2].seconds is not None
+    assert chain.seconds.stages["compressing"] > 1.5 * plans[2].seconds.stages["compressing"]
+    assert chain.seconds.stages["certifying"] <= plans[2].seconds.stages["certifying"]
+    assert chain.result_bytes["compressed-tensors"] < 0.8 * (chain.source_bytes or 0)
+    assert (chain.disk_bytes or 0) > (plans[2].source_bytes or 0) * 3
