@@ -1,8 +1,9 @@
 """The steps of a job, one class per method: what it takes, with units, ranges and defaults.
 
 Those that quantize are here, those that finetune in `squeeze.finetuning`, those that distill in `squeeze.distillation`,
-those that merge in `squeeze.merging`. A method is found by its name: `kind` and `method` are the folder and the file in
-`models/` (`quantize`, `gptq` -> `models/quantize/gptq.py`). A new method adds its class and that file, nothing else.
+those that merge in `squeeze.merging`, those that make a smaller model in `squeeze.slimming`. A method is found by its
+name: `kind` and `method` are the folder and the file in `models/` (`quantize`, `gptq` -> `models/quantize/gptq.py`). A
+new method adds its class and that file, nothing else.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union, get_args
@@ -13,10 +14,11 @@ from squeeze.distillation import DISTILLING_METHODS
 from squeeze.finetuning import TRAINING_METHODS
 from squeeze.merging import MERGING_METHODS, Merge
 from squeeze.schemes import Activations, Scheme
+from squeeze.slimming import SLIMMING_METHODS, Slim
 from squeeze.training import Rounded, Train
 from squeeze.wire import Wire
 
-Kind = Literal["quantize", "finetune", "distill", "merge"]
+Kind = Literal["quantize", "finetune", "distill", "merge", "prune"]
 Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx", "gguf", "peft"]
 GroupSize = Literal[32, 64, 128, "channel"]
 Statistic = Literal["moments", "hessian", "drift"]
@@ -373,8 +375,8 @@ METHODS: tuple[type[Quantize], ...] = (
     KQuant,
 )
 
-Method = type[Quantize] | type[Train] | type[Merge]
-STEPS: tuple[Method, ...] = (*METHODS, *TRAINING_METHODS, *DISTILLING_METHODS, *MERGING_METHODS)
+Method = type[Quantize] | type[Train] | type[Merge] | type[Slim]
+STEPS: tuple[Method, ...] = (*METHODS, *TRAINING_METHODS, *DISTILLING_METHODS, *MERGING_METHODS, *SLIMMING_METHODS)
 
 
 def _tag(value: Any) -> str | None:
@@ -390,6 +392,6 @@ def tag_of(method: Method) -> str:
 
 
 if TYPE_CHECKING:
-    Step = Quantize | Train | Merge
+    Step = Quantize | Train | Merge | Slim
 else:
     Step = Annotated[Union[tuple(Annotated[one, Tag(tag_of(one))] for one in STEPS)], Discriminator(_tag)]  # noqa: UP007 - of as many as there are

@@ -16,6 +16,7 @@ from squeeze.formats import CAPACITIES
 from squeeze.merging import Merge
 from squeeze.objects import Load, Method, Page
 from squeeze.schemes import Scheme
+from squeeze.slimming import Slim
 from squeeze.steps import STEPS, Format, Quantize, tag_of
 from squeeze.steps import Method as Step
 from squeeze.training import Train
@@ -45,7 +46,7 @@ def _method(step: Step) -> Method:
     )
 
 
-def _needs(step: Quantize | Train | Merge) -> list[str]:
+def _needs(step: Quantize | Train | Merge | Slim) -> list[str]:
     if isinstance(step, Merge):
         return ["models or adapters of one base"]
     if isinstance(step, Head):
@@ -55,8 +56,10 @@ def _needs(step: Quantize | Train | Merge) -> list[str]:
     return ["calibration data"] if step.needs_calibration else []
 
 
-def _trained_formats(step: Train | Merge) -> dict[str, dict[str, Any]]:
-    """What a job is written as that ends with training or merging: the adapter, and the whole model where one is."""
+def _trained_formats(step: Train | Merge | Slim) -> dict[str, dict[str, Any]]:
+    """What a job is written as that ends with another step than one that quantizes: the adapter, and the whole model
+    where one is.
+    """
     merges = isinstance(step, Adapters) and step.mergeable
     names: tuple[Format, ...] = ("peft", "safetensors") if merges else step.formats
     held: dict[str, dict[str, Any]] = {

@@ -11,13 +11,14 @@ import torch
 
 from models.casts import castable
 from models.checkpoint import SourceModel, open_model
-from models.formats.directory import COMPUTED, without_private, write_companions, write_json, written_whole
+from models.formats.directory import without_private, write_companions, write_json, written_whole
 from models.formats.shards import SHARD_BYTES, Piece, write_shards
 from models.frame import Frame
 from models.plain import TYPES, Plain, saturated
 from models.progress import Notify
 from models.quantized import QuantizedModel, Site
 from squeeze.schemes import Element, Scheme
+from squeeze.shapes import COMPUTED
 
 
 def refuse(sites: Iterable[Site], schemes: Mapping[str, Scheme]) -> None:

@@ -1,0 +1,1 @@
+"""Pruning: one file for each method, by its wire name."""
