@@ -13,7 +13,7 @@ from models.frame import Call, Frame
 from squeeze.report import Speed
 
 PROMPT_TOKENS = 128
-LEAST_ROUNDS, PART_SECONDS = 5, 0.3  # of a part: as many rounds as take so long
+LEAST_ROUNDS, PART_SECONDS = 5, 0.1  # of a part: as many rounds as take so long
 PARTS = ("prompt", "writing")
 
 

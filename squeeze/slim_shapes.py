@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from squeeze.errors import SpecInvalid
 from squeeze.shapes import BLOCK, COMPUTED, number_of, of_blocks
-from squeeze.slimming import Depth
+from squeeze.slimming import Depth, Slim
 
 Each = TypeVar("Each")
 Sides = Mapping[str, tuple[int, ...]]  # of tensors, by their names
@@ -25,6 +25,14 @@ def carried(config: Mapping[str, Any], tensors: Mapping[str, Each]) -> dict[str,
 def elements_of(sides: Sides) -> int:
     """Parameters of a model with these tensors."""
     return sum(map(prod, sides.values()))
+
+
+def narrowed(step: Slim, config: Mapping[str, Any], sides: Sides) -> tuple[dict[str, Any], Sides]:
+    """(settings, shapes) of what a step makes of a model. sides: of what is `carried`. Raises as `blocks_left`."""
+    assert isinstance(step, Depth), "there is no other method"
+    left = blocks_left(step, sides)
+    counts = {name: left for name in COUNTS if name in config}
+    return {**config, **counts}, of_blocks(sides, range(left))
 
 
 def blocks_left(step: Depth, sides: Sides) -> int:

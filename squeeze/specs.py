@@ -315,6 +315,14 @@ class JobSpec(Wire):
                 "an adapter that is trained on the smaller model would go with a model that is not written: let the "
                 "step that trains merge it, and take safetensors alone as format"
             )
+        for number, step in enumerate(self.steps):
+            if isinstance(step, Distill) and step.student.named == bool(slimming):
+                raise ValueError(
+                    f"steps.{number}: the smaller model of the step before is who learns: leave `student` out"
+                    if slimming
+                    else f"steps.{number}.student: say who learns, either `layers`, so many blocks of the teacher, or "
+                    "`model`; or let a step before prune the model"
+                )
         if slimming and len(self.steps) == 1 and self.limits.gpus > 1:
             raise ValueError("a model is made smaller by one process: set limits.gpus to 1")
         return self

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from squeeze.errors import DiskFull
 from squeeze.merging import Merge
+from squeeze.slimming import Slim
 from squeeze.specs import JobSpec
 from squeeze.steps import Quantize
 
@@ -47,8 +48,8 @@ def _written_bytes(spec: JobSpec, source_bytes: int) -> int:
 
 
 def _made_bytes(spec: JobSpec, source_bytes: int) -> int:
-    merged = source_bytes if isinstance(spec.steps[0], Merge) and len(spec.steps) > 1 else 0  # goes to the next step
-    return int(source_bytes * _CODES_SHARE) + merged + _written_bytes(spec, source_bytes)
+    goes_on = isinstance(spec.steps[0], Merge | Slim) and len(spec.steps) > 1  # what it made, to the next step
+    return int(source_bytes * _CODES_SHARE) + source_bytes * goes_on + _written_bytes(spec, source_bytes)
 
 
 def _held_bytes(scratch: Path) -> int:

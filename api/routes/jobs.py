@@ -15,6 +15,7 @@ from api.merging import refuse_unlike
 from api.problems import refusals
 from api.routes import examples
 from api.service import Parts, Service
+from api.slimming import refuse_unmeetable
 from jobs import lifecycle, views
 from jobs.places import checkpoints_prefix
 from jobs.queue import enqueue
@@ -92,7 +93,8 @@ def submit(
     ] = None,
 ) -> Job:
     """Takes a job. Only `model` and `steps` are required; what can be checked without the model is checked now, the
-    records that an uploaded file gives a training and the settings of what is merged included.
+    records that an uploaded file gives a training, the settings of what is merged and the sizes that a model can be cut
+    to included.
 
     Answers 202 with the queued job. Poll it, or follow its events, until its `status` is `succeeded`, `failed` or
     `cancelled`. With an `Idempotency-Key` a repeated request gives the job of the first one; with another body it is
@@ -103,6 +105,7 @@ def submit(
         directory_of(name, service.settings.model_roots, param, adapter=".models." in param)
     refuse_unusable(service, project, spec)
     refuse_unlike(service, project, spec)
+    refuse_unmeetable(service, project, spec)
     body_hash = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
     with service.database.write() as session:
         record, created = lifecycle.submit(

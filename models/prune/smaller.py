@@ -29,6 +29,7 @@ from models.teamwork import compute_dtype
 from models.walk import walk
 from models.work import summed
 from squeeze import __version__
+from squeeze.distillation import Distill
 from squeeze.objects import Stage
 from squeeze.report import Certificate, Report, Slimming
 from squeeze.slim_shapes import Sides, carried
@@ -44,7 +45,7 @@ WINDOWS, CALIBRATION = "windows", "calibration"
 @dataclass(frozen=True)
 class Done:
     """base: the job's own model. whole: the smaller one's directory. slimming: its part of the report. measured:
-    against the base, where that was wanted. work: operations by stage.
+    against the base, where that was wanted. work: operations by stage. mark: of all that decides the smaller model.
     """
 
     base: SourceModel
@@ -54,6 +55,7 @@ class Done:
     measured: Measured | None
     warnings: list[str]
     work: dict[str, float]
+    mark: str
 
 
 def slimmed(inputs: Inputs, step: Slim, clock: Clock, notify: Notify) -> Done:
@@ -99,7 +101,7 @@ def slimmed(inputs: Inputs, step: Slim, clock: Clock, notify: Notify) -> Done:
         quality=measured.quality if measured is not None and len(inputs.spec.steps) > 1 else None,
         **found,
     )
-    return Done(base, result.path, slimming, texts, measured, warnings, work)
+    return Done(base, result.path, slimming, texts, measured, warnings, work, mark)
 
 
 def refuse(step: Slim, frame: Frame) -> None:
@@ -126,7 +128,11 @@ def run_slimming(inputs: Inputs, step: Slim, notify: Notify) -> Outcome:
 
 
 def for_what_follows(inputs: Inputs, done: Done) -> Inputs:
-    """What the next step is given."""
+    """What the next step is given: the smaller model; for a distillation that is who learns, from the original."""
+    if any(isinstance(step, Distill) for step in inputs.spec.steps):
+        name = f"the original, made smaller by {done.slimming.method}"
+        digest = done.mark if inputs.identity is not None else None
+        return replace(inputs, student=done.whole, student_name=name, student_digest=digest)
     return replace(inputs, model=done.whole)
 
 
