@@ -75,6 +75,7 @@ def check(spec: JobSpec, model: Path) -> Facts:
     if slimming is not None:
         with params_named(spec, slimming):
             smaller.refuse(slimming, frame)
+            frame = smaller.judged(slimming, frame)
     if training is not None:
         with params_named(spec, training):
             count = refuse_untrainable(training, frame)

@@ -323,6 +323,8 @@ class Slimming(Part):
         None, description="Of `depth`: the importance of each decoder block of the original, in order."
     )
     removed: list[int] = Field(default_factory=list, description="Decoder blocks that are left out, counted from 0.")
+    widths: dict[str, int] | None = Field(None, description="Of `width`: the sizes of the result, as in its config.")
+    widths_before: dict[str, int] | None = Field(None, description="The same of the original.")
     parameters_before: int
     parameters_after: int
     bytes_before: int = Field(description="Of the weights.")

@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 from squeeze.errors import SpecInvalid
 from squeeze.shapes import BLOCK, COMPUTED, number_of, of_blocks
-from squeeze.slimming import Depth, Slim
+from squeeze.slimming import Depth, Slim, Width
+from squeeze.widths import sides_at, widths_left
 
 Each = TypeVar("Each")
 Sides = Mapping[str, tuple[int, ...]]  # of tensors, by their names
@@ -29,6 +30,9 @@ def elements_of(sides: Sides) -> int:
 
 def narrowed(step: Slim, config: Mapping[str, Any], sides: Sides) -> tuple[dict[str, Any], Sides]:
     """(settings, shapes) of what a step makes of a model. sides: of what is `carried`. Raises as `blocks_left`."""
+    if isinstance(step, Width):
+        widths = widths_left(step, config, sides)
+        return {**config, **widths.settings}, sides_at(widths, sides)
     assert isinstance(step, Depth), "there is no other method"
     left = blocks_left(step, sides)
     counts = {name: left for name in COUNTS if name in config}

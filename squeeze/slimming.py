@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 
 from squeeze.wire import Wire
 
+MULTIPLE = 32  # the smallest usual group of columns that shares a scale
+SIZES = ("intermediate_size", "heads", "hidden_size")
+
 
 class Slim(Wire):
     """What the methods share that make a plain, smaller model: what matters least on the job's text is left out."""
@@ -61,4 +64,39 @@ class Depth(Slim):
         return self
 
 
-SLIMMING_METHODS: tuple[type[Slim], ...] = (Depth,)
+class Width(Slim):
+    """Leaves out the neurons, attention heads and channels of the hidden state that put out least on the job's text
+    (Minitron, arXiv 2407.14679). Neurons and heads are chosen block by block, channels for the whole model.
+
+    With `params_target`, neurons of the feed-forward parts go first, down to half of them, then heads, in whole groups
+    that share keys and values, down to half, then channels, down to half; sizes stay multiples of 128, 64 or 32, as
+    far as the original's are, so that they can be rounded in groups.
+    """
+
+    method: Literal["width"]
+    intermediate_size: int | None = Field(
+        None, ge=MULTIPLE, le=1 << 20, description="Neurons of each feed-forward part that stay; a multiple of 32."
+    )
+    heads: int | None = Field(
+        None, ge=1, le=1 << 14, description="Attention heads that stay: whole groups that share keys and values."
+    )
+    hidden_size: int | None = Field(
+        None, ge=MULTIPLE, le=1 << 20, description="Channels of the hidden state that stay; a multiple of 32."
+    )
+
+    @model_validator(mode="after")
+    def _says_how_small(self) -> Self:
+        said = [name for name in SIZES if getattr(self, name) is not None]
+        if bool(said) == (self.params_target is not None):
+            raise ValueError(
+                "say how small: either `params_target`, a share, or sizes: `intermediate_size`, `heads`, `hidden_size`"
+            )
+        for name in ("intermediate_size", "hidden_size"):
+            size = getattr(self, name)
+            if size is not None and size % MULTIPLE:
+                below = size // MULTIPLE * MULTIPLE
+                raise ValueError(f"{name} is a multiple of {MULTIPLE}: {below} or {below + MULTIPLE}, not {size}")
+        return self
+
+
+SLIMMING_METHODS: tuple[type[Slim], ...] = (Depth, Width)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,35 @@ def cut(
     One tensor is in memory at a time. Raises ArchitectureUnsupported, naming `param` and what to do instead, where
     blocks of this family are not the same once they stand in another place.
     """
-    note, mark = out.with_name(f"{out.name}-by"), json.dumps([list(kept), _origin(source)])
+
+    def refuse(model: SourceModel) -> None:
+        _refuse_changed(source, model, kept, param, instead)
+
+    settings, pieces = cut_config(source, kept), _pieces(source, kept)
+    return written(source, out, json.dumps(list(kept)), settings, pieces, notify or Silent(), refuse)
+
+
+def written(
+    source: SourceModel,
+    out: Path,
+    told: str,
+    settings: Mapping[str, Any],
+    pieces: Sequence[Piece],
+    notify: Notify,
+    refuse: Callable[[SourceModel], None] | None = None,
+) -> SourceModel:
+    """A model that another was cut to, written as a directory of its own unless an earlier attempt did that.
+
+    told: how it was cut. settings: of `config.json`. refuse: raises where what was written is not what it should be.
+    """
+    note, mark = out.with_name(f"{out.name}-by"), json.dumps([told, _origin(source)])
     if not (out.is_dir() and note.is_file() and note.read_text(encoding="utf-8") == mark):
         with written_whole(out) as partial:
             write_companions(source, partial)
-            write_json(partial / "config.json", cut_config(source, kept))
-            write_shards(partial, _pieces(source, kept), notify or Silent())
-            _refuse_changed(source, open_model(partial), kept, param, instead)
+            write_json(partial / "config.json", settings)
+            write_shards(partial, pieces, notify)
+            if refuse is not None:
+                refuse(open_model(partial))
         write_whole(note, mark)
     return open_model(out)
 

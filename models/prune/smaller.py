@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from models.checkpoint import SourceModel, open_model, open_or_convert
 from models.closing import certified, closed, spent
 from models.evaluation import Measured, measure
 from models.fingerprint import fingerprint
-from models.formats.directory import linked, refuse_broken_companions
+from models.formats.directory import linked, refuse_broken_companions, without_private, write_json
 from models.frame import Frame
 from models.job import Inputs, Outcome, libraries, params_named, size_part, source_part
 from models.material import Material, read_tokenizer
@@ -32,9 +33,9 @@ from squeeze import __version__
 from squeeze.distillation import Distill
 from squeeze.objects import Stage
 from squeeze.report import Certificate, Report, Slimming
-from squeeze.slim_shapes import Sides, carried
+from squeeze.slim_shapes import Sides, carried, narrowed
 from squeeze.slim_work import counted_slimming
-from squeeze.slimming import Slim
+from squeeze.slimming import Slim, Width
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
 from squeeze.training import Train
@@ -107,6 +108,20 @@ def slimmed(inputs: Inputs, step: Slim, clock: Clock, notify: Notify) -> Done:
 def refuse(step: Slim, frame: Frame) -> None:
     """Raises where a model can't be made as small, or of that family not at all; needs its config alone."""
     import_module(f"models.{step.kind}.{step.method}").planned(step, frame, frame.sides())
+
+
+def judged(step: Slim, frame: Frame) -> Frame:
+    """The smaller model as the next step will find it, from configs alone: as wide as it will be; of blocks that are
+    left out it still has some.
+    """
+    if not isinstance(step, Width):
+        return frame
+    source = frame.source
+    settings, _ = narrowed(step, source.config, frame.sides())
+    with TemporaryDirectory() as name:
+        write_json(Path(name) / "config.json", without_private(settings))
+        smaller = SourceModel(Path(name), settings, {}, source.row)
+        return Frame(smaller, frame.dtype, frame.device)
 
 
 def sides_of(source: SourceModel) -> Sides:

@@ -10,7 +10,7 @@ from squeeze.formats import refuse_unfit
 from squeeze.shapes import shape_of
 from squeeze.slim_shapes import blocks_left, carried, elements_of, narrowed
 from squeeze.slim_work import counted_slimming, slimming_bytes
-from squeeze.slimming import Depth
+from squeeze.slimming import Depth, Width
 from squeeze.specs import JobSpec
 
 GPTQ = {"kind": "quantize", "method": "gptq"}
@@ -20,6 +20,10 @@ DATA = {"source": "file-abcdefgh"}
 
 def depth(**fields: Any) -> dict[str, Any]:
     return {"kind": "prune", "method": "depth"} | (fields or {"blocks": 2})
+
+
+def width(**fields: Any) -> dict[str, Any]:
+    return {"kind": "prune", "method": "width"} | fields
 
 
 def job(*steps: dict[str, Any], **fields: Any) -> JobSpec:
@@ -44,6 +48,11 @@ def llama(blocks: int = 4) -> dict[str, tuple[int, ...]]:
         (depth(params_target=1.0), "less than 1"),
         (depth(params_target=0.0), "greater than 0"),
         (depth(blocks=2, importance="size"), "influence"),
+        (width(), "say how small"),
+        (width(params_target=0.5, heads=2), "say how small"),
+        (width(intermediate_size=500), "480 or 512, not 500"),
+        (width(hidden_size=100), "96 or 128, not 100"),
+        (width(blocks=2), "Extra inputs"),
     ],
 )
 def test_what_is_no_size_is_refused(step: dict[str, Any], words: str) -> None:
@@ -91,6 +100,41 @@ def test_a_share_is_met_by_as_many_blocks_as_fit_and_the_least_that_can_be_is_to
         blocks_left(Depth(method="depth", blocks=4), sides)
     config, smaller = narrowed(Depth(method="depth", blocks=3), {"num_hidden_layers": 4}, sides)
     assert config["num_hidden_layers"] == 3 and elements_of(smaller) == outside + 3 * each
+
+
+def test_a_student_is_named_unless_a_step_before_made_one() -> None:
+    logits = {"kind": "distill", "method": "logits"}
+    assert not job(depth(), logits, GPTQ).steps[1].student.named
+    assert job(logits | {"student": {"layers": 2}}).steps[0].student.named
+    with pytest.raises(ValidationError, match="say who learns"):
+        job(logits)
+    with pytest.raises(ValidationError, match="leave `student` out"):
+        job(depth(), logits | {"student": {"layers": 2}})
+    with pytest.raises(ValidationError, match="say who learns"):
+        job(logits | {"student": {"layers": 2, "model": "org/other"}})
+
+
+def wide() -> dict[str, tuple[int, ...]]:
+    """Eight heads of 32 in four groups; 1024 neurons, of which 128 are an eighth."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (1000, 256), "model.norm.weight": (256,)}
+    for n in range(2):
+        attention, mlp = f"model.layers.{n}.self_attn", f"model.layers.{n}.mlp"
+        found |= {f"{attention}.{one}_proj.weight": (256, 256) for one in "qo"}
+        found |= {f"{attention}.{one}_proj.weight": (128, 256) for one in "kv"}
+        found |= {f"{mlp}.gate_proj.weight": (1024, 256), f"{mlp}.down_proj.weight": (256, 1024)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("target", "sizes"), [(0.9, (256, 768, 4)), (0.75, (256, 512, 4)), (0.6, (256, 512, 2)), (0.5, (192, 640, 2))]
+)
+def test_a_share_takes_neurons_first_then_groups_of_heads_then_channels(target: float, sizes: tuple[int, ...]) -> None:
+    config, whole = {"model_type": "llama", "num_attention_heads": 8}, wide()
+    settings, smaller = narrowed(Width(method="width", params_target=target), config, whole)
+    assert tuple(settings[f"{name}"] for name in ("hidden_size", "intermediate_size", "num_key_value_heads")) == sizes
+    assert settings["head_dim"] == 32 and settings["num_attention_heads"] == 2 * sizes[2]
+    assert 0.8 * target < elements_of(smaller) / elements_of(whole) <= target
+    assert smaller["model.layers.1.self_attn.o_proj.weight"] == (sizes[0], 64 * sizes[2])
 
 
 def test_what_it_costs_grows_with_the_text_and_not_with_the_blocks() -> None:
