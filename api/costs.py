@@ -20,6 +20,8 @@ from squeeze.merging import Merge
 from squeeze.merging_work import counted_merging, merging_bytes
 from squeeze.pace import duration
 from squeeze.shapes import Shape, shape_of
+from squeeze.slim_work import counted_slimming, slimming_bytes
+from squeeze.slimming import Slim
 from squeeze.sparsifying import Sparsify
 from squeeze.specs import JobSpec
 from squeeze.steps import RTN, Format
@@ -73,15 +75,18 @@ def cost_of(
     for step in spec.steps:
         formats = result_bytes if step is spec.steps[-1] else {}
         if isinstance(step, Finetune):
-            parameters = sum(tensor.elements for tensor in tensors.values())
+            parameters, learns = sum(one.elements for one in made.tensors.values()), shape_of_model(*_of(made))
             spec, step, found["chosen"] = supposed(spec, step, parameters, own.positions)  # noqa: PLW2901
-            cost = cost.then(_finetuning(spec, step, own, learned_of(step, config, tensors), formats, text_bytes))
+            cost = cost.then(_finetuning(spec, step, learns, learned_of(step, *_of(made)), formats, text_bytes))
         elif isinstance(step, Distill):
-            student, known = shape_of_model(made.config, made.tensors), learned_of(step, made.config, made.tensors)
+            student, known = shape_of_model(*_of(made)), learned_of(step, *_of(made))
             cost = cost.then(_distilling(spec, step, own, student, known, formats, told, text_bytes))
         elif isinstance(step, Merge):
             largest = max((tensor.elements for tensor in tensors.values()), default=0)
             cost = cost.then(_merging(spec, step, own, largest, formats))
+        elif isinstance(step, Slim):
+            whole, least = slimming_bytes(own, spec)
+            cost = cost.then(_Cost(whole, least, 0, counted_slimming(own, spec, step)))
         elif isinstance(step, Compress):
             memory = needed(shape, spec.model_copy(update={"steps": (step,)}), formats)
             last = step is spec.steps[-1]  # which is counted together with those of its kind before
@@ -136,6 +141,7 @@ def kept_bytes(
     merged = begun if isinstance(spec.steps[0], Merge) and len(spec.steps) > 1 else 0  # otherwise it is the result
     zeroed = [step for step in spec.steps if isinstance(step, Sparsify)]  # kept, and whole for a step that follows
     merged += sum(size * (1 if one is spec.steps[-1] else 2) for one in zeroed)
+    merged += size if isinstance(spec.steps[0], Slim) and len(spec.steps) > 1 else 0
     if step is None:
         return merged
     known = learned_of(step, made.config, made.tensors)
@@ -185,6 +191,10 @@ def _merging(spec: JobSpec, step: Merge, shape: Shape, largest: int, formats: di
     plain = spec.model_copy(update={"steps": (RTN(method="rtn"),)})
     measured, merging = needed(shape, plain, formats), merging_bytes(largest)
     return _Cost(max(merging, measured.whole), max(merging, measured.least), 0, counted_merging(shape, spec, step))
+
+
+def _of(made: Made) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return made.config, made.tensors
 
 
 def _ignored(spec: JobSpec) -> list[str]:

@@ -32,6 +32,7 @@ from squeeze.errors import (
 from squeeze.finetuning import Adapters, Head, LoRA, QLoRA
 from squeeze.formats import refuse_unfit
 from squeeze.objects import Obstacle, Plan
+from squeeze.slimming import Slim
 from squeeze.specs import SELF, JobSpec, hub_text
 from squeeze.steps import Format, Grouped, Quantize
 from squeeze.training import Train
@@ -74,6 +75,7 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
         parameters=sum(tensor.elements for tensor in tensors.values()) or None,
         source_bytes=source_bytes,
         result_bytes=result_bytes,
+        result_parameters=_parameters_left(spec, made),
         **cost_of(service, project, spec, config, tensors, made, result_bytes, told),
         disk_bytes=(source_bytes if files.pulled else 0)
         + looked.pulled_bytes
@@ -208,10 +210,18 @@ def _result_bytes(spec: JobSpec, made: Made, linears: list[Linear]) -> dict[Form
     return _estimates(spec, step, made.tensors, linears)
 
 
+def _parameters_left(spec: JobSpec, made: Made) -> int | None:
+    """Of what a job makes smaller; None of other jobs."""
+    slims = any(isinstance(step, Slim) for step in spec.steps)
+    return sum(tensor.elements for tensor in made.tensors.values()) or None if slims else None
+
+
 def _trained_bytes(spec: JobSpec, made: Made, linears: list[Linear]) -> dict[Format, int]:
     """What was learned beside the weights in 32 bits, a whole model in 16, and what it was learned beside, rounded."""
     step = spec.steps[-1]
     beside = 4 * learned_of(step, made.config, made.tensors).parameters if isinstance(step, Adapters) else 0
+    if isinstance(step, Slim):
+        return dict.fromkeys(spec.formats, sum(tensor.size_bytes for tensor in made.tensors.values()))
     sizes: dict[Format, int] = {
         "peft": beside * (2 if isinstance(step, LoRA) and step.init == "pissa" else 1),
         "safetensors": 2 * sum(tensor.elements for tensor in made.tensors.values()),

@@ -1,22 +1,26 @@
-"""Who learns in a distillation, from configs and headers alone: some blocks of the teacher, or another model."""
+"""What a job works on in its later steps, from configs and headers alone: a student, or what was made smaller."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from api.service import Service
+from api.slimming import slimmed
 from api.sources import files_of
 from api.tensors import Tensor, config_of, tensors_of
 from squeeze.architectures import ARCHITECTURES
 from squeeze.distillation import Distill, evenly
 from squeeze.errors import ArchitectureUnsupported, ModelAlreadyCompressed, SqueezeError
 from squeeze.shapes import BLOCK, of_blocks
+from squeeze.slimming import Slim
 from squeeze.specs import JobSpec
 
 
 @dataclass(frozen=True)
 class Made:
-    """The model that is worked on once a distillation is over; without one the job's own. config, tensors: empty where
-    they can't be told. pulled_bytes: that the worker has to fetch for it. obstacles: what stands in its way.
+    """The model that is worked on once a distillation is over, or one made smaller; otherwise the job's own.
+
+    config, tensors: empty where they can't be told. pulled_bytes: that the worker has to fetch for it. obstacles: what
+    stands in its way.
     """
 
     config: dict[str, Any]
@@ -28,10 +32,15 @@ class Made:
 def made_by(service: Service, project: str, spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> Made:
     """config, tensors: of the job's own model."""
     for number, step in enumerate(spec.steps):
+        if isinstance(step, Slim) and tensors:
+            try:
+                return Made(*slimmed(step, config, tensors))
+            except SqueezeError as error:
+                return Made({}, {}, obstacles=[error])
         if isinstance(step, Distill):
             if step.student.model is not None:
                 return _named(service, project, step.student.model, f"steps.{number}.student.model")
-            assert step.student.layers is not None, "a student that is no model is a shape"
+            assert step.student.layers is not None, "a student that no step made and that is no model is a shape"
             return Made(config, _cut(tensors, step.student.layers))
     return Made(config, tensors)
 

@@ -94,6 +94,11 @@ def _recipe(format_name: Format, report: Report) -> str:
     if report.merging is not None:
         named = [f"`{one.model}` ({one.kind}, weight {one.weight:.3g})" for one in report.merging.models]
         lines += [f"Merged: {', '.join(named)}.", ""]
+    if report.slimming is not None:
+        made = report.slimming
+        which = f", without the blocks {', '.join(map(str, made.removed))}" if made.removed else ""
+        share = f"{made.parameters_after / made.parameters_before:.1%}".replace("%", " %")
+        lines += [f"Made smaller: {made.parameters_after:,} parameters, {share} of the original's{which}.", ""]
     if report.training is not None and not _is_base(format_name, report):
         data = report.training.data
         what = "labels" if _labels(report) else "tokens"

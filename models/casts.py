@@ -8,11 +8,11 @@ from torch import Tensor
 
 from models.checkpoint import SourceModel
 from models.finite import all_finite
-from models.formats.directory import COMPUTED
 from models.frame import exact_names, weightless
 from models.plain import CHUNK, within
 from squeeze.errors import ModelAlreadyCompressed, NotFinite
 from squeeze.report import Block, Cast
+from squeeze.shapes import COMPUTED
 
 
 @dataclass(frozen=True)

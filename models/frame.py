@@ -115,12 +115,16 @@ class Frame:
 
     def shape(self, ignored: Sequence[str] = ()) -> Shape:
         """As `SourceModel.shape`, from the config alone."""
+        stored = self.model.config.dtype
+        return shape_of(self.source.config, self.sides(), DTYPE_NAMES.get(stored, "BF16"), ignored)
+
+    def sides(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all parameters by their names; what is tied counts once."""
         tensors = {name: tuple(one.shape) for name, one in self.model.named_parameters() if name not in self._ties}
         for index, block in enumerate(self._skeletons):
             own = block.named_parameters(prefix=f"{self.blocks_path}.{index}")
             tensors |= {name: tuple(one.shape) for name, one in own}
-        stored = self.model.config.dtype
-        return shape_of(self.source.config, tensors, DTYPE_NAMES.get(stored, "BF16"), ignored)
+        return tensors
 
     @property
     def ties(self) -> dict[str, str]:

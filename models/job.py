@@ -14,6 +14,7 @@ from squeeze.errors import CertificationFailed, SqueezeError
 from squeeze.merging import Merge
 from squeeze.objects import Result
 from squeeze.report import Report, Size, Source
+from squeeze.slimming import Slim
 from squeeze.specs import JobSpec
 from squeeze.steps import Format, Step
 from squeeze.training import Train
@@ -131,7 +132,7 @@ def size_part(name: Format, directory: Path, source_bytes: int) -> Size:
 def result_of(report: Report, directories: Mapping[Format, Path]) -> Result:
     """The headline."""
     quality, training, quantized = report.quality, report.training, report.bits_per_weight is not None
-    smaller = quantized or (training is not None and training.distillation is not None)
+    smaller = quantized or report.slimming is not None or (training is not None and training.distillation is not None)
     certified: dict[str, dict[str, str]] = {name: {} for name in directories}
     for one in report.certificates:
         certified[one.format][one.consumer] = one.outcome if one.outcome != "failed" else f"failed: {one.detail}"
@@ -164,6 +165,10 @@ def merging_step(spec: JobSpec) -> Merge | None:
 def compress_step(spec: JobSpec) -> Compress:
     """The last that goes through the model block by block."""
     return spec.compressing[-1]
+
+
+def slimming_step(spec: JobSpec) -> Slim | None:
+    return next((step for step in spec.steps if isinstance(step, Slim)), None)
 
 
 def param_of(spec: JobSpec, name: str, step: Step | None = None) -> str:

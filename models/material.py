@@ -14,6 +14,7 @@ from models.self_text import refuse_beforehand, sampled_text
 from squeeze.compressing import Compress
 from squeeze.errors import DataUnusable, ModelMalformed, ModelUnsafe
 from squeeze.merging import Merge
+from squeeze.slimming import Slim
 from squeeze.specs import SELF, JobSpec
 
 # On tiny random models at 3 bits GPTQ was worse than round-to-nearest at 3 tokens per input, a fifth better at 16.
@@ -76,7 +77,7 @@ class Material:
     def __init__(
         self,
         spec: JobSpec,
-        step: Compress | Merge,
+        step: Compress | Merge | Slim,
         tokenizer: Any,
         frame: Frame,
         calibration_text: Path | None,
@@ -85,7 +86,7 @@ class Material:
         work: Path | None = None,
         notify: Notify | None = None,
     ) -> None:
-        self.tokenizer, self.spec = tokenizer, spec
+        self.tokenizer, self.spec, self.step = tokenizer, spec, step
         self.asked = spec.data.length
         self.length = _length(spec, frame)
         if self.length < LEAST_TOKENS:
@@ -143,7 +144,8 @@ class Material:
                     f"the calibration text gave {count} sequences of {length} tokens, fewer than the {self.samples} of "
                     f"{self.length} asked for"
                 )
-            found += few_tokens(count, length, self.widest)
+            if not isinstance(self.step, Slim):
+                found += few_tokens(count, length, self.widest)
             found += repetition_warnings(self.calibration.ids, "calibration text")
         found += self._of_language()
         sampled = self.calibration is not None and self.spec.data.source == SELF

@@ -1,6 +1,7 @@
 """A job's way through this room: a model directory and a spec in, model directories and a report out.
 
-loading -> merging, where a step merges; of what that made, or of the source, loading -> training, where a step trains;
+loading -> merging, where a step merges, or loading -> calibrating -> compressing, where one makes a smaller model; of
+what that made, or of the source, loading -> training, where a step trains;
 of what that made, where a step zeroes weights or quantizes: loading -> calibrating -> compressing (evaluating in the
 same pass) -> evaluating -> exporting -> certifying; where one does each, all but the last twice
 """
@@ -20,13 +21,23 @@ from models.disk import disk_faults
 from models.experts import refuse_torn
 from models.formats import layout
 from models.frame import Frame
-from models.job import Inputs, Outcome, compress_step, merging_step, param_of, params_named, training_step
+from models.job import (
+    Inputs,
+    Outcome,
+    compress_step,
+    merging_step,
+    param_of,
+    params_named,
+    slimming_step,
+    training_step,
+)
 from models.kv_cache import refuse_unknown_attention
 from models.material import refuse_too_large_for_self
 from models.merge import entries
 from models.merge import job as merge
 from models.progress import Notify
 from models.prune import job as prune
+from models.prune import smaller
 from models.quantize.job import run_compression
 from models.resources import Clock
 from models.team import SOLO, Team
@@ -43,6 +54,7 @@ from squeeze.formats import candidates
 from squeeze.merging import Entry, Merge
 from squeeze.objects import Stage
 from squeeze.report import Report
+from squeeze.slimming import Slim
 from squeeze.sparsifying import Sparsify, refuse_torn_pattern
 from squeeze.specs import JobSpec
 from squeeze.steps import QAT, Grouped
@@ -62,13 +74,17 @@ def check(spec: JobSpec, model: Path) -> Facts:
     """Refuses what can't work, from `config.json` alone, before any weight is fetched."""
     config = read_config(model)
     frame = Frame(SourceModel(model, config, {}, architecture_of(config)), torch.float32, torch.device("cpu"))
-    training = training_step(spec)
+    training, slimming = training_step(spec), slimming_step(spec)
+    if slimming is not None:
+        with params_named(spec, slimming):
+            smaller.refuse(slimming, frame)
+            frame = smaller.judged(slimming, frame)
     if training is not None:
         with params_named(spec, training):
             count = refuse_untrainable(training, frame)
         if training is spec.steps[-1] or _taught(spec):  # another model goes on to the next step
             return Facts(config["model_type"], frame.count, count)
-    if isinstance(spec.steps[-1], Merge):
+    if isinstance(spec.steps[-1], Merge | Slim):
         return Facts(config["model_type"], frame.count, sum(len(frame.sites(n)) for n in range(frame.count)))
     return _check_compressible(spec, config, frame)
 
@@ -157,9 +173,18 @@ def _run(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
     if inputs.student is not None:
         check_student(inputs.spec, inputs.student)
     merging, training, clock = merging_step(inputs.spec), training_step(inputs.spec), Clock()
+    slimming = slimming_step(inputs.spec)
     if training is not None:
         with params_named(inputs.spec, training):
             refuse_without_gpu(training, torch.device(inputs.device))
+    if slimming is not None:
+        if len(inputs.spec.steps) == 1:
+            return smaller.run_slimming(inputs, slimming, notify)
+        made = smaller.slimmed(inputs, slimming, clock, notify)
+        onwards = smaller.for_what_follows(inputs, made)
+        return _after_merging(
+            onwards, training, clock, notify, team, lambda report: smaller.added(report, inputs, made)
+        )
     if merging is None:
         return _after_merging(inputs, training, clock, notify, team)
     if len(inputs.spec.steps) == 1:

@@ -19,6 +19,7 @@ from squeeze.distillation import DISTILLING_METHODS, Distill, Student  # noqa: E
 from squeeze.finetuning import TRAINING_METHODS  # noqa: E402
 from squeeze.formats import CAPACITIES, Capacity, holders  # noqa: E402
 from squeeze.merging import MERGING_METHODS, Entry, Merge  # noqa: E402
+from squeeze.slimming import SLIMMING_METHODS, Slim  # noqa: E402
 from squeeze.sparsifying import SPARSIFYING_METHODS, Sparsify  # noqa: E402
 from squeeze.steps import METHODS, Grouped, Method, Quantize, tag_of  # noqa: E402
 from squeeze.training import Train  # noqa: E402
@@ -32,6 +33,7 @@ MARKS = {
     ),
     "merging": ("<!-- Merging: written by scripts/document_methods.py. -->", "<!-- End of the merging methods. -->"),
     "zeroing": ("<!-- Zeroing: written by scripts/document_methods.py. -->", "<!-- End of the zeroing methods. -->"),
+    "slimming": ("<!-- Slimming: written by scripts/document_methods.py. -->", "<!-- End of the slimming methods. -->"),
     "methods": ("<!-- Methods: written by scripts/document_methods.py. -->", "<!-- End of the methods. -->"),
     "formats": ("<!-- Formats: written by scripts/document_methods.py. -->", "<!-- End of the formats. -->"),
 }
@@ -46,6 +48,7 @@ def page() -> str:
         "distilling": _distilling(),
         "merging": _merging(),
         "zeroing": _zeroing(),
+        "slimming": _slimming(),
         "formats": _formats(),
     }
     for name, made in made_of.items():
@@ -106,6 +109,14 @@ def _zeroing() -> str:
     for method in SPARSIFYING_METHODS:
         about = f"### {_name(method)}\n\n{inspect.getdoc(method)}"
         parts.append("\n\n".join(filter(None, (about, _table(method, Sparsify.model_fields)))))
+    return "\n\n".join(parts)
+
+
+def _slimming() -> str:
+    parts = ["Every method takes:\n\n" + _table(Slim, ())]
+    for method in SLIMMING_METHODS:
+        about = f"### {_name(method)}\n\n{inspect.getdoc(method)}"
+        parts.append("\n\n".join(filter(None, (about, _table(method, Slim.model_fields)))))
     return "\n\n".join(parts)
 
 

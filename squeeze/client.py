@@ -28,6 +28,7 @@ from squeeze.errors import ConnectionFailed, ServiceUnavailable
 from squeeze.merging import Merge
 from squeeze.objects import FINAL, Artifact, Deleted, Event, File, Item, Job, Method, Page, Plan, Status
 from squeeze.report import Report
+from squeeze.slimming import Slim
 from squeeze.specs import JobSpec
 from squeeze.training import Train
 from squeeze.transport import Transport, pause_seconds
@@ -266,7 +267,7 @@ def _described(value: object) -> dict[str, Any]:
     described = value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, JobSpec):
         described["steps"] = [_described(step) for step in value.steps]
-    if isinstance(value, Compress | Train | Merge):
+    if isinstance(value, Compress | Train | Merge | Slim):
         described["kind"] = value.kind  # it has a default, yet the service tells steps apart by it
     return described
 

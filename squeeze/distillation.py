@@ -17,7 +17,7 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 class Student(Wire):
-    """What learns: a shape that the teacher is cut to, or a model."""
+    """What learns: a shape that the teacher is cut to, or a model; neither, where a step before made one smaller."""
 
     layers: int | None = Field(
         None,
@@ -37,9 +37,13 @@ class Student(Wire):
 
     @model_validator(mode="after")
     def _says_who(self) -> Self:
-        if (self.layers is None) == (self.model is None):
+        if self.layers is not None and self.model is not None:
             raise ValueError("say who learns: either `layers`, so many blocks of the teacher, or `model`")
         return self
+
+    @property
+    def named(self) -> bool:
+        return self.layers is not None or self.model is not None
 
 
 class Distill(Train):
@@ -50,7 +54,10 @@ class Distill(Train):
     """
 
     kind: Literal["distill"] = "distill"
-    student: Student
+    student: Student = Field(
+        Student(),
+        description="Who learns. Left out after a step that prunes, whose smaller model then learns from the original.",
+    )
     learning_rate: float = Field(1e-4, gt=0, le=10, description="At its highest.")
     batch_size: int = Field(
         8,

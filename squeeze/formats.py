@@ -11,6 +11,7 @@ from squeeze.errors import FormatUnfit
 from squeeze.finetuning import Adapters, QLoRA
 from squeeze.merging import Merge
 from squeeze.schemes import Activations, Element, Group, Scheme
+from squeeze.slimming import Slim
 from squeeze.steps import CODE_BITS, Format, Grouped
 from squeeze.training import Train
 
@@ -125,7 +126,7 @@ def refuse_unfit(steps: Sequence[object], formats: Sequence[Format]) -> None:
     """Raises FormatUnfit, naming the parameter and what would do, where a format can't hold what a step makes."""
     if isinstance(steps[-1], Train):
         _refuse_untrained(steps[-1], len(steps) - 1, formats)
-    if isinstance(steps[-1], Merge) and (unfit := [name for name in formats if name not in steps[-1].formats]):
+    if isinstance(steps[-1], Merge | Slim) and (unfit := [name for name in formats if name not in steps[-1].formats]):
         raise FormatUnfit(
             f"{unfit[0]} can't hold what {steps[-1].method} makes, a plain model in 16 bits. Take safetensors, or add "
             "a step that quantizes.",

@@ -210,6 +210,9 @@ class Plan(Answer):
     model_revision: str | None = None
     parameters: int | None = Field(None, description="Weights of the source model.")
     source_bytes: int | None = None
+    result_parameters: int | None = Field(
+        None, description="Exactly, of a model that the job makes smaller; null of other jobs."
+    )
     result_bytes: dict[str, int] = Field(default_factory=dict, description="Estimated bytes by format.")
     host_bytes: int | None = Field(
         None, description="Estimated peak host memory of all processes of the job, where a worker runs it on its CPU."

@@ -333,6 +333,39 @@ class Merging(Part):
     )
 
 
+class Speed(Part):
+    """Of one model on the job's machine, in tokens a second; the weights are in memory, the blocks run one by one."""
+
+    prompt_tokens: int = Field(description="Of the prompt that goes through at once.")
+    prompt: float = Field(description="While it reads a prompt.")
+    writing: float = Field(description="While it writes, one token at a time, without the attention to those before.")
+
+
+class Slimming(Part):
+    """What a step that makes a smaller model did."""
+
+    method: str
+    importance: str = Field(description="What was judged by it, and how.")
+    calibration: Text
+    blocks: list[float] | None = Field(
+        None, description="Of `depth`: the importance of each decoder block of the original, in order."
+    )
+    removed: list[int] = Field(default_factory=list, description="Decoder blocks that are left out, counted from 0.")
+    widths: dict[str, int] | None = Field(None, description="Of `width`: the sizes of the result, as in its config.")
+    widths_before: dict[str, int] | None = Field(None, description="The same of the original.")
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int = Field(description="Of the weights.")
+    bytes_after: int
+    speed_before: Speed = Field(description="Measured with `speed_after`, the two in turn block by block.")
+    speed_after: Speed
+    quality: Quality | None = Field(
+        None,
+        description="Of the smaller model against the original, where a step that quantizes follows; where none does, "
+        "it is the report's own `quality`. A step that trains measures the smaller model itself, before it learns.",
+    )
+
+
 class Tuning(Part):
     """What training the rounded weights did (method `qat`)."""
 
@@ -380,6 +413,7 @@ class Report(Part):
     quality: Quality | None
     training: Training | None = Field(None, description="Of a step that trains alone.")
     merging: Merging | None = Field(None, description="Of a step that merges alone.")
+    slimming: Slimming | None = Field(None, description="Of a step that makes a smaller model alone.")
     tuning: Tuning | None = Field(None, description="Of `qat` alone.")
     bits_per_weight: float | None = Field(
         description="Null where no step quantizes. With `qlora` and base `gptq` this, `calibration`, `quality` and "

@@ -11,6 +11,9 @@ Each = TypeVar("Each")
 
 BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
+# Causal masks and rotary frequencies that old checkpoints carry and today's model classes compute.
+COMPUTED = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+
 MOST = 1 << 40  # of anything that is counted: files from strangers may say what they like
 
 # Linears that read what no other linear of their parent reads; of the rest, those with as many inputs share them.

@@ -17,6 +17,7 @@ from squeeze.finetuning import Adapters, Finetune, Head, QLoRA
 from squeeze.formats import holders
 from squeeze.merging import Merge
 from squeeze.names import names_a_model
+from squeeze.slimming import Slim
 from squeeze.sparsifying import Sparsify
 from squeeze.steps import QAT, Format, Quantize, Step
 from squeeze.training import Train
@@ -172,9 +173,9 @@ def _refuse_unshared(step: Train, gpus: int) -> None:
 def _default_formats(fields: dict[str, Any]) -> tuple[Format, ...]:
     """The most widely loaded format that holds what the steps make; of a last step that trains, all that it makes."""
     last = next(iter(reversed(fields.get("steps", ()))), None)
-    if isinstance(last, Adapters) and any(isinstance(step, Merge) for step in fields["steps"]):
-        return ("safetensors",)  # an adapter would go with a merged model that is not written
-    if isinstance(last, Train | Merge):
+    if isinstance(last, Adapters) and any(isinstance(step, Merge | Slim) for step in fields["steps"]):
+        return ("safetensors",)  # an adapter would go with a model that is not written
+    if isinstance(last, Train | Merge | Slim):
         return last.formats
     schemes = [step.scheme() for step in fields.get("steps", ()) if isinstance(step, Compress)]
     return (holders(schemes[-1]) if schemes else ())[:1] or ("compressed-tensors",)
@@ -317,6 +318,32 @@ class JobSpec(Wire):
             )
         if merging and len(self.steps) == 1 and self.limits.gpus > 1:
             raise ValueError("merging is done by one process: set limits.gpus to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _makes_smaller_once_and_first(self) -> Self:
+        slimming = [n for n, step in enumerate(self.steps) if isinstance(step, Slim)]
+        if slimming and slimming != [0]:
+            raise ValueError(
+                "what a model can do without is found in it as it comes: let one step make it smaller, the first one, "
+                "and name that job's id as the next one's model"
+            )
+        last = self.steps[-1]
+        if slimming and ("peft" in self.formats or (isinstance(last, Adapters) and not last.merge)):
+            raise ValueError(
+                "an adapter that is trained on the smaller model would go with a model that is not written: let the "
+                "step that trains merge it, and take safetensors alone as format"
+            )
+        for number, step in enumerate(self.steps):
+            if isinstance(step, Distill) and step.student.named == bool(slimming):
+                raise ValueError(
+                    f"steps.{number}: the smaller model of the step before is who learns: leave `student` out"
+                    if slimming
+                    else f"steps.{number}.student: say who learns, either `layers`, so many blocks of the teacher, or "
+                    "`model`; or let a step before prune the model"
+                )
+        if slimming and len(self.steps) == 1 and self.limits.gpus > 1:
+            raise ValueError("a model is made smaller by one process: set limits.gpus to 1")
         return self
 
     @model_validator(mode="after")

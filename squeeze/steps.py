@@ -1,9 +1,9 @@
 """The steps of a job, one class per method: what it takes, with units, ranges and defaults.
 
-Those that quantize are here, those that zero weights in `squeeze.sparsifying`, those that finetune in
-`squeeze.finetuning`, those that distill in `squeeze.distillation`, those that merge in `squeeze.merging`. A method is
-found by its name: `kind` and `method` are the folder and the file in `models/` (`quantize`, `gptq` ->
-`models/quantize/gptq.py`). A new method adds its class and that file, nothing else.
+Those that quantize are here, those that zero weights in `squeeze.sparsifying`, those that make smaller models in
+`squeeze.slimming`, those that finetune in `squeeze.finetuning`, those that distill in `squeeze.distillation`, those
+that merge in `squeeze.merging`. A method is found by its name: `kind` and `method` are the folder and the file in
+`models/` (`quantize`, `gptq` -> `models/quantize/gptq.py`). A new method adds its class and that file, nothing else.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args
@@ -15,6 +15,7 @@ from squeeze.distillation import DISTILLING_METHODS
 from squeeze.finetuning import TRAINING_METHODS
 from squeeze.merging import MERGING_METHODS, Merge
 from squeeze.schemes import Activations, Scheme
+from squeeze.slimming import SLIMMING_METHODS, Slim
 from squeeze.sparsifying import SPARSIFYING_METHODS, Sparsify
 from squeeze.training import Rounded, Train
 
@@ -351,8 +352,15 @@ METHODS: tuple[type[Quantize], ...] = (
     KQuant,
 )
 
-Method = type[Quantize] | type[Sparsify] | type[Train] | type[Merge]
-STEPS: tuple[Method, ...] = (*METHODS, *SPARSIFYING_METHODS, *TRAINING_METHODS, *DISTILLING_METHODS, *MERGING_METHODS)
+Method = type[Quantize] | type[Sparsify] | type[Slim] | type[Train] | type[Merge]
+STEPS: tuple[Method, ...] = (
+    *METHODS,
+    *SLIMMING_METHODS,
+    *SPARSIFYING_METHODS,
+    *TRAINING_METHODS,
+    *DISTILLING_METHODS,
+    *MERGING_METHODS,
+)
 
 
 def _tag(value: Any) -> str | None:
@@ -368,6 +376,6 @@ def tag_of(method: Method) -> str:
 
 
 if TYPE_CHECKING:
-    Step = Quantize | Sparsify | Train | Merge
+    Step = Quantize | Sparsify | Slim | Train | Merge
 else:
     Step = Annotated[Union[tuple(Annotated[one, Tag(tag_of(one))] for one in STEPS)], Discriminator(_tag)]  # noqa: UP007 - of as many as there are

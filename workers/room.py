@@ -5,6 +5,7 @@ from pathlib import Path
 
 from squeeze.errors import DiskFull
 from squeeze.merging import Merge
+from squeeze.slimming import Slim
 from squeeze.sparsifying import Sparsify
 from squeeze.specs import JobSpec
 
@@ -47,10 +48,10 @@ def _written_bytes(spec: JobSpec, source_bytes: int) -> int:
 
 
 def _made_bytes(spec: JobSpec, source_bytes: int) -> int:
-    merged = source_bytes if isinstance(spec.steps[0], Merge) and len(spec.steps) > 1 else 0  # goes to the next step
+    goes_on = isinstance(spec.steps[0], Merge | Slim) and len(spec.steps) > 1  # what it made, to the next step
     zeroed = [step for step in spec.steps if isinstance(step, Sparsify)]  # kept as they are, and whole for a next step
-    kept = sum(source_bytes * (1 if step is spec.steps[-1] else 2) for step in zeroed)
-    return int(source_bytes * _CODES_SHARE) + merged + kept + _written_bytes(spec, source_bytes)
+    kept = sum(source_bytes * (1 if step is spec.steps[-1] else 2) for step in zeroed) + source_bytes * goes_on
+    return int(source_bytes * _CODES_SHARE) + kept + _written_bytes(spec, source_bytes)
 
 
 def _held_bytes(scratch: Path) -> int:

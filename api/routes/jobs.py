@@ -15,6 +15,7 @@ from api.merging import refuse_unlike
 from api.problems import refusals
 from api.routes import examples
 from api.service import Parts, Service
+from api.slimming import refuse_unmeetable
 from api.sparsifying import refuse_unprunable
 from jobs import lifecycle, views
 from jobs.places import checkpoints_prefix
@@ -93,7 +94,8 @@ def submit(
     ] = None,
 ) -> Job:
     """Takes a job. Only `model` and `steps` are required; what can be checked without the model is checked now, the
-    records that an uploaded file gives a training and the settings of what is merged included.
+    records that an uploaded file gives a training, the settings of what is merged and the sizes that a model can be cut
+    to included.
 
     Answers 202 with the queued job. Poll it, or follow its events, until its `status` is `succeeded`, `failed` or
     `cancelled`. With an `Idempotency-Key` a repeated request gives the job of the first one; with another body it is
@@ -105,6 +107,7 @@ def submit(
     refuse_unusable(service, project, spec)
     refuse_unlike(service, project, spec)
     refuse_unprunable(service, project, spec)
+    refuse_unmeetable(service, project, spec)
     body_hash = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
     with service.database.write() as session:
         record, created = lifecycle.submit(

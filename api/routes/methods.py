@@ -17,6 +17,7 @@ from squeeze.formats import CAPACITIES
 from squeeze.merging import Merge
 from squeeze.objects import Load, Method, Page
 from squeeze.schemes import Scheme
+from squeeze.slimming import Slim
 from squeeze.steps import STEPS, Format, tag_of
 from squeeze.steps import Method as Step
 from squeeze.training import Train
@@ -46,7 +47,7 @@ def _method(step: Step) -> Method:
     )
 
 
-def _needs(step: Compress | Train | Merge) -> list[str]:
+def _needs(step: Compress | Train | Merge | Slim) -> list[str]:
     if isinstance(step, Merge):
         return ["models or adapters of one base"]
     if isinstance(step, Head):
@@ -56,8 +57,10 @@ def _needs(step: Compress | Train | Merge) -> list[str]:
     return ["calibration data"] if step.needs_calibration else []
 
 
-def _trained_formats(step: Train | Merge) -> dict[str, dict[str, Any]]:
-    """What a job is written as that ends with training or merging: the adapter, and the whole model where one is."""
+def _trained_formats(step: Train | Merge | Slim) -> dict[str, dict[str, Any]]:
+    """What a job is written as that ends with another step than one that quantizes: the adapter, and the whole model
+    where one is.
+    """
     merges = isinstance(step, Adapters) and step.mergeable
     names: tuple[Format, ...] = ("peft", "safetensors") if merges else step.formats
     held: dict[str, dict[str, Any]] = {

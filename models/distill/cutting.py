@@ -1,8 +1,8 @@
-"""A student that is cut from its teacher: some of the decoder blocks, everything else as it is, on disk."""
+"""A model that is cut from another: some of the decoder blocks, everything else as it is, on disk."""
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from transformers import AutoConfig
 from models.architectures import Architecture
 from models.checkpoint import SourceModel, open_model
 from models.disk import write_whole
-from models.formats.directory import COMPUTED, without_private, write_companions, write_json, written_whole
+from models.formats.directory import without_private, write_companions, write_json, written_whole
 from models.formats.shards import Piece, write_shards
 from models.frame import Frame
 from models.progress import Notify, Silent
 from squeeze.errors import ArchitectureUnsupported, ModelMalformed
+from squeeze.shapes import COMPUTED
 
 PARAM = "student.layers"
+INSTEAD = "name a `model` as student"
 COUNT = "num_hidden_layers"  # what transformers calls it, whatever the family's files do
 # Settings that hold one entry for each block.
 BY_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -34,19 +36,58 @@ def refuse_uncuttable(frame: Frame, layers: int) -> None:
         )
 
 
-def cut(source: SourceModel, kept: Sequence[int], out: Path, notify: Notify | None = None) -> SourceModel:
-    """The student that has these blocks, written as a directory of its own unless an earlier attempt did that.
+def refuse_uneven(source: SourceModel, param: str | None = PARAM, instead: str = INSTEAD) -> None:
+    """Raises where what a block does depends on its number alone; needs the config alone."""
+    if source.config.get("scale_attn_by_inverse_layer_idx"):
+        raise ArchitectureUnsupported(
+            f"this model's attention depends on the number of its block, so that it can't be cut; {instead}",
+            param=param,
+        )
 
-    One tensor is in memory at a time. Raises ArchitectureUnsupported where blocks of this family are not the same once
-    they stand in another place.
+
+def cut(
+    source: SourceModel,
+    kept: Sequence[int],
+    out: Path,
+    notify: Notify | None = None,
+    *,
+    param: str | None = PARAM,
+    instead: str = INSTEAD,
+) -> SourceModel:
+    """The model that has these blocks, written as a directory of its own unless an earlier attempt did that.
+
+    One tensor is in memory at a time. Raises ArchitectureUnsupported, naming `param` and what to do instead, where
+    blocks of this family are not the same once they stand in another place.
     """
-    note, mark = out.with_name(f"{out.name}-by"), json.dumps([list(kept), _origin(source)])
+
+    def refuse(model: SourceModel) -> None:
+        _refuse_changed(source, model, kept, param, instead)
+
+    settings, pieces = cut_config(source, kept), _pieces(source, kept)
+    return written(source, out, json.dumps(list(kept)), settings, pieces, notify or Silent(), refuse)
+
+
+def written(
+    source: SourceModel,
+    out: Path,
+    told: str,
+    settings: Mapping[str, Any],
+    pieces: Sequence[Piece],
+    notify: Notify,
+    refuse: Callable[[SourceModel], None] | None = None,
+) -> SourceModel:
+    """A model that another was cut to, written as a directory of its own unless an earlier attempt did that.
+
+    told: how it was cut. settings: of `config.json`. refuse: raises where what was written is not what it should be.
+    """
+    note, mark = out.with_name(f"{out.name}-by"), json.dumps([told, _origin(source)])
     if not (out.is_dir() and note.is_file() and note.read_text(encoding="utf-8") == mark):
         with written_whole(out) as partial:
             write_companions(source, partial)
-            write_json(partial / "config.json", cut_config(source, kept))
-            write_shards(partial, _pieces(source, kept), notify or Silent())
-            _refuse_changed(source, open_model(partial), kept)
+            write_json(partial / "config.json", settings)
+            write_shards(partial, pieces, notify)
+            if refuse is not None:
+                refuse(open_model(partial))
         write_whole(note, mark)
     return open_model(out)
 
@@ -111,14 +152,11 @@ def _copy(source: SourceModel, name: str, new: str) -> Piece:
     return Piece({new: (entry.dtype, entry.shape)}, make)
 
 
-def _refuse_changed(source: SourceModel, student: SourceModel, kept: Sequence[int]) -> None:
+def _refuse_changed(
+    source: SourceModel, student: SourceModel, kept: Sequence[int], param: str | None, instead: str
+) -> None:
     """Compares each block with the one that it was: its modules, their settings, and the tensors in the files."""
-    if source.config.get("scale_attn_by_inverse_layer_idx"):
-        raise ArchitectureUnsupported(
-            "this model's attention depends on the number of its block, so that it can't be cut; name a `model` as "
-            "student",
-            param=PARAM,
-        )
+    refuse_uneven(source, param, instead)
     before = _blocks_of(source)
     frame = Frame(student, torch.float32, torch.device("cpu"))
     frame.refuse_misfits()
@@ -128,9 +166,8 @@ def _refuse_changed(source: SourceModel, student: SourceModel, kept: Sequence[in
             names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
             raise ArchitectureUnsupported(
                 f"block {number} of a {source.config['model_type']} would not be the same as block {place} of a "
-                f"smaller one ({', '.join(names[:3])} would change): such a model can't be cut; name a `model` "
-                "as student",
-                param=PARAM,
+                f"smaller one ({', '.join(names[:3])} would change): such a model can't be cut; {instead}",
+                param=param,
             )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from models.quantized import QuantizedModel, Site
 from models.safetensors_file import Entry
 from models.safetensors_file import read as read_tensor
 from squeeze.errors import ModelMalformed
+from squeeze.shapes import COMPUTED
 
 # What stands beside the weights and is taken along: tokenizer, generation settings, chat templates, terms of use.
 COMPANIONS = (
@@ -65,9 +65,6 @@ PRIVATE_KEYS = frozenset(
         "special_tokens_map_file",
     }
 )
-
-# Causal masks and rotary frequencies that old checkpoints carry and today's model classes compute.
-COMPUTED = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)

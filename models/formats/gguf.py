@@ -23,7 +23,7 @@ from torch import Tensor
 from models.checkpoint import SourceModel
 from models.codes import Codes, Encoded
 from models.ends import KIND, fits
-from models.formats.directory import COMPUTED, skeleton_of, written_whole
+from models.formats.directory import skeleton_of, written_whole
 from models.formats.gguf_families import EXPERT, FAMILIES, Family, Heads, config_of, family_of, heads_of, tensor_name
 from models.formats.gguf_metadata import extra_tensors, write_settings
 from models.formats.gguf_vocabulary import refuse_vocabulary, write_vocabulary
@@ -36,6 +36,7 @@ from models.quantized import QuantizedModel, Site
 from models.safetensors_file import read as read_tensor
 from squeeze.errors import CompressionBug, FormatUnfit
 from squeeze.schemes import Scheme
+from squeeze.shapes import COMPUTED
 
 FILE = "model.gguf"
 GROUP = 32  # columns of a scale in the types that hold integer codes

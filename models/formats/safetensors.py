@@ -14,7 +14,6 @@ from torch import Tensor
 from models.casts import castable
 from models.checkpoint import SourceModel, open_model
 from models.formats.directory import (
-    COMPUTED,
     pieces_of,
     skeleton_of,
     without_private,
@@ -28,6 +27,7 @@ from models.plain import TYPES, Plain, saturated
 from models.progress import Notify
 from models.quantized import QuantizedModel, Site
 from squeeze.schemes import Element, Scheme
+from squeeze.shapes import COMPUTED
 
 
 def refuse(sites: Iterable[Site], schemes: Mapping[str, Scheme]) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from models.checkpoint import SourceModel, open_or_convert
 from models.finite import all_finite
-from models.formats.directory import COMPUTED
 from models.frame import COMPUTABLE, Frame
 from models.job import Named
 from models.merge.likeness import refuse_other_settings, refuse_other_tokens, warnings_of
@@ -24,6 +23,7 @@ from models.safetensors_file import Entry, read, read_header
 from squeeze.adapters import CONFIG, PREFIX, WEIGHTS, refuse_unmergeable
 from squeeze.errors import ModelAlreadyCompressed, ModelMalformed, NotFinite, SqueezeError
 from squeeze.merging import Entry as Wanted
+from squeeze.shapes import COMPUTED
 
 PARTS = {"LORA": (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"), "IA3": (".ia3_l",)}
 

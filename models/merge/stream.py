@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.checkpoint import SourceModel
 from models.finite import all_finite
-from models.formats.directory import COMPUTED, without_private, write_companions, write_json
+from models.formats.directory import without_private, write_companions, write_json
 from models.formats.shards import SHARD_BYTES, Journal, Piece, write_shards
 from models.merge.entries import Source, rows_of
 from models.merge.vectors import Part, Vectors
@@ -27,6 +27,7 @@ from models.progress import Notify
 from models.train.merging import stored_dtype
 from squeeze.errors import NotFinite
 from squeeze.merging import Merge
+from squeeze.shapes import COMPUTED
 
 PART_ELEMENTS = 1 << 20  # of all task vectors together that are in memory at once
 

@@ -1,1 +1,1 @@
-"""Pruning: one file a method, each a pure function of weights and statistics to weights with zeros."""
+"""Pruning: one file for each method, by its wire name. Some zero weights, others make the model smaller."""

@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from squeeze.objects import Duration, Event, File, Job, Method, Plan
-from squeeze.report import Report, Training
+from squeeze.report import Report, Slimming, Training
 
 WIDTH_WITHOUT_TERMINAL = 160
 
@@ -102,6 +102,8 @@ def report(one: Report) -> None:
     if one.sparsity is not None:
         stored = f"{decimal(one.sparsity.zstd_bytes)} under zstd (before: {decimal(one.sparsity.zstd_bytes_before)})"
         lines.append(("zeros", f"{one.sparsity.reached:.1%} of {one.sparsity.layers} layers' weights; {stored}"))
+    if one.slimming is not None:
+        lines += _slimming_lines(one.slimming)
     if one.training is not None:
         lines += _training_lines(one.training)
     quality = one.quality
@@ -238,6 +240,15 @@ def _print(table: Table) -> None:
         out.print(table)
     for line in capture.get().splitlines():  # in a file or a pipe the cells' padding is only in the way
         click.echo(line.rstrip())
+
+
+def _slimming_lines(slimming: Slimming) -> list[tuple[str, str]]:
+    before, after = slimming.speed_before, slimming.speed_after
+    return [
+        ("parameters", f"{slimming.parameters_before:,} -> {slimming.parameters_after:,} by {slimming.method}"),
+        ("tokens a second", f"{before.prompt:,.0f} -> {after.prompt:,.0f} of a prompt"),
+        ("", f"{before.writing:,.1f} -> {after.writing:,.1f} writing"),
+    ]
 
 
 def _training_lines(one: Training) -> list[tuple[str, str]]:

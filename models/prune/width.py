@@ -1,0 +1,168 @@
+"""Leaves out neurons, attention heads and channels of the hidden state: those that put out least."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.checkpoint import SourceModel
+from models.distill.cutting import written
+from models.formats.directory import without_private
+from models.formats.shards import Piece
+from models.frame import Frame
+from models.progress import Notify
+from squeeze.shapes import BLOCK
+from squeeze.slim_shapes import Sides
+from squeeze.slimming import Width
+from squeeze.widths import Widths, axes_of, sides_at, widths_left, widths_of
+
+IMPORTANCE = (
+    "magnitudes of what neurons put out, lengths of what heads do, magnitudes of normed channels: mean over the tokens "
+    "of a sequence, root of the sum of squares over sequences"
+)
+NORMS = ("input_layernorm", "post_attention_layernorm")
+LAST_NORM = "model.norm.weight"
+Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+
+
+class Outputs:
+    """Adds up what neurons, heads and channels put out (arXiv 2407.14679 §2.2), squared, sequence by sequence.
+
+    sums, float64: neurons (blocks, inner); heads (blocks, heads); channels (norms, hidden), the norms in their order;
+    normed (norms, hidden), of each norm's inputs over their root mean square, squares; tokens (1,).
+    """
+
+    def __init__(self, frame: Frame) -> None:
+        self._widths, self._count = widths_of(frame.source.config, frame.sides()), frame.count
+        norms = len(NORMS) * frame.count + 1
+        sides = {
+            "neurons": (frame.count, self._widths.inner),
+            "heads": (frame.count, self._widths.heads),
+            "channels": (norms, self._widths.hidden),
+            "normed": (norms, self._widths.hidden),
+            "tokens": (1,),
+        }
+        self.sums = {name: torch.zeros(each, dtype=torch.float64) for name, each in sides.items()}
+        key = frame.source.file_key(LAST_NORM)
+        assert key is not None, "the files were compared with the config"
+        self._last_norm = frame.source.tensor(key).float().to(frame.device)
+
+    @contextmanager
+    def watching(self, index: int, block: nn.Module) -> Iterator[None]:
+        def neurons(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            self._add("neurons", index, given[0].float().abs())
+
+        def heads(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            outputs = given[0].float()
+            by_head = outputs.view(*outputs.shape[:2], self._widths.heads, -1)  # (B, T, H·d) -> (B, T, H, d)
+            self._add("heads", index, by_head.norm(dim=-1))
+
+        def norm(place: int) -> Hook:
+            return lambda module, given: self._normed(place, given[0], module.get_parameter("weight").float())
+
+        places: dict[str, Hook] = {"mlp.down_proj": neurons, "self_attn.o_proj": heads}
+        places |= {name: norm(len(NORMS) * index + n) for n, name in enumerate(NORMS)}
+        hooks = [block.get_submodule(name).register_forward_pre_hook(hook) for name, hook in places.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def seen(self, index: int, before: Tensor, after: Tensor) -> None:
+        if index == 0:
+            self.sums["tokens"] += before.shape[0] * before.shape[1]
+        if index == self._count - 1:
+            self._normed(len(NORMS) * self._count, after, self._last_norm)
+
+    def _normed(self, place: int, hidden: Tensor, weight: Tensor) -> None:
+        """hidden: (B, T, C), what a norm is given. weight: (C,)."""
+        even = hidden.float()
+        even = even * torch.rsqrt(even.square().mean(dim=-1, keepdim=True).clamp_min(1e-30))
+        self.sums["normed"][place] += even.square().sum(dim=(0, 1), dtype=torch.float64).cpu()
+        self._add("channels", place, (even * weight).abs())
+
+    def _add(self, name: str, place: int, outputs: Tensor) -> None:
+        """outputs: (B, T, n), none negative."""
+        self.sums[name][place] += outputs.mean(dim=1, dtype=torch.float64).square().sum(dim=0).cpu()
+
+
+def prune(importance: Tensor, left: int) -> Tensor:
+    """Places of the `left` most important, in order, int64; of equal ones the earlier. importance: (n,)."""
+    return torch.argsort(importance, descending=True, stable=True)[:left].sort().values
+
+
+def planned(step: Width, frame: Frame, sides: Sides) -> Widths:
+    """What stays; raises where that can't be. sides: of the model's tensors; needs its config alone."""
+    return widths_left(step, frame.source.config, sides)
+
+
+def watcher(frame: Frame) -> Outputs:
+    return Outputs(frame)
+
+
+def smaller(
+    step: Width, source: SourceModel, sides: Sides, sums: Mapping[str, Tensor], out: Path, notify: Notify
+) -> tuple[SourceModel, dict[str, object]]:
+    """The smaller model on disk, and what the report says of it."""
+    whole, left = widths_of(source.config, sides), widths_left(step, source.config, sides)
+    kept = _Kept(whole, left, sums)
+    made = sides_at(left, sides)
+    pieces = [_piece(source, name, made[name], kept) for name in sides]
+    settings = without_private(source.config) | left.settings
+    chosen = [kept.channels.tolist(), *(one.tolist() for one in (*kept.neurons, *kept.groups))]
+    model = written(source, out, json.dumps(chosen), settings, pieces, notify)
+    return model, {"importance": IMPORTANCE, "widths": left.settings, "widths_before": whole.settings}
+
+
+class _Kept:
+    """Places that stay, int64. neurons, groups: of each block. channels: of the model."""
+
+    def __init__(self, whole: Widths, left: Widths, sums: Mapping[str, Tensor]) -> None:
+        self._whole, self._normed, self._tokens = whole, sums["normed"], float(sums["tokens"])
+        self.narrower = left.hidden < whole.hidden
+        self.channels = prune(sums["channels"].sqrt().sum(dim=0), left.hidden)
+        self.neurons = [prune(one, left.inner) for one in sums["neurons"]]
+        # A group counts as much as its heads together.
+        self.groups = [prune(one.sqrt().view(whole.groups, -1).sum(dim=-1), left.groups) for one in sums["heads"]]
+
+    def along(self, axis: str, block: int) -> Tensor:
+        """Places along a side of a block's tensor; of what lies outside of blocks only channels are asked for."""
+        if axis == "hidden":
+            return self.channels
+        if axis == "inner":
+            return self.neurons[block]
+        per_group = self._whole.dimension * (self._whole.each if axis == "query" else 1)
+        return (self.groups[block][:, None] * per_group + torch.arange(per_group)).flatten()
+
+    def louder(self, norm: int) -> float:
+        """Root mean square of the channels that stay, over that of all, of what a norm is given."""
+        return float((self._normed[norm][self.channels].mean() / self._tokens).sqrt())
+
+
+def _piece(source: SourceModel, name: str, sides: tuple[int, ...], kept: _Kept) -> Piece:
+    entry, found = source.entries[name], BLOCK.search(name)
+    block = -1 if found is None else int(found[1])
+
+    def make() -> dict[str, Tensor]:
+        tensor = source.tensor(name)
+        for dimension, axis in enumerate(axes_of(name)):
+            if axis is not None:
+                tensor = tensor.index_select(dimension, kept.along(axis, block))
+        return {name: _scaled(name, tensor, block, kept)}
+
+    return Piece({name: (entry.dtype, sides)}, make)
+
+
+def _scaled(name: str, tensor: Tensor, block: int, kept: _Kept) -> Tensor:
+    """A norm's weight, so that what stays leaves it as loud as before: it divides by the root mean square of what it
+    is given, and the channels that stay are louder than all together. Minitron leaves that to the training.
+    """
+    module = name.rsplit(".", 2)[-2]
+    if not kept.narrower or module not in (*NORMS, "norm"):
+        return tensor
+    place = -1 if module == "norm" else len(NORMS) * block + NORMS.index(module)
+    return (tensor.float() * kept.louder(place)).to(tensor.dtype)

@@ -1,0 +1,86 @@
+"""How quickly two models run on this machine: measured in turn, one block of each in memory at a time."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from models.calls import run
+from models.frame import Call, Frame
+from squeeze.report import Speed
+
+PROMPT_TOKENS = 128
+LEAST_ROUNDS, PART_SECONDS = 5, 0.1  # of a part: as many rounds as take so long
+PARTS = ("prompt", "writing")
+
+
+@torch.no_grad()
+def speeds(frames: Sequence[Frame], prompt: Tensor) -> list[Speed]:
+    """Of each model. prompt: (T,) int64, whose first PROMPT_TOKENS are read.
+
+    What is timed is each block, and what lies around the blocks with the head of one token; loading is not. Models take
+    turns, so that what else the machine does meets all of them; a part's time is that of its quickest round.
+    """
+    prompt = prompt[:PROMPT_TOKENS]
+    ids = {"prompt": prompt[None], "writing": prompt[None, :1]}
+    seconds = {part: [0.0] * len(frames) for part in PARTS}
+    states: dict[str, list[Tensor]] = {}
+    calls: dict[str, list[list[Call]]] = {}
+    with ExitStack() as loaded:
+        for frame in frames:
+            loaded.enter_context(frame.surroundings())
+        for part in PARTS:
+            entered = [frame.enter(ids[part]) for frame in frames]
+            states[part], calls[part] = [one[0] for one in entered], [one[1] for one in entered]
+        ends = [_ending(frame, hidden, ids["writing"]) for frame, hidden in zip(frames, states["prompt"], strict=True)]
+        around = _timed(frames, ends)
+        for part in PARTS:
+            seconds[part] = list(around)
+    for index in range(max(frame.count for frame in frames)):
+        with ExitStack() as loaded:
+            those = [n for n, frame in enumerate(frames) if index < frame.count]
+            blocks = {n: loaded.enter_context(frames[n].block(index)) for n in those}
+            for part in PARTS:
+                held = states[part]
+                works = [_running(blocks[n], held, n, calls[part][n][index]) for n in those]
+                for n, taken in zip(those, _timed([frames[n] for n in those], works), strict=True):
+                    seconds[part][n] += taken
+                for n in those:
+                    hidden, (args, kwargs) = held[n].clone(), calls[part][n][index]
+                    held[n] = run(blocks[n], (hidden, args, kwargs))
+    return [
+        Speed(
+            prompt_tokens=len(prompt),
+            prompt=len(prompt) / seconds["prompt"][n],
+            writing=1 / seconds["writing"][n],
+        )
+        for n in range(len(frames))
+    ]
+
+
+def _ending(frame: Frame, hidden: Tensor, ids: Tensor) -> Callable[[], object]:
+    return lambda: frame.leave(hidden[:, -1:], ids)
+
+
+def _running(block: torch.nn.Module, held: list[Tensor], n: int, call: Call) -> Callable[[], object]:
+    return lambda: run(block, (held[n], *call))
+
+
+def _timed(frames: Sequence[Frame], works: Sequence[Callable[[], object]]) -> list[float]:
+    """Seconds of each, taking turns; the very first turn is not counted."""
+    taken: list[list[float]] = [[] for _ in works]
+    begun = time.monotonic()
+    for number in count():
+        for n, work in enumerate(works):
+            start = time.perf_counter()
+            work()
+            if frames[n].device.type == "cuda":
+                torch.cuda.synchronize(frames[n].device)
+            if number:
+                taken[n].append(time.perf_counter() - start)
+        if number >= LEAST_ROUNDS and time.monotonic() - begun > PART_SECONDS:
+            break
+    return [min(one) for one in taken]

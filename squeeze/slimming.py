@@ -1,0 +1,102 @@
+"""The steps that make a smaller model of the same family, which loads wherever the original does.
+
+As with the other steps, `kind` and `method` are the folder and the file in `models/` (`prune`, `depth` ->
+`models/prune/depth.py`). What a result has of each tensor is in `squeeze.slim_shapes`.
+"""
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from squeeze.wire import Wire
+
+MULTIPLE = 32  # the smallest usual group of columns that shares a scale
+SIZES = ("intermediate_size", "heads", "hidden_size")
+
+
+class Slim(Wire):
+    """What the methods share that make a plain, smaller model: what matters least on the job's text is left out."""
+
+    kind: Literal["prune"] = "prune"
+    method: str
+    params_target: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of all parameters, embeddings among them, that the result may have; it has the most that "
+        "fit in, and the plan says how many.",
+    )
+    by_block: ClassVar[bool] = False
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it looks at text."""
+        return True
+
+    @property
+    def whole(self) -> bool:
+        """Whether it makes a whole model, which other steps can go on with."""
+        return True
+
+    @property
+    def formats(self) -> tuple[Literal["safetensors"], ...]:
+        """What a job is written as that ends with this step."""
+        return ("safetensors",)
+
+
+class Depth(Slim):
+    """Leaves out the decoder blocks that change least of what comes to them (ShortGPT, arXiv 2403.03853): fewer
+    parameters, a smaller key/value cache, and less time for every token, in proportion.
+    """
+
+    method: Literal["depth"]
+    blocks: int | None = Field(None, ge=1, le=1000, description="Decoder blocks that stay.")
+    importance: Literal["influence"] = Field(
+        "influence",
+        description="What a block is judged by. `influence`: one less the cosine of what it is given and what it hands "
+        "on, on average over the tokens of the calibration text, which goes through the model once.",
+    )
+
+    @model_validator(mode="after")
+    def _says_how_small(self) -> Self:
+        if (self.blocks is None) == (self.params_target is None):
+            raise ValueError("say how small: either `blocks`, as many as stay, or `params_target`, a share")
+        return self
+
+
+class Width(Slim):
+    """Leaves out the neurons, attention heads and channels of the hidden state that put out least on the job's text
+    (Minitron, arXiv 2407.14679). Neurons and heads are chosen block by block, channels for the whole model.
+
+    With `params_target`, neurons of the feed-forward parts go first, down to half of them, then heads, in whole groups
+    that share keys and values, down to half, then channels, down to half; sizes stay multiples of 128, 64 or 32, as
+    far as the original's are, so that they can be rounded in groups.
+    """
+
+    method: Literal["width"]
+    intermediate_size: int | None = Field(
+        None, ge=MULTIPLE, le=1 << 20, description="Neurons of each feed-forward part that stay; a multiple of 32."
+    )
+    heads: int | None = Field(
+        None, ge=1, le=1 << 14, description="Attention heads that stay: whole groups that share keys and values."
+    )
+    hidden_size: int | None = Field(
+        None, ge=MULTIPLE, le=1 << 20, description="Channels of the hidden state that stay; a multiple of 32."
+    )
+
+    @model_validator(mode="after")
+    def _says_how_small(self) -> Self:
+        said = [name for name in SIZES if getattr(self, name) is not None]
+        if bool(said) == (self.params_target is not None):
+            raise ValueError(
+                "say how small: either `params_target`, a share, or sizes: `intermediate_size`, `heads`, `hidden_size`"
+            )
+        for name in ("intermediate_size", "hidden_size"):
+            size = getattr(self, name)
+            if size is not None and size % MULTIPLE:
+                below = size // MULTIPLE * MULTIPLE
+                raise ValueError(f"{name} is a multiple of {MULTIPLE}: {below} or {below + MULTIPLE}, not {size}")
+        return self
+
+
+SLIMMING_METHODS: tuple[type[Slim], ...] = (Depth, Width)

@@ -1,0 +1,80 @@
+"""What a model can be cut to is looked at when a job is posted, and by its plan, which says how much stays."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from jobs.settings import Settings
+from squeeze.objects import Plan
+from tests.api.serving import serve
+from tests.api.test_plan import LLAMA, _safetensors, _shapes
+from tests.hub import FaultyHub
+
+EACH = 256 * 256 + 256 * 640 + 256
+MODELS = {
+    "org/llama": {**LLAMA, "model.safetensors": _safetensors(_shapes(4))},
+    "org/rounded": {"config.json": b'{"model_type": "llama", "quantization_config": {"bits": 4}}'},
+}
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory, _valkey: str) -> Iterator[Callable[..., Any]]:
+    data = tmp_path_factory.mktemp("slimming")
+    settings = Settings(data, f"sqlite:///{data}/squeeze.db", _valkey, (data / "storage").as_uri())
+    with FaultyHub() as hub, pytest.MonkeyPatch.context() as environment:
+        for name, files in MODELS.items():
+            hub.add_files(name, files, tmp_path_factory.mktemp("hub"))
+        environment.setenv("HF_ENDPOINT", hub.url)
+        with serve(settings) as running:
+
+            def ask(route: str, *steps: dict[str, Any], model: str = "org/llama", **fields: Any) -> Any:
+                return running.client.post(f"/v1/{route}", json={"model": model, "steps": steps} | fields)
+
+            yield ask
+
+
+def depth(**fields: Any) -> dict[str, Any]:
+    return {"kind": "prune", "method": "depth"} | fields
+
+
+@pytest.mark.parametrize(
+    ("step", "param", "words"),
+    [
+        (depth(blocks=4), "steps.0.blocks", "from 1 to 3, not 4"),
+        (depth(params_target=0.2), "steps.0.params_target", "the least that params_target can be is 0.414"),
+    ],
+)
+def test_what_can_t_be_met_is_refused_at_submit_and_in_the_plan_with_what_can(
+    asked: Callable[..., Any], step: dict[str, Any], param: str, words: str
+) -> None:
+    (obstacle,) = Plan.model_validate(asked("plan", step).json()).obstacles
+    assert (obstacle.code, obstacle.param) == ("spec_invalid", param) and words in obstacle.message
+    answer = asked("jobs", step)
+    assert answer.status_code == 422 and answer.json()["error"]["param"] == param
+    assert words in answer.json()["error"]["message"]
+
+
+def test_a_quantized_model_is_refused_at_submit(asked: Callable[..., Any]) -> None:
+    answer = asked("jobs", depth(blocks=1), model="org/rounded")
+    assert answer.status_code == 422 and answer.json()["error"]["code"] == "model_already_compressed"
+
+
+def test_the_plan_says_exactly_how_many_parameters_stay_and_what_it_takes(asked: Callable[..., Any]) -> None:
+    plan = Plan.model_validate(asked("plan", depth(params_target=0.8)).json())
+    assert plan.feasible and plan.parameters == 256_256 + 4 * EACH
+    assert plan.result_parameters == 256_256 + 2 * EACH and plan.result_bytes == {
+        "safetensors": 2 * plan.result_parameters
+    }
+    assert plan.host_bytes and plan.least_host_bytes and plan.host_bytes > plan.least_host_bytes
+    assert plan.seconds is not None and set(plan.seconds.stages) == {
+        "loading",
+        "compressing",
+        "evaluating",
+        "certifying",
+    }
+    chain = Plan.model_validate(asked("plan", depth(blocks=2), {"kind": "quantize", "method": "rtn"}).json())
+    assert chain.feasible and chain.result_parameters == plan.result_parameters
+    assert chain.result_bytes["compressed-tensors"] < plan.result_bytes["safetensors"]
+    assert asked("plan", {"kind": "quantize", "method": "rtn"}).json()["result_parameters"] is None
+    assert asked("jobs", depth(blocks=2)).status_code == 202

@@ -1,0 +1,26 @@
+"""Jobs that make a model smaller and are killed outright go on where their last snapshot is, to the same bytes."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models import tiny
+from tests.models.job_parts import Heard, digests
+from tests.models.prune.slim_parts import slim
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["depth", "width"])
+def test_a_job_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path, method: str) -> None:
+    model, room = tiny.llama(tmp_path / "model", num_hidden_layers=5), tmp_path / "killed"
+    command = [sys.executable, "-m", "tests.models.prune.slim_killed", method, str(model), str(room)]
+    ended = subprocess.run(command, check=False, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    heard, step = Heard(), {"method": method, "params_target": 0.7}
+    gone_on = slim(step, model, room, heard)
+    assert any("going on after block 2 of 5" in message for message in heard.messages)
+    quiet = slim(step, model, tmp_path / "quiet")
+    assert digests(gone_on.whole) == digests(quiet.whole) and gone_on.measured == quiet.measured
