@@ -39,7 +39,7 @@ def gone_on(
     settings = GenerationConfig(
         **how,
         max_new_tokens=new_tokens,
-        eos_token_id=list(ends) or None,
+        eos_token_id=list(ends) or [vocabulary],  # which is never written; None would be what the model itself says
         pad_token_id=ends[0] if ends else 0,
         use_cache=True,
     )

@@ -110,7 +110,7 @@ def tied(device: torch.device) -> dict[str, Tensor]:
 def both(W: Tensor, factor: Factor, levels: Levels, refit: feedback.Refit | None) -> dict[str, Tensor]:
     found = {"W": W[:, factor.layout].T.contiguous(), "G": factor.G.contiguous()}
     for name in ("kernel", "loop"):
-        band = feedback._Band.of(W, factor, levels, slice(0, len(W)), torch.float32)
+        band = feedback._Band.of(W, factor, levels, slice(0, len(W)), torch.float32, None)
         assert band.round_block is not None, "Triton would not round here"
         if name == "loop":
             band = replace(band, round_block=None)
