@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -388,7 +389,9 @@ def test_an_earlier_jobs_result_is_fetched_from_the_storage_and_checked(
 
 
 def _parts(place: Place, least_bytes: int) -> list[Path]:
-    """The partial shards, once both hold so much."""
-    parts = list(place.settings.cache.rglob("*.incomplete"))
-    full = [part for part in parts if part.stat().st_size >= least_bytes]
+    """The partial shards, once both hold so much; other files get their own name at any moment."""
+    full = []
+    for part in place.settings.cache.rglob("*.incomplete"):
+        with suppress(FileNotFoundError):
+            full += [part] * (part.stat().st_size >= least_bytes)
     return full if len(full) == 2 else []
