@@ -98,6 +98,8 @@ def test_what_a_method_lists_is_what_submit_takes(shared: Running) -> None:
             step |= {"merge": True}
         if each["method"] == "qlora":
             step |= {"base": "gptq"}
+        if each["method"] in ("depth", "width"):
+            step |= {"params_target": 0.75}
         if each["kind"] == "distill":
             step |= {"student": {"layers": 1}}
         if each["kind"] == "merge":
