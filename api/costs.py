@@ -1,12 +1,13 @@
 """What a spec would cost on a model of that shape: memory of all its steps, and their seconds together."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from api.learning import text_bytes_of
 from api.service import Service
-from api.teaching import Made
+from api.teaching import Leg
 from api.tensors import Tensor
 from jobs import history
 from squeeze.choosing import supposed
@@ -51,71 +52,84 @@ class _Cost:
         whole, least = other.whole + self.stays, other.least + self.stays
         return _Cost(max(self.whole, whole), max(self.least, least), other.stays, counts)
 
-
-def cost_of(
-    service: Service,
-    project: str,
-    spec: JobSpec,
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    made: Made,
-    result_bytes: dict[Format, int],
-    told: Lessons | None,
-) -> dict[str, Any]:
-    """`host_bytes`, `least_host_bytes` and `seconds` of a plan; nothing where the headers show no blocks, and of what
-    can't be counted: the time of examples of unknown number.
-
-    made: what a distillation makes, or the model as it is. told: what a distillation learns from, where that is known.
-    """
-    shape, own = shape_of_model(made.config, made.tensors, _ignored(spec)), shape_of_model(config, tensors)
-    if not shape.blocks or not own.blocks:
-        return {}
-    found: dict[str, Any] = {}
-    cost, text_bytes = _Cost(), text_bytes_of(service, project, spec)
-    for step in spec.steps:
-        formats = result_bytes if step is spec.steps[-1] else {}
-        if isinstance(step, Finetune):
-            parameters, learns = sum(one.elements for one in made.tensors.values()), shape_of_model(*_of(made))
-            spec, step, found["chosen"] = supposed(spec, step, parameters, own.positions)  # noqa: PLW2901
-            cost = cost.then(_finetuning(spec, step, learns, learned_of(step, *_of(made)), formats, text_bytes))
-        elif isinstance(step, Distill):
-            student, known = shape_of_model(*_of(made)), learned_of(step, *_of(made))
-            cost = cost.then(_distilling(spec, step, own, student, known, formats, told, text_bytes))
-        elif isinstance(step, Merge):
-            largest = max((tensor.elements for tensor in tensors.values()), default=0)
-            cost = cost.then(_merging(spec, step, own, largest, formats))
-        elif isinstance(step, Slim):
-            whole, least = slimming_bytes(own, spec)
-            cost = cost.then(_Cost(whole, least, 0, counted_slimming(own, spec, step)))
-        elif isinstance(step, Compress):
-            memory = needed(shape, spec.model_copy(update={"steps": (step,)}), formats)
-            last = step is spec.steps[-1]  # which is counted together with those of its kind before
-            cost = cost.then(_Cost(memory.whole, memory.least, 0, counted(shape, spec) if last else {}))
-    found |= {"host_bytes": cost.whole, "least_host_bytes": cost.least}
-    if cost.counts is not None:
-        gpu = spec.limits.gpus > 0 or None  # without the wish, whatever worker is free takes it
-        method = spec.steps[-1].method
-        with service.database.read() as session:
-            past = history.finished(session, method, gpu=gpu)
-        found["seconds"] = duration(cost.counts, len(own.blocks), method, past, gpu=bool(gpu))
-    return found
+    def uncertified(self) -> "_Cost":
+        """Of a round that another follows."""
+        counts = self.counts and {stage: each for stage, each in self.counts.items() if stage != "certifying"}
+        return replace(self, counts=counts)
 
 
-def lessons_of(
-    service: Service,
-    project: str,
-    spec: JobSpec,
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    made: Made,
-    records: int | None,
-) -> Lessons | None:
-    """What a distillation learns from, where that is known. records: that are trained on, as far as that is."""
-    step = next((step for step in spec.steps if isinstance(step, Distill)), None)
-    if step is None:
-        return None
-    _, length = at_length(spec, shape_of_model(config, tensors), shape_of_model(made.config, made.tensors))
-    return lessons(spec, step, length, text_bytes_of(service, project, spec), records)
+class Costs:
+    """Of a job, round by round. records: that are trained on, as far as that is known."""
+
+    def __init__(self, service: Service, project: str, spec: JobSpec, legs: Sequence[Leg], records: int | None) -> None:
+        self._service, self._project, self._spec, self._legs = service, project, spec, legs
+        self._text_bytes = text_bytes_of(service, project, spec)
+        self._lessons = [self._lessons_of(leg, records) for leg in legs]
+
+    def told(self, result_bytes: dict[Format, int]) -> dict[str, Any]:
+        """`host_bytes`, `least_host_bytes` and `seconds` of a plan; nothing where the headers show no blocks, and of
+        what can't be counted: the time of examples of unknown number.
+        """
+        if not all(shape_of_model(*its).blocks for leg in self._legs for its in (_begun(leg), _made(leg))):
+            return {}
+        found: dict[str, Any] = {}
+        cost = _Cost()
+        for leg, told in zip(self._legs, self._lessons, strict=True):
+            cost = self._of_round(leg, told, result_bytes if leg is self._legs[-1] else {}, cost, found)
+        found |= {"host_bytes": cost.whole, "least_host_bytes": cost.least}
+        if cost.counts is not None:
+            gpu = self._spec.limits.gpus > 0 or None  # without the wish, whatever worker is free takes it
+            method = self._spec.steps[-1].method
+            with self._service.database.read() as session:
+                past = history.finished(session, method, gpu=gpu)
+            blocks = len(shape_of_model(*_begun(self._legs[0])).blocks)
+            found["seconds"] = duration(cost.counts, blocks, method, past, gpu=bool(gpu))
+        return found
+
+    def kept_bytes(self) -> int:
+        """On the worker's disk: what each round keeps, and the whole model that it makes for the next."""
+        kept = (_kept_bytes(leg, told) for leg, told in zip(self._legs, self._lessons, strict=True))
+        return sum(kept) + sum(2 * _elements(leg.made.tensors) for leg in self._legs[:-1])
+
+    def _of_round(
+        self, leg: Leg, told: Lessons | None, result_bytes: dict[Format, int], cost: _Cost, found: dict[str, Any]
+    ) -> _Cost:
+        """With what came before. found: what the plan says; what is chosen for the user is added."""
+        spec, own = leg.part.spec, shape_of_model(*_begun(leg))
+        shape, teacher = shape_of_model(*_made(leg), _ignored(spec)), shape_of_model(*_begun(self._legs[0]))
+        goes_on = leg is not self._legs[-1]
+        for step in spec.steps:
+            formats = result_bytes if step is spec.steps[-1] else {}
+            one = _Cost()
+            if isinstance(step, Finetune):
+                parameters, learns = _elements(leg.made.tensors), shape_of_model(*_made(leg))
+                spec, step, found["chosen"] = supposed(spec, step, parameters, own.positions)  # noqa: PLW2901
+                one = _finetuning(spec, step, learns, learned_of(step, *_made(leg)), formats, self._text_bytes)
+            elif isinstance(step, Distill):
+                student, known = shape_of_model(*_made(leg)), learned_of(step, *_made(leg))
+                one = _distilling(spec, step, teacher, student, known, formats, told, self._text_bytes)
+            elif isinstance(step, Merge):
+                largest = max((tensor.elements for tensor in leg.tensors.values()), default=0)
+                one = _merging(spec, step, own, largest, formats)
+            elif isinstance(step, Slim):
+                whole, least = slimming_bytes(own, spec)
+                one = _Cost(whole, least, 0, counted_slimming(own, spec, step))
+            elif isinstance(step, Compress):
+                memory = needed(shape, spec.model_copy(update={"steps": (step,)}), formats)
+                last = step is spec.steps[-1]  # which is counted together with those of its kind before
+                one = _Cost(memory.whole, memory.least, 0, counted(shape, spec) if last else {})
+            cost = cost.then(one.uncertified() if goes_on else one)
+        return cost
+
+    def _lessons_of(self, leg: Leg, records: int | None) -> Lessons | None:
+        """What a distillation learns from, where that is known."""
+        spec = leg.part.spec
+        step = next((step for step in spec.steps if isinstance(step, Distill)), None)
+        if step is None:
+            return None
+        teacher, student = shape_of_model(*_begun(self._legs[0])), shape_of_model(*_made(leg))
+        _, length = at_length(spec, teacher, student)
+        return lessons(spec, step, length, self._text_bytes, records)
 
 
 def shape_of_model(config: dict[str, Any], tensors: dict[str, Tensor], ignored: list[str] | None = None) -> Shape:
@@ -129,27 +143,25 @@ def learned_of(step: Train, config: dict[str, Any], tensors: dict[str, Tensor]) 
     return learned(step, config, {name: tensor.shape for name, tensor in tensors.items()})
 
 
-def kept_bytes(
-    spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor], made: Made, told: Lessons | None
-) -> int:
-    """On the worker's disk: of a training two checkpoints, a byte a weight of a base that is rounded for it, and every
-    whole model that a next step goes on with; of a distillation the student as it begins, and what is kept of the
-    teacher. The rest as `cost_of` has it.
+def _kept_bytes(leg: Leg, told: Lessons | None) -> int:
+    """Of a training two checkpoints, a byte a weight of a base that is rounded for it, and every whole model that a
+    next step goes on with; of a distillation the student as it begins, and what is kept of the teacher.
     """
+    spec = leg.part.spec
     step = next((step for step in spec.steps if isinstance(step, Train)), None)
-    size, begun = (2 * sum(one.elements for one in its.values()) for its in (made.tensors, tensors))
+    size, begun = (2 * _elements(its) for its in (leg.made.tensors, leg.tensors))
     merged = begun if isinstance(spec.steps[0], Merge) and len(spec.steps) > 1 else 0  # otherwise it is the result
     zeroed = [step for step in spec.steps if isinstance(step, Sparsify)]  # kept, and whole for a step that follows
     merged += sum(size * (1 if one is spec.steps[-1] else 2) for one in zeroed)
     merged += size if isinstance(spec.steps[0], Slim) and len(spec.steps) > 1 else 0
     if step is None:
         return merged
-    known = learned_of(step, made.config, made.tensors)
+    known = learned_of(step, *_made(leg))
     whole = size if step is not spec.steps[-1] else 0
     taught = 0
     if isinstance(step, Distill):
         taught = size if step.student.layers is not None else 0
-        taught += stored_bytes(step, shape_of_model(config, tensors), told)
+        taught += stored_bytes(step, shape_of_model(*_begun(leg)), told)
     codes = known.rounded if isinstance(step, QLoRA) and step.base == "gptq" else 0
     return 2 * (4 * known.parameters + known.state_bytes) + codes + whole + merged + taught
 
@@ -193,8 +205,16 @@ def _merging(spec: JobSpec, step: Merge, shape: Shape, largest: int, formats: di
     return _Cost(max(merging, measured.whole), max(merging, measured.least), 0, counted_merging(shape, spec, step))
 
 
-def _of(made: Made) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return made.config, made.tensors
+def _begun(leg: Leg) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return leg.config, leg.tensors
+
+
+def _made(leg: Leg) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return leg.made.config, leg.made.tensors
+
+
+def _elements(tensors: Mapping[str, Tensor]) -> int:
+    return sum(one.elements for one in tensors.values())
 
 
 def _ignored(spec: JobSpec) -> list[str]:

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
-from api.costs import cost_of, kept_bytes, learned_of, lessons_of, shape_of_model
+from api.costs import Costs, learned_of, shape_of_model
 from api.learning import Seen, refuse_misfit, refuse_unusable
 from api.merging import look_at_entries
 from api.service import Service
 from api.sources import Files, files_of, refuse_absent_dataset
 from api.sparsifying import torn_patterns, transposed
-from api.teaching import Made, depth, made_by
+from api.teaching import Made, depth, legs_of
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
 from jobs import files as uploads
 from squeeze.architectures import ARCHITECTURES, HELD_BY, refuse_classifier, refuse_unclassifiable, refuse_unrotatable
@@ -53,8 +53,9 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
         tensors = tensors_of(files)
     except SqueezeError as error:
         return _answer([*obstacles, _obstacle(error)])
-    made = made_by(service, project, spec, config, tensors)
-    obstacles += map(_obstacle, made.obstacles)
+    legs = legs_of(service, project, spec, config, tensors)
+    made = legs[-1].made
+    obstacles += [_obstacle(error) for leg in legs for error in leg.made.obstacles]
     every = linears_of(made.tensors, transposed=transposed(made.config))
     linears = _compressed(spec, every)
     obstacles += map(_obstacle, torn_patterns(spec, every))
@@ -68,7 +69,7 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
     obstacles += map(_obstacle, looked.obstacles)
     source_bytes = sum(tensor.size_bytes for tensor in tensors.values()) or _weight_bytes(files)
     result_bytes = _result_bytes(spec, made, linears) if made.tensors else {}
-    told = lessons_of(service, project, spec, config, tensors, made, seen.records)
+    costs = Costs(service, project, spec, legs, seen.records)
     return _answer(
         obstacles,
         model_revision=files.revision,
@@ -76,13 +77,13 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
         source_bytes=source_bytes,
         result_bytes=result_bytes,
         result_parameters=_parameters_left(spec, made),
-        **cost_of(service, project, spec, config, tensors, made, result_bytes, told),
+        **costs.told(result_bytes),
         disk_bytes=(source_bytes if files.pulled else 0)
         + looked.pulled_bytes
-        + made.pulled_bytes
+        + sum(leg.made.pulled_bytes for leg in legs)
         + sum(result_bytes.values())
         + max([0, *result_bytes.values()])
-        + kept_bytes(spec, config, tensors, made, told),
+        + costs.kept_bytes(),
     )
 
 

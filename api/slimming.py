@@ -7,6 +7,7 @@ from api.service import Service
 from api.sources import files_of
 from api.tensors import Tensor, config_of, tensors_of
 from squeeze.architectures import ARCHITECTURES
+from squeeze.distillation import Distill
 from squeeze.errors import ArchitectureUnsupported, ModelAlreadyCompressed, SpecInvalid, SqueezeError
 from squeeze.slim_shapes import carried, narrowed
 from squeeze.slimming import Slim
@@ -17,8 +18,7 @@ def refuse_unmeetable(service: Service, project: str, spec: JobSpec) -> None:
     """Raises where config and headers show that the model can't be made as small, or is quantized already. What can't
     be looked at now is the worker's to refuse.
     """
-    step = spec.steps[0]
-    if not isinstance(step, Slim):
+    if not any(isinstance(step, Slim) for step in spec.steps):
         return
     try:
         files = files_of(service, project, spec.model)
@@ -30,18 +30,25 @@ def refuse_unmeetable(service: Service, project: str, spec: JobSpec) -> None:
         raise ModelAlreadyCompressed(
             "The model's weights are quantized already; name the model it was made from.", param="model"
         )
-    if tensors and config.get("model_type") in ARCHITECTURES:
-        slimmed(step, config, tensors)
+    if not tensors or config.get("model_type") not in ARCHITECTURES:
+        return
+    for number, step in enumerate(spec.steps):
+        if isinstance(step, Distill) and step.student.named:
+            return  # what follows works on another model
+        if isinstance(step, Slim):
+            config, tensors = slimmed(step, config, tensors, number)
 
 
 def slimmed(
-    step: Slim, config: dict[str, Any], tensors: Mapping[str, Tensor]
+    step: Slim, config: dict[str, Any], tensors: Mapping[str, Tensor], number: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, tensors) of the smaller model. Raises SpecInvalid and ArchitectureUnsupported, naming the field."""
+    """(config, tensors) of the smaller model. number: the step's in the job. Raises SpecInvalid and
+    ArchitectureUnsupported, naming the field.
+    """
     held = carried(config, tensors)
     try:
         settings, sides = narrowed(step, config, {name: one.shape for name, one in held.items()})
     except (SpecInvalid, ArchitectureUnsupported) as error:
-        error.param = error.param and f"steps.0.{error.param}"
+        error.param = error.param and f"steps.{number}.{error.param}"
         raise
     return settings, {name: Tensor(held[name].dtype, each) for name, each in sides.items()}

@@ -10,6 +10,7 @@ from api.tensors import Tensor, config_of, tensors_of
 from squeeze.architectures import ARCHITECTURES
 from squeeze.distillation import Distill, evenly
 from squeeze.errors import ArchitectureUnsupported, ModelAlreadyCompressed, SqueezeError
+from squeeze.rounds import Round, rounds_of
 from squeeze.shapes import BLOCK, of_blocks
 from squeeze.slimming import Slim
 from squeeze.specs import JobSpec
@@ -29,18 +30,40 @@ class Made:
     obstacles: list[SqueezeError] = field(default_factory=list)
 
 
-def made_by(service: Service, project: str, spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]) -> Made:
-    """config, tensors: of the job's own model."""
-    for number, step in enumerate(spec.steps):
+@dataclass(frozen=True)
+class Leg:
+    """A round of a job as a plan sees it. config, tensors: of the model that it begins with; empty where they can't be
+    told. made: what its steps that compress, and the next round, work on.
+    """
+
+    part: Round
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    made: Made
+
+
+def legs_of(
+    service: Service, project: str, spec: JobSpec, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> list[Leg]:
+    """Of most jobs one. config, tensors: of the job's own model."""
+    legs = []
+    for part in rounds_of(spec):
+        made = _made_by(service, project, part, config, tensors)
+        legs.append(Leg(part, config, tensors, made))
+        config, tensors = made.config, made.tensors
+    return legs
+
+
+def _made_by(service: Service, project: str, part: Round, config: dict[str, Any], tensors: dict[str, Tensor]) -> Made:
+    for number, step in enumerate(part.spec.steps, start=part.first):
         if isinstance(step, Slim) and tensors:
             try:
-                return Made(*slimmed(step, config, tensors))
+                return Made(*slimmed(step, config, tensors, number))
             except SqueezeError as error:
                 return Made({}, {}, obstacles=[error])
-        if isinstance(step, Distill):
-            if step.student.model is not None:
-                return _named(service, project, step.student.model, f"steps.{number}.student.model")
-            assert step.student.layers is not None, "a student that no step made and that is no model is a shape"
+        if isinstance(step, Distill) and step.student.model is not None:
+            return _named(service, project, step.student.model, f"steps.{number}.student.model")
+        if isinstance(step, Distill) and step.student.layers is not None:
             return Made(config, _cut(tensors, step.student.layers))
     return Made(config, tensors)
 

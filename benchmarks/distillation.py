@@ -24,7 +24,7 @@ from models.train.checkpoints import Checkpoints
 from models.train.loop import accelerator_of, train
 from models.train.prepare import begun, prepare
 from squeeze.distillation import Distill
-from squeeze.report import Distillation
+from squeeze.report_training import Distillation
 from squeeze.specs import JobSpec
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"

@@ -37,7 +37,7 @@ from models.progress import Silent
 from models.prune.counting import counted_zeros
 from models.teamwork import frames_of
 from squeeze.compressing import Compress
-from squeeze.report import Quality
+from squeeze.report_parts import Quality
 from squeeze.sparsifying import SPARSIFYING_METHODS, Sparsify
 from squeeze.steps import GPTQ, RTN, Format, tag_of
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from models.disk import write_whole
 from squeeze.finetuning import QLoRA
-from squeeze.report import Quality, Report, Text, Training
+from squeeze.report import Report
+from squeeze.report_parts import Quality, Text
+from squeeze.report_training import Training
 from squeeze.steps import Format
 
 LOADING = {

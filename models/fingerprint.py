@@ -14,7 +14,7 @@ from models.job import Named
 from models.material import Material
 from squeeze import __version__
 from squeeze.merging import Merge
-from squeeze.report import TrainingData
+from squeeze.report_training import TrainingData
 from squeeze.schemes import Scheme
 from squeeze.specs import JobSpec
 from squeeze.training import Train

@@ -51,7 +51,8 @@ class Inputs:
     merged: what a step merges into the model, in the order of its `models`.
     digest: of the files of a model that has no revision and never changes. student: of the model that learns from this
     one, where the job names it; its name, revision and digest as the model's.
-    original: what the result is compared with, where an earlier step changed the model.
+    original: what the result is compared with, where an earlier step changed the model. teacher: what it was before
+    anything was taken from it, where that was in an earlier round. goes_on: another round follows this one.
     consumers: Pythons of environments that results are loaded in, by the consumer's name. activation_bytes: see
     `engine.quantize`.
     """
@@ -72,6 +73,8 @@ class Inputs:
     activation_bytes: int | None = None
     merged: tuple[Named, ...] = ()
     original: Path | None = None
+    teacher: Path | None = None
+    goes_on: bool = False
     student: Path | None = None
     student_name: str | None = None
     student_revision: str | None = None
@@ -132,7 +135,12 @@ def size_part(name: Format, directory: Path, source_bytes: int) -> Size:
 def result_of(report: Report, directories: Mapping[Format, Path]) -> Result:
     """The headline."""
     quality, training, quantized = report.quality, report.training, report.bits_per_weight is not None
-    smaller = quantized or report.slimming is not None or (training is not None and training.distillation is not None)
+    smaller = (
+        quantized
+        or report.slimming is not None
+        or bool(report.rounds)
+        or (training is not None and training.distillation is not None)
+    )
     certified: dict[str, dict[str, str]] = {name: {} for name in directories}
     for one in report.certificates:
         certified[one.format][one.consumer] = one.outcome if one.outcome != "failed" else f"failed: {one.detail}"

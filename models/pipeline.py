@@ -1,5 +1,6 @@
 """A job's way through this room: a model directory and a spec in, model directories and a report out.
 
+Where a job prunes and trains in turn, round after round (`models.rounds`), each of them so:
 loading -> merging, where a step merges, or loading -> calibrating -> compressing, where one makes a smaller model; of
 what that made, or of the source, loading -> training, where a step trains;
 of what that made, where a step zeroes weights or quantizes: loading -> calibrating -> compressing (evaluating in the
@@ -40,6 +41,7 @@ from models.prune import job as prune
 from models.prune import smaller
 from models.quantize.job import run_compression
 from models.resources import Clock
+from models.rounds import counted_from, run_in_rounds
 from models.team import SOLO, Team
 from models.teamwork import follow as follow_quantizing
 from models.train import rounded
@@ -49,11 +51,13 @@ from models.train.optimizers import refuse_without_gpu
 from models.train.prepare import refuse_untrainable
 from squeeze.architectures import HELD_BY, refuse_unrotatable
 from squeeze.compressing import Compress
+from squeeze.distillation import Distill
 from squeeze.errors import FormatUnfit, ModelMalformed
 from squeeze.formats import candidates
 from squeeze.merging import Entry, Merge
 from squeeze.objects import Stage
 from squeeze.report import Report
+from squeeze.rounds import rounds_of
 from squeeze.slimming import Slim
 from squeeze.sparsifying import Sparsify, refuse_torn_pattern
 from squeeze.specs import JobSpec
@@ -74,11 +78,23 @@ def check(spec: JobSpec, model: Path) -> Facts:
     """Refuses what can't work, from `config.json` alone, before any weight is fetched."""
     config = read_config(model)
     frame = Frame(SourceModel(model, config, {}, architecture_of(config)), torch.float32, torch.device("cpu"))
-    training, slimming = training_step(spec), slimming_step(spec)
-    if slimming is not None:
-        with params_named(spec, slimming):
-            smaller.refuse(slimming, frame)
-            frame = smaller.judged(slimming, frame)
+    facts = Facts(config["model_type"], frame.count, 0)
+    for part in rounds_of(spec):
+        slimming = slimming_step(part.spec)
+        with counted_from(part.first):
+            if slimming is not None:
+                with params_named(part.spec, slimming):
+                    smaller.refuse(slimming, frame)
+                    frame = smaller.judged(slimming, frame)
+            facts = _check_round(part.spec, config, frame)
+        if any(isinstance(step, Distill) and step.student.named for step in part.spec.steps):
+            return facts  # the next round goes on with another model
+    return facts
+
+
+def _check_round(spec: JobSpec, config: dict[str, Any], frame: Frame) -> Facts:
+    """frame: of what the first of its steps made, where that makes a smaller model."""
+    training = training_step(spec)
     if training is not None:
         with params_named(spec, training):
             count = refuse_untrainable(training, frame)
@@ -159,19 +175,27 @@ def run(inputs: Inputs, notify: Notify, team: Team = SOLO) -> Outcome:
 
 def follow(spec: JobSpec, team: Team) -> None:
     """What another process of the team than its leader does: its share of each step, as the leader comes to it."""
-    for step in spec.steps:
-        if isinstance(step, Train):
-            follow_training(team, spec, step)
-        elif isinstance(step, Compress):
-            follow_quantizing(team, step)
+    for part in rounds_of(spec):
+        for step in part.spec.steps:
+            if isinstance(step, Train):
+                follow_training(team, part.spec, step)
+            elif isinstance(step, Compress):
+                follow_quantizing(team, step)
 
 
 def _run(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
     notify.stage(Stage.planning)
-    torch.manual_seed(inputs.spec.seed)
     check(inputs.spec, inputs.model)
     if inputs.student is not None:
         check_student(inputs.spec, inputs.student)
+    rounds = rounds_of(inputs.spec)
+    if len(rounds) == 1:
+        return _run_round(inputs, notify, team)
+    return run_in_rounds(inputs, rounds, lambda one, told: _run_round(one, told, team), notify)
+
+
+def _run_round(inputs: Inputs, notify: Notify, team: Team) -> Outcome:
+    torch.manual_seed(inputs.spec.seed)
     merging, training, clock = merging_step(inputs.spec), training_step(inputs.spec), Clock()
     slimming = slimming_step(inputs.spec)
     if training is not None:

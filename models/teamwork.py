@@ -22,7 +22,7 @@ from models.rotation import Rotated
 from models.snapshots import SNAPSHOT_SECONDS
 from models.team import Team
 from squeeze.compressing import Compress
-from squeeze.report import Text
+from squeeze.report_parts import Text
 from squeeze.schemes import Scheme
 
 

@@ -27,6 +27,7 @@ class Slim(Wire):
         "fit in, and the plan says how many.",
     )
     by_block: ClassVar[bool] = False
+    equivalent: ClassVar[bool] = False  # whether what it makes says just what the original says
 
     @property
     def needs_calibration(self) -> bool:

@@ -6,6 +6,7 @@ refuse the same things with the same words.
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, field_validator, model_validator
@@ -173,7 +174,7 @@ def _refuse_unshared(step: Train, gpus: int) -> None:
 def _default_formats(fields: dict[str, Any]) -> tuple[Format, ...]:
     """The most widely loaded format that holds what the steps make; of a last step that trains, all that it makes."""
     last = next(iter(reversed(fields.get("steps", ()))), None)
-    if isinstance(last, Adapters) and any(isinstance(step, Merge | Slim) for step in fields["steps"]):
+    if isinstance(last, Adapters) and any(isinstance(step, Merge | Slim | Train) for step in fields["steps"][:-1]):
         return ("safetensors",)  # an adapter would go with a model that is not written
     if isinstance(last, Train | Merge | Slim):
         return last.formats
@@ -262,22 +263,31 @@ class JobSpec(Wire):
         return self
 
     @model_validator(mode="after")
-    def _zeroes_once_before_quantizing(self) -> Self:
-        zeroing = [n for n, step in enumerate(self.steps) if isinstance(step, Sparsify)]
-        if len(zeroing) > 1:
-            raise ValueError(f"steps {zeroing} all zero weights: keep one of them, with the share that you want")
-        if zeroing and not all(isinstance(step, Quantize) for step in self.steps[zeroing[0] + 1 :]):
-            raise ValueError(
-                "the step after one that zeroes weights would fill the zeros again: only a step that quantizes may "
-                "follow it"
-            )
+    def _keeps_zeros(self) -> Self:
+        zeroing = [(n, step) for n, step in enumerate(self.steps) if isinstance(step, Sparsify)]
+        for number, _ in zeroing:
+            for step in self.steps[number + 1 :]:
+                if isinstance(step, Merge | Slim) or (isinstance(step, Train) and not step.keeps_zeros):
+                    raise ValueError(
+                        f"what step {number} zeroes, {step.method} would fill or move: let it come before that, or "
+                        "leave it out"
+                    )
+        for (former, one), (latter, other) in pairwise(zeroing):
+            if not any(isinstance(step, Train) for step in self.steps[former:latter]):
+                raise ValueError(
+                    f"steps {[former, latter]} both zero weights and nothing is learned between them: keep one of "
+                    "them, with the share that you want, or let a step between them train"
+                )
+            if other.sparsity <= one.sparsity:
+                raise ValueError(
+                    f"step {latter} zeroes no more than step {former} did: {other.sparsity:g} after {one.sparsity:g}; "
+                    "let the share grow"
+                )
         return self
 
     @model_validator(mode="after")
-    def _trains_once_on_examples(self) -> Self:
+    def _trains_on_examples(self) -> Self:
         training = [step for step in self.steps if isinstance(step, Train)]
-        if len(training) > 1:
-            raise ValueError("more than one step trains: keep one, and name the job's id as the next one's model")
         if self.data.sequence_length == "auto" and not any(isinstance(step, Finetune) for step in training):
             raise ValueError("data.sequence_length `auto` looks at training examples: say a number, or finetune")
         for step in training:
@@ -321,29 +331,30 @@ class JobSpec(Wire):
         return self
 
     @model_validator(mode="after")
-    def _makes_smaller_once_and_first(self) -> Self:
-        slimming = [n for n, step in enumerate(self.steps) if isinstance(step, Slim)]
-        if slimming and slimming != [0]:
-            raise ValueError(
-                "what a model can do without is found in it as it comes: let one step make it smaller, the first one, "
-                "and name that job's id as the next one's model"
-            )
+    def _writes_what_it_made(self) -> Self:
         last = self.steps[-1]
-        if slimming and ("peft" in self.formats or (isinstance(last, Adapters) and not last.merge)):
+        changed = any(isinstance(step, Slim | Train) for step in self.steps[:-1])
+        if changed and isinstance(last, Adapters) and ("peft" in self.formats or not last.merge):
             raise ValueError(
-                "an adapter that is trained on the smaller model would go with a model that is not written: let the "
+                "an adapter that is trained on what a step made would go with a model that is not written: let the "
                 "step that trains merge it, and take safetensors alone as format"
             )
+        if len(self.steps) == 1 and isinstance(last, Slim) and self.limits.gpus > 1:
+            raise ValueError("a model is made smaller by one process: set limits.gpus to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _says_who_learns(self) -> Self:
+        pruned = False
         for number, step in enumerate(self.steps):
-            if isinstance(step, Distill) and step.student.named == bool(slimming):
+            if isinstance(step, Distill) and step.student.named == pruned:
                 raise ValueError(
-                    f"steps.{number}: the smaller model of the step before is who learns: leave `student` out"
-                    if slimming
+                    f"steps.{number}: the model that the steps before pruned is who learns: leave `student` out"
+                    if pruned
                     else f"steps.{number}.student: say who learns, either `layers`, so many blocks of the teacher, or "
                     "`model`; or let a step before prune the model"
                 )
-        if slimming and len(self.steps) == 1 and self.limits.gpus > 1:
-            raise ValueError("a model is made smaller by one process: set limits.gpus to 1")
+            pruned |= isinstance(step, Slim | Sparsify | Distill)
         return self
 
     @model_validator(mode="after")

@@ -104,6 +104,11 @@ class Train(Descent):
         """What a job is written as that ends with this step."""
         return ("safetensors",)
 
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether weights that an earlier step zeroed are zero in what it makes."""
+        return False
+
 
 class Rounded(Descent):
     """What training a model with rounded weights takes, beside the grid that they are rounded to."""

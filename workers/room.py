@@ -8,6 +8,7 @@ from squeeze.merging import Merge
 from squeeze.slimming import Slim
 from squeeze.sparsifying import Sparsify
 from squeeze.specs import JobSpec
+from squeeze.training import Train
 
 _CODES_SHARE = 0.55  # of 16-bit weights: what the engine keeps between attempts, a byte a weight and scales
 _SOURCE_BITS = 16
@@ -48,7 +49,7 @@ def _written_bytes(spec: JobSpec, source_bytes: int) -> int:
 
 
 def _made_bytes(spec: JobSpec, source_bytes: int) -> int:
-    goes_on = isinstance(spec.steps[0], Merge | Slim) and len(spec.steps) > 1  # what it made, to the next step
+    goes_on = sum(isinstance(step, Merge | Slim | Train) for step in spec.steps[:-1])  # what it made, to the next step
     zeroed = [step for step in spec.steps if isinstance(step, Sparsify)]  # kept as they are, and whole for a next step
     kept = sum(source_bytes * (1 if step is spec.steps[-1] else 2) for step in zeroed) + source_bytes * goes_on
     return int(source_bytes * _CODES_SHARE) + kept + _written_bytes(spec, source_bytes)

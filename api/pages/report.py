@@ -9,7 +9,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from squeeze.report import Block, Layer, Quality, Report
+from squeeze.report import Block, Layer, Report
+from squeeze.report_parts import Quality
 
 _HERE = Path(__file__).parent
 _CSS = (_HERE / "report.css").read_text()

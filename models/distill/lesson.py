@@ -17,7 +17,7 @@ from models.train.loop import Task
 from models.train.prepare import Prepared
 from squeeze.distillation import Distill
 from squeeze.objects import Stage
-from squeeze.report import Distillation
+from squeeze.report_training import Distillation
 
 
 class Lesson:

@@ -102,7 +102,7 @@ def run_merging(inputs: Inputs, step: Merge, notify: Notify) -> Outcome:
         notify.stage(Stage.exporting)
         for directory in places.values():
             linked(done.whole, directory)
-    certificates = certified(places, partial(_certified, inputs, done, notify), clock, notify)
+    certificates = certified(inputs, places, partial(_certified, inputs, done, notify), clock, notify)
     return closed(inputs, places, _report(inputs, done, places, certificates, clock))
 
 

@@ -81,13 +81,17 @@ def slimmed(inputs: Inputs, step: Slim, clock: Clock, notify: Notify) -> Done:
     with clock.stage("compressing"), params_named(inputs.spec, step):
         notify.stage(Stage.calibrating)
         sums, original = _looked(inputs, method, frame, texts, mark, notify)
+        reference = frame
+        if inputs.teacher is not None:
+            teacher = open_or_convert(inputs.teacher, inputs.work / "teacher")
+            reference = Frame(teacher, compute_dtype(teacher.dtype, device), device)
         notify.stage(Stage.compressing)
         result, found = method.smaller(step, base, sides, sums, inputs.work / "smaller", notify)
         return_free_memory()
     with clock.stage("evaluating"):
         notify.stage(Stage.evaluating)
         other = Frame(result, compute_dtype(result.dtype, device), device)
-        measured = _measured(inputs, frame, other, texts, original, mark, notify)
+        measured = _measured(inputs, reference, other, texts, original, mark, notify)
         assert texts.calibration is not None, "it was looked at"
         before, after = speeds((frame, other), texts.calibration.ids[0])
     slimming = Slimming(
@@ -138,16 +142,17 @@ def run_slimming(inputs: Inputs, step: Slim, notify: Notify) -> Outcome:
         notify.stage(Stage.exporting)
         for directory in places.values():
             linked(done.whole, directory)
-    certificates = certified(places, partial(_certified, inputs, done, notify), clock, notify)
+    certificates = certified(inputs, places, partial(_certified, inputs, done, notify), clock, notify)
     return closed(inputs, places, _report(inputs, done, places, certificates, clock))
 
 
 def for_what_follows(inputs: Inputs, done: Done) -> Inputs:
     """What the next step is given: the smaller model; for a distillation that is who learns, from the original."""
-    if any(isinstance(step, Distill) for step in inputs.spec.steps):
+    if any(isinstance(step, Distill) and not step.student.named for step in inputs.spec.steps):
         name = f"the original, made smaller by {done.slimming.method}"
         digest = done.mark if inputs.identity is not None else None
-        return replace(inputs, student=done.whole, student_name=name, student_digest=digest)
+        taught = replace(inputs, student=done.whole, student_name=name, student_digest=digest)
+        return taught if inputs.teacher is None else replace(taught, model=inputs.teacher)
     return replace(inputs, model=done.whole)
 
 
@@ -192,10 +197,12 @@ def _texts(inputs: Inputs, step: Slim, frame: Frame, notify: Notify) -> Material
 def _looked(
     inputs: Inputs, method: Any, frame: Frame, texts: Material, mark: str, notify: Notify
 ) -> tuple[dict[str, torch.Tensor], Stream | None]:
-    """What the calibration text showed, and the last hidden states of the evaluation windows, in one pass."""
+    """What the calibration text showed, and the last hidden states of the evaluation windows, in one pass; where the
+    result is compared with another model, without these.
+    """
     assert texts.calibration is not None, "importance is told from text"
     ids = {CALIBRATION: texts.calibration.ids}
-    if texts.windows is not None:
+    if texts.windows is not None and inputs.teacher is None:
         ids[WINDOWS] = texts.windows.ids
     watcher = method.watcher(frame)
     streams = walk(
@@ -213,28 +220,29 @@ def _looked(
 
 def _measured(
     inputs: Inputs,
-    frame: Frame,
+    reference: Frame,
     other: Frame,
     texts: Material,
     original: Stream | None,
     mark: str,
     notify: Notify,
 ) -> Measured | None:
-    if texts.windows is None or original is None:
+    """The smaller model, `other`, against the reference. original: the last hidden states of this, where known."""
+    if texts.windows is None:
         return None
-    streams = walk(
-        other,
-        {WINDOWS: texts.windows.ids},
-        inputs.work / "measured",
-        mark,
-        notify,
-        inputs.snapshot_seconds,
-        watchers={},
-        memory_bytes=inputs.activation_bytes,
-    )
-    found = measure(other, texts.windows, original, streams[WINDOWS], notify, reference=frame)
-    original.clear()
-    streams[WINDOWS].clear()
+
+    def last_of(frame: Frame, name: str) -> Stream:
+        ids, seconds = {WINDOWS: windows.ids}, inputs.snapshot_seconds
+        limit = inputs.activation_bytes
+        return walk(frame, ids, inputs.work / name, mark, notify, seconds, watchers={}, memory_bytes=limit)[WINDOWS]
+
+    windows = texts.windows
+    if original is None:
+        original = last_of(reference, "measured-before")
+    streams = original, last_of(other, "measured")
+    found = measure(other, windows, *streams, notify, reference=reference)
+    for stream in streams:
+        stream.clear()
     return found
 
 

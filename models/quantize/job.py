@@ -45,7 +45,8 @@ from models.work import work_of
 from squeeze import __version__
 from squeeze.compressing import Compress
 from squeeze.objects import Stage
-from squeeze.report import Allocation, Block, Certificate, Report, Sparsity, Tuning
+from squeeze.report import Allocation, Block, Certificate, Report, Sparsity
+from squeeze.report_training import Tuning
 from squeeze.schemes import Scheme
 from squeeze.sparsifying import Sparsify
 from squeeze.steps import QAT, Format, Grouped
@@ -66,7 +67,7 @@ def run_compression(
         zeros = written.zeros(next(iter(directories.values())))
     if zeros is not None:
         notify.event("warning", saved_by_zeros(zeros))
-    certificates = certified(directories, partial(written.certify, notify), clock, notify)
+    certificates = certified(inputs, directories, partial(written.certify, notify), clock, notify)
     return closed(inputs, directories, completed(written.report(directories, certificates, clock, zeros)))
 
 

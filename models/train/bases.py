@@ -23,7 +23,8 @@ from squeeze.bases import base_of
 from squeeze.errors import DataUnusable
 from squeeze.objects import Stage
 from squeeze.records import DATA
-from squeeze.report import Block, Quality, Text
+from squeeze.report import Block
+from squeeze.report_parts import Quality, Text
 
 BASE = "base"  # in the work directory, its codes
 

@@ -43,7 +43,7 @@ from squeeze.records import (
     refuse_nothing_held_out,
     refuse_too_few,
 )
-from squeeze.report import TrainingData
+from squeeze.report_training import TrainingData
 
 
 @dataclass(frozen=True)

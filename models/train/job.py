@@ -46,7 +46,8 @@ from squeeze import __version__
 from squeeze.distillation import Distill, Sequence
 from squeeze.finetuning import Adapters, Head, QLoRA
 from squeeze.objects import Stage
-from squeeze.report import Certificate, Report, Training
+from squeeze.report import Certificate, Report
+from squeeze.report_training import Training
 from squeeze.sharding import ZERO_STAGES
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
@@ -204,7 +205,7 @@ def run_training(
     if done.base is not None and "gptq" in places:
         with clock.stage("exporting"):
             layout("gptq").write(done.source, done.base.codes, places["gptq"], notify)
-    certificates = certified(places, partial(_certified, inputs, done, notify), clock, notify)
+    certificates = certified(inputs, places, partial(_certified, inputs, done, notify), clock, notify)
     return closed(inputs, places, completed(_report(inputs, done, places, certificates, clock)))
 
 

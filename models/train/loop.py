@@ -36,7 +36,7 @@ from models.train.schedule import learning_rate, warmup_steps
 from models.train.scoring import Objective, Turning, accuracy, example_losses, learned_losses, without_virtual_tokens
 from models.train.zero import Part
 from squeeze.errors import NotFinite
-from squeeze.report import HeldOutLoss, TrainingStep
+from squeeze.report_training import HeldOutLoss, TrainingStep
 from squeeze.training import Train
 
 SNAPSHOT_SHARE = 0.1  # of the time that may go into checkpoints before `snapshot_seconds` are over

@@ -38,7 +38,8 @@ from models.train.scoring import learned_logits, learned_losses
 from squeeze.errors import DataUnusable
 from squeeze.memory import needed
 from squeeze.objects import Stage
-from squeeze.report import Layer, Tuning
+from squeeze.report import Layer
+from squeeze.report_training import Tuning
 from squeeze.schemes import Scheme
 from squeeze.specs import JobSpec
 from squeeze.steps import QAT, Quantize

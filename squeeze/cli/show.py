@@ -11,7 +11,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from squeeze.objects import Duration, Event, File, Job, Method, Plan
-from squeeze.report import Report, Slimming, Training
+from squeeze.report import Report, Round, Slimming
+from squeeze.report_training import Training
 
 WIDTH_WITHOUT_TERMINAL = 160
 
@@ -102,6 +103,8 @@ def report(one: Report) -> None:
     if one.sparsity is not None:
         stored = f"{decimal(one.sparsity.zstd_bytes)} under zstd (before: {decimal(one.sparsity.zstd_bytes_before)})"
         lines.append(("zeros", f"{one.sparsity.reached:.1%} of {one.sparsity.layers} layers' weights; {stored}"))
+    for earlier in one.rounds:
+        lines += _round_lines(earlier, [str(one.recipe[step]["method"]) for step in earlier.steps])
     if one.slimming is not None:
         lines += _slimming_lines(one.slimming)
     if one.training is not None:
@@ -240,6 +243,15 @@ def _print(table: Table) -> None:
         out.print(table)
     for line in capture.get().splitlines():  # in a file or a pipe the cells' padding is only in the way
         click.echo(line.rstrip())
+
+
+def _round_lines(one: Round, methods: list[str]) -> list[tuple[str, str]]:
+    told = f"{one.parameters:,} parameters"
+    if one.training is not None:
+        told += f", held-out loss {change_text(one.training.loss_before, one.training.loss_after)}"
+    if one.quality and one.quality.perplexity_before and one.quality.perplexity_after:
+        told += f", perplexity {change_text(one.quality.perplexity_before, one.quality.perplexity_after)}"
+    return [("after " + ", ".join(methods), told)]
 
 
 def _slimming_lines(slimming: Slimming) -> list[tuple[str, str]]:

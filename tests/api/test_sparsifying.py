@@ -69,7 +69,7 @@ def test_what_can_t_be_pruned_so_is_refused_at_once_and_by_the_plan(
         ([step(pattern="3:4")], {}, "2:4"),
         ([step()], {"formats": ["compressed-tensors"]}, "safetensors can"),
         ([step("wanda"), step("magnitude")], {}, "keep one of them"),
-        ([step(), {"kind": "finetune", "method": "lora"}], {"data": {"source": "file-abcdefgh"}}, "fill the zeros"),
+        ([step(), {"kind": "finetune", "method": "lora"}], {"data": {"source": "file-abcdefgh"}}, "would fill or move"),
         ([{"kind": "quantize", "method": "rtn"}, step()], {}, "let the step that quantizes be the last"),
     ],
 )

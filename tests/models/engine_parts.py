@@ -13,7 +13,7 @@ from models.evaluation import measure
 from models.frame import Frame
 from models.progress import Silent
 from models.teamwork import compute_dtype
-from squeeze.report import Quality, Text
+from squeeze.report_parts import Quality, Text
 from squeeze.steps import RTN, Quantize
 from tests.models.tiny import VOCABULARY
 

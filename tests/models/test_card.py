@@ -7,7 +7,9 @@ from typing import Any
 import yaml
 
 from models.card import write_card
-from squeeze.report import Certificate, Quality, Report, Size, Source, Spent, Text, Training, TrainingData
+from squeeze.report import Certificate, Report, Size, Source, Spent
+from squeeze.report_parts import Quality, Text
+from squeeze.report_training import Training, TrainingData
 
 TEXT = Text(
     origin="standard library of Python 3.11",

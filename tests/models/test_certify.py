@@ -21,7 +21,8 @@ from models.data import Windows
 from models.formats import layout
 from models.progress import Silent
 from squeeze.errors import CertificationFailed, ProcessKilled
-from squeeze.report import Certificate, Text
+from squeeze.report import Certificate
+from squeeze.report_parts import Text
 from squeeze.steps import Format
 from tests.models.rounding import dequantized, rounded
 from tests.models.tiny import llama

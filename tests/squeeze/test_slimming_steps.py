@@ -63,12 +63,11 @@ def test_what_is_no_size_is_refused(step: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("steps", "fields", "words"),
     [
-        ([LORA | {"merge": True}, depth()], {"data": DATA}, "the first one"),
-        ([depth(), depth()], {}, "the first one"),
         ([depth(), LORA], {"data": DATA}, "set its `merge`|let the step that trains merge it"),
         ([depth(), LORA | {"merge": True}], {"data": DATA, "formats": ["peft"]}, "take safetensors alone"),
         ([depth()], {"limits": {"gpus": 2}}, "one process"),
-        ([GPTQ, depth()], {}, "the step that quantizes be the last|the first one"),
+        ([GPTQ, depth()], {}, "the step that quantizes be the last"),
+        ([{"kind": "prune", "method": "wanda"}, depth()], {}, "would fill or move"),
     ],
 )
 def test_steps_that_don_t_go_with_it_are_refused(

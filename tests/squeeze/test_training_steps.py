@@ -69,7 +69,7 @@ def test_fields_that_don_t_go_together_are_refused(step: dict[str, Any], words: 
 @pytest.mark.parametrize(
     ("steps", "fields", "words"),
     [
-        ([lora(), lora()], {}, "more than one step trains"),
+        ([lora(), lora()], {}, "set its `merge` to true"),
         ([GPTQ, lora()], {}, "let the step that quantizes be the last"),
         ([lora(), GPTQ], {}, "set its `merge` to true"),
         ([lora(method="qlora", sharding="full")], {"limits": {"gpus": 2}}, "set sharding to ddp"),
@@ -83,7 +83,7 @@ def test_fields_that_don_t_go_together_are_refused(step: dict[str, Any], words: 
         ([GPTQ, logits()], {}, "let the step that quantizes be the last"),
         ([logits()], {"data": {"source": "self"}}, "learns from text that is there"),
         ([logits(method="on_policy", sharding="full")], {"limits": {"gpus": 2}}, "stands whole on every GPU"),
-        ([lora(merge=True), logits()], {}, "more than one step trains"),
+        ([lora(merge=True), logits(student={})], {}, "say who learns"),
     ],
     ids=[
         "twice",

@@ -13,7 +13,7 @@ from models.train.checkpoints import Checkpoints, Story
 from models.train.loop import Task, accelerator_of, train
 from models.train.prepare import Prepared, begun, prepare
 from squeeze.distillation import Distill
-from squeeze.report import TrainingStep
+from squeeze.report_training import TrainingStep
 from squeeze.specs import JobSpec
 from squeeze.training import Train
 from tests.models.job_parts import Heard, inputs_of
