@@ -30,7 +30,7 @@ from squeeze.errors import (
     SqueezeError,
 )
 from squeeze.finetuning import Adapters, Head, LoRA, QLoRA
-from squeeze.formats import refuse_unfit
+from squeeze.formats import OF_ANY_FAMILY, refuse_unfit
 from squeeze.objects import Obstacle, Plan
 from squeeze.slimming import Slim
 from squeeze.specs import SELF, JobSpec, hub_text
@@ -138,7 +138,7 @@ def _in_the_model(
     else:
         kind = made.config.get("model_type", kind)
         for number, name in enumerate(spec.formats):
-            if name not in (*HELD_BY[kind], "peft"):
+            if name not in (*HELD_BY[kind], *OF_ANY_FAMILY):
                 held = ", ".join(HELD_BY[kind])
                 yield FormatUnfit(f"{name} can't hold a {kind} model; take {held}.", param=f"formats.{number}")
     try:

@@ -17,6 +17,7 @@ LOADING = {
     "awq": "pip install transformers accelerate gptqmodel",
     "bitsandbytes": "pip install transformers accelerate bitsandbytes",
     "safetensors": "pip install transformers",
+    "safetensors-zst": "zstd -d --rm *.zst && sha256sum -c SHA256SUMS && pip install transformers",
     "onnx": "pip install onnxruntime-genai",
     "peft": "pip install transformers peft",
     "gguf": "llama-cli --model model.gguf --prompt 'Once upon a time'",

@@ -21,6 +21,7 @@ from models.disk import says_full
 from models.formats.compressed_tensors_config import rounds_while_running
 from models.formats.compressed_tensors_parts import weights_in
 from models.formats.directory import weight_bytes
+from models.formats.safetensors_zst import restored
 from models.progress import Notify
 from models.resources import available_host_bytes, peak_host_bytes
 from squeeze.errors import CertificationFailed, DiskFull, ProcessKilled, SqueezeError
@@ -106,6 +107,24 @@ def certify(
     model needs more, its weights stay on disk. Default: what this job has taken so far, so that certifying never sets a
     job's peak.
     """
+    if format_name == "safetensors-zst":
+        with restored(directory) as plain:
+            seen = certify(
+                plain,
+                "safetensors",
+                expected=expected,
+                windows=windows,
+                sample=sample,
+                source_bytes=source_bytes,
+                dtype=dtype,
+                device=device,
+                consumers=consumers,
+                texts=texts,
+                notify=notify,
+                memory_limit_bytes=memory_limit_bytes,
+            )
+        how = "unpacked by zstd; "
+        return [one.model_copy(update={"format": format_name, "detail": how + one.detail}) for one in seen]
     size_bytes = weight_bytes(directory)
     # A cast to another 16-bit type saves nothing, and an adapter comes on top.
     if size_bytes >= source_bytes and format_name not in ("safetensors", "peft"):

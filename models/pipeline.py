@@ -53,7 +53,7 @@ from squeeze.architectures import HELD_BY, refuse_unrotatable
 from squeeze.compressing import Compress
 from squeeze.distillation import Distill
 from squeeze.errors import FormatUnfit, ModelMalformed
-from squeeze.formats import candidates
+from squeeze.formats import OF_ANY_FAMILY, candidates
 from squeeze.merging import Entry, Merge
 from squeeze.objects import Stage
 from squeeze.report import Report
@@ -141,7 +141,7 @@ def _check_compressible(spec: JobSpec, config: dict[str, Any], frame: Frame) -> 
         schemes = mixed(schemes, candidates(step, spec.formats))
     held = HELD_BY[config["model_type"]]
     for name in spec.formats:
-        if name not in held:
+        if name not in (*held, *OF_ANY_FAMILY):
             raise FormatUnfit(
                 f"{name} can't hold {config['model_type']} models; {', '.join(held)} can", param="formats"
             )

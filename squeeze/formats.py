@@ -40,6 +40,7 @@ class Capacity:
     mixes: bool = False
 
 
+OF_ANY_FAMILY: tuple[Format, ...] = ("peft", "safetensors-zst")  # that the engine knows
 GROUPS: tuple[Group, ...] = (32, 64, 128, "channel")
 CAPACITIES: dict[Format, Capacity] = {
     "compressed-tensors": Capacity(
@@ -73,6 +74,7 @@ CAPACITIES: dict[Format, Capacity] = {
         ),
         consumers=("transformers", "vllm"),
     ),
+    "safetensors-zst": Capacity(held=(Held("dense", (16, 32, 64), ("channel",)),), consumers=("transformers", "vllm")),
     "gguf": Capacity(
         held=(
             Held("ggml", (2, 3, 4, 5, 6, 8), (16, 32), asymmetric=True),

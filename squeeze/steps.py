@@ -20,7 +20,9 @@ from squeeze.sparsifying import SPARSIFYING_METHODS, Sparsify
 from squeeze.training import Rounded, Train
 
 Kind = Literal["quantize", "prune", "finetune", "distill", "merge"]
-Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "onnx", "gguf", "peft"]
+Format = Literal[
+    "compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "safetensors-zst", "onnx", "gguf", "peft"
+]
 GroupSize = Literal[32, 64, 128, "channel"]
 Mixture = Literal["q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"]
 

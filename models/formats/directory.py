@@ -47,7 +47,7 @@ COMPANIONS = (
     "USE_POLICY*",
 )
 
-WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx_data")
+WEIGHTS = ("*.safetensors", "*.safetensors.zst", "*.gguf", "*.onnx", "*.onnx_data")
 
 # Settings that say where a file lay on its author's machine, or ask for code of the repository or for a kernel that the
 # reader may lack.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import SourceModel, open_model
+from models.formats.safetensors_zst import LEVEL
 from models.plain import CHUNK
 from models.quantized import Site
 from squeeze.errors import CompressionBug
@@ -16,7 +17,6 @@ from squeeze.report import Sparsity
 from squeeze.sparsifying import Sparsify
 from squeeze.work import ZSTD_BYTES
 
-ZSTD_LEVEL = 3  # zstd's own default
 PIECE_BYTES = 4 << 20  # compressed at once; larger pieces gain nothing where no two weights repeat
 
 
@@ -76,7 +76,7 @@ def zstd_bytes(model: SourceModel, share: Fraction) -> int:
     """Bytes of all weights under zstd, a tensor at a time. share: of the pieces, evenly spaced, that are compressed for
     it; of the others the same is supposed.
     """
-    codec = pyarrow.Codec("zstd", compression_level=ZSTD_LEVEL)
+    codec = pyarrow.Codec("zstd", compression_level=LEVEL)
     seen = compressed = number = 0
     for name in model.names():
         for piece in _pieces(model.tensor(name)):

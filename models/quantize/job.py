@@ -22,6 +22,7 @@ from models.fingerprint import fingerprint
 from models.formats import layout
 from models.formats.directory import refuse_broken_companions
 from models.formats.gguf import refuse_source
+from models.formats.safetensors_zst import restored
 from models.frame import Frame
 from models.job import (
     Inputs,
@@ -247,7 +248,11 @@ class Compressed:
         step = self.codes.model.step
         if not isinstance(step, Sparsify):
             return None
-        return counted_zeros(self.begun.source, directory, self.codes.model.sites.values(), step)
+        sites = self.codes.model.sites.values()
+        if directory.name == "safetensors-zst":
+            with restored(directory) as plain:
+                return counted_zeros(self.begun.source, plain, sites, step)
+        return counted_zeros(self.begun.source, directory, sites, step)
 
     def certify(self, notify: Notify, name: Format, directory: Path) -> list[Certificate]:
         frame = self.begun.frames.result

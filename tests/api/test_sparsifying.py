@@ -67,7 +67,7 @@ def test_what_can_t_be_pruned_so_is_refused_at_once_and_by_the_plan(
         ([step(sparsity=1.0)], {}, "less than 1"),
         ([step(sparsity=0.6, pattern="2:4")], {}, "leave `sparsity` out"),
         ([step(pattern="3:4")], {}, "2:4"),
-        ([step()], {"formats": ["compressed-tensors"]}, "safetensors can"),
+        ([step()], {"formats": ["compressed-tensors"]}, "safetensors, safetensors-zst can"),
         ([step("wanda"), step("magnitude")], {}, "keep one of them"),
         ([step(), {"kind": "finetune", "method": "lora"}], {"data": {"source": "file-abcdefgh"}}, "would fill or move"),
         ([{"kind": "quantize", "method": "rtn"}, step()], {}, "let the step that quantizes be the last"),
