@@ -1,7 +1,7 @@
 """What zeros cost: perplexity and divergence of each method at each target, with parameters and bytes.
 
     python benchmarks/pruning.py [--model DIR] [--samples 64] [--length 512] [--windows 32] [--draws 3]
-        [--llmcompressor PYTHON]
+        [--methods wanda …] [--llmcompressor PYTHON]
 
 One pass of the engine prunes and measures, on the held-out part of the generic text; the result is written and read
 back, so that zeros and bytes are those of the files. Every draw of calibration text is of another seed; `magnitude`
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=[tag_of(one).split(".")[1] for one in SPARSIFYING_METHODS])
     parser.add_argument("--llmcompressor", type=Path, help="Python of an environment with it")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -75,10 +76,13 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for wanted in TARGETS + PATTERNS:
         for method in SPARSIFYING_METHODS:
-            step = method.model_validate({"method": tag_of(method).split(".")[1]} | wanted)
+            name = tag_of(method).split(".")[1]
+            if name not in options.methods:
+                continue
+            step = method.model_validate({"method": name} | wanted)
             rows = [_made(source, step, ids, windows) for ids in (draws if step.needs_calibration else draws[:1])]
-            for number, name in enumerate((step.method, f"{step.method}, then gptq")):
-                _print(name, step, source, [row[number] for row in rows])
+            for number, told in enumerate((step.method, f"{step.method}, then gptq")):
+                _print(told, step, source, [row[number] for row in rows])
             if options.llmcompressor and step.needs_calibration:
                 peer = _made_by_llmcompressor(options.llmcompressor, source, step, draws[0], windows)
                 _print(f"llm-compressor's {step.method}", step, source, [peer])

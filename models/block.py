@@ -21,7 +21,7 @@ from models.finite import all_finite
 from models.formats.fitness import computed_as_one
 from models.frame import Frame
 from models.lockstep import Twin, run_in_lockstep
-from models.passes import run_in_passes
+from models.passes import gathered, run_in_passes
 from models.quantize.problem import Problem, Solution, pruned
 from models.quantized import Site, block_file, tensors_of
 from models.resources import available_device_bytes, peak_gpu_bytes, peak_host_bytes, return_free_memory
@@ -180,7 +180,12 @@ class BlockJob:
             twins = {name: self._twin.get_submodule(inside[one]) for name, one in leaders.items()}
             twin = (self._twin, Batches(self.calls, self.index, activations.uncompressed), twins)
             size_bytes *= 2
-        if self._fits(size_bytes):
+        if self.step.whole_blocks_read:
+            columns = {name: self.sites[name].columns for name in leaders}
+            for name, statistics in gathered(module, batches, leaders, gathering, columns, self.team).items():
+                solve(name, statistics)
+            self.calls.forward(self.index, module, stream)
+        elif self._fits(size_bytes):
             outputs = run_in_lockstep(module, batches, leaders, gathering, solve, twin, self.team)
             for moved, own in zip((stream, activations.uncompressed), outputs, strict=True):
                 for number, output in enumerate(own):

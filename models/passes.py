@@ -51,6 +51,33 @@ def run_in_passes(
             del unsolved[name]
 
 
+def gathered(
+    block: nn.Module,
+    batches: Sequence[Batch],
+    linears: Mapping[str, nn.Module],
+    gathering: Callable[[int], Statistics],
+    columns: Mapping[str, int],
+    team: Team = SOLO,
+) -> dict[str, Statistics]:
+    """Of all inputs of all linears, in one pass through the block as it is. columns: that each linear reads."""
+    found = {name: gathering(columns[name]) for name in linears}
+
+    def gather(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, given: found[name].add(given[0])
+
+    handles = [module.register_forward_pre_hook(gather(name)) for name, module in linears.items()]
+    try:
+        for batch in batches:
+            run(block, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, statistics in found.items():
+        team.meet(name)
+        statistics.sum_over(team)
+    return found
+
+
 def _gather(
     block: nn.Module,
     batches: Sequence[Batch],

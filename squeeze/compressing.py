@@ -15,7 +15,8 @@ class Compress(Wire):
 
     What a method needs of the calibration inputs of each linear is `statistics`: per-column `moments`, the `hessian`,
     their `drift` from what the linear would read in the uncompressed model, or nothing. A method that works on whole
-    blocks (`by_block`) sees the inputs themselves.
+    blocks (`by_block`) sees the inputs themselves. Statistics are of what the compressed linears before put out, those
+    of the same block too, unless `whole_blocks_read`: then of what they put out before any of the block was compressed.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class Compress(Wire):
     )
     statistics: ClassVar[frozenset[Statistic]] = frozenset()
     by_block: ClassVar[bool] = False
+    whole_blocks_read: ClassVar[bool] = False
 
     def wanted(self) -> frozenset[Statistic]:
         """The statistics that this step needs, where its options decide."""

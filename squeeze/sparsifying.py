@@ -60,6 +60,7 @@ class Wanda(Sparsify):
 
     method: Literal["wanda"]
     statistics = frozenset({"moments"})
+    whole_blocks_read = True
 
 
 class SparseGPT(Sparsify):

@@ -170,7 +170,7 @@ def _training(shape: Shape, step: QAT, tokens: Tokens) -> Count:
 
 def of_block(block: Block, shape: Shape, step: Compress, tokens: Tokens) -> float:
     """Operations of one block's compression, with the windows that run through it before and after."""
-    passes = 0 if not tokens.calibration else 3 if step.by_block else 2 if "drift" in step.wanted() else 1
+    passes = 0 if not tokens.calibration else 3 if step.by_block else 2 if _twice(step) else 1
     moved = passes * tokens.calibration + 2 * tokens.windows
     total = of_reading(block, shape) + moved * of_token(block, shape, tokens.length)
     total += 4 * tokens.windows * shape.hidden * VISIT  # by how much the outputs differ
@@ -184,6 +184,10 @@ def of_block(block: Block, shape: Shape, step: Compress, tokens: Tokens) -> floa
         total += step.iterations * 3 * seen * of_token(block, shape, tokens.length)  # backwards costs twice as much
         total += step.iterations * LEARN_VISITS * VISIT * block.weights
     return total
+
+
+def _twice(step: Compress) -> bool:
+    return step.whole_blocks_read or "drift" in step.wanted()
 
 
 def of_reading(block: Block, shape: Shape) -> float:

@@ -50,6 +50,19 @@ def test_the_model_that_is_written_is_the_one_that_was_measured(tmp_path: Path, 
     assert all(layer.sparsity == 0.5 for block in done.blocks for layer in block.layers)
 
 
+def test_wanda_judges_a_block_s_linears_by_what_they_read_before_any_of_it_was_pruned(tmp_path: Path) -> None:
+    model = FAMILIES["llama"](tmp_path / "model")
+    done, _ = compressed(model, tmp_path / "work", Wanda(method="wanda", sparsity=0.75), windows := thrown())
+    whole, read = AutoModelForCausalLM.from_pretrained(model), []
+    down = whole.model.layers[0].mlp.down_proj
+    down.register_forward_pre_hook(lambda _, given: read.append(given[0].detach().flatten(0, 1)))
+    whole(windows.ids)
+    scores = down.weight.detach().abs() * read[0].norm(dim=0)
+    expected = scores < scores.sort(dim=1).values[:, 192:193]  # of 256 inputs
+    result = done.model.codes("model.layers.0.mlp.down_proj").dequantize(torch.float32)
+    assert ((result == 0) == expected).float().mean() > 0.999
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_keep_their_type_and_those_that_stay_their_bits(tmp_path: Path, dtype: torch.dtype) -> None:
     model = FAMILIES["llama"](tmp_path / "model", dtype=dtype)

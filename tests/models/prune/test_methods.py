@@ -131,6 +131,16 @@ def test_a_column_that_was_never_active_goes_first_by_wanda_and_is_judged_as_a_m
     assert torch.equal(result, torch.where(result == 0, 0, W[:, 10:20]))
 
 
+def test_a_linear_that_no_token_came_to_is_judged_by_wanda_by_its_weights_alone() -> None:
+    W, step = weights(8, 32), Wanda(method="wanda")
+    problem = Problem(W.clone(), Statistics({"moments"}, 32, CPU), step.scheme(), torch.float32)
+    solution = wanda.prune(problem, step)
+    smallest = W.abs() < W.abs().sort(dim=1).values[:, 16:17]
+    assert torch.equal(solution.encoded.dequantize(torch.float32) == 0, smallest) and "no calibration" in str(
+        solution.instead
+    )
+
+
 def test_a_hessian_is_factorised_once_for_all_that_read_the_input() -> None:
     statistics = Statistics({"hessian"}, 32, CPU)
     statistics.add(correlated(60, 32, 6))
