@@ -21,7 +21,7 @@ from squeeze.merging import Merge
 from squeeze.merging_work import counted_merging, merging_bytes
 from squeeze.pace import duration
 from squeeze.shapes import Shape, shape_of
-from squeeze.slim_work import counted_slimming, slimming_bytes
+from squeeze.slim_work import counted_slimming, looking_bytes, slimming_bytes
 from squeeze.slimming import Slim
 from squeeze.sparsifying import Sparsify
 from squeeze.specs import JobSpec
@@ -112,7 +112,7 @@ class Costs:
                 largest = max((tensor.elements for tensor in leg.tensors.values()), default=0)
                 one = _merging(spec, step, own, largest, formats)
             elif isinstance(step, Slim):
-                whole, least = slimming_bytes(own, spec)
+                whole, least = slimming_bytes(own, spec, step)
                 one = _Cost(whole, least, 0, counted_slimming(own, spec, step))
             elif isinstance(step, Compress):
                 memory = needed(shape, spec.model_copy(update={"steps": (step,)}), formats)
@@ -153,7 +153,8 @@ def _kept_bytes(leg: Leg, told: Lessons | None) -> int:
     merged = begun if isinstance(spec.steps[0], Merge) and len(spec.steps) > 1 else 0  # otherwise it is the result
     zeroed = [step for step in spec.steps if isinstance(step, Sparsify)]  # kept, and whole for a step that follows
     merged += sum(size * (1 if one is spec.steps[-1] else 2) for one in zeroed)
-    merged += size if isinstance(spec.steps[0], Slim) and len(spec.steps) > 1 else 0
+    if isinstance(first := spec.steps[0], Slim):
+        merged += size * (len(spec.steps) > 1) + looking_bytes(shape_of_model(*_begun(leg)), spec, first)
     if step is None:
         return merged
     known = learned_of(step, *_made(leg))

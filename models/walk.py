@@ -6,7 +6,7 @@ to the same bits.
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -56,7 +56,7 @@ def walk(
     watchers: by the names of their texts. memory_bytes: what hidden states may take on the host; the rest goes to disk.
     None: half of what is free.
     """
-    kept = _Kept(directory, mark)
+    kept = Kept(directory, mark)
     room = Room(available_host_bytes() // 2 if memory_bytes is None else memory_bytes, directory / "activations")
     calls = Calls(frame, list(texts.values()))
     done = kept.last()
@@ -77,13 +77,17 @@ def walk(
         notify.advance(done, frame.count, "blocks")
         now = time.monotonic()
         if done < frame.count and now - saved_at >= min(snapshot_seconds, cost / SNAPSHOT_SHARE):
-            kept.save(done, streams, watchers)
+            kept.save(done, streams, _sums(watchers))
             saved_at, cost = time.monotonic(), time.monotonic() - now
     for name in watchers:
         streams[name].clear()
     if begun < frame.count:
-        kept.save(frame.count, streams, watchers)
+        kept.save(frame.count, streams, _sums(watchers))
     return {name: stream for name, stream in streams.items() if name not in watchers}
+
+
+def _sums(watchers: Mapping[str, Watcher]) -> dict[str, dict[str, Tensor]]:
+    return {name: watcher.sums for name, watcher in watchers.items()}
 
 
 def _through(calls: Calls, index: int, block: nn.Module, stream: Stream, watcher: Watcher | None) -> None:
@@ -98,8 +102,8 @@ def _through(calls: Calls, index: int, block: nn.Module, stream: Stream, watcher
             stream.replace(number, after.cpu())
 
 
-class _Kept:
-    """The directory of one walk."""
+class Kept:
+    """The directory of one walk; what another `mark` left in it is deleted."""
 
     def __init__(self, directory: Path, mark: str) -> None:
         self._directory, note = directory, directory / "mark"
@@ -112,22 +116,22 @@ class _Kept:
         """The number of blocks that are behind by the latest snapshot; None where there is none."""
         return max((int(path.name.split("-")[1]) for path in self._directory.glob("snapshot-*[0-9]")), default=None)
 
-    def streams(self, done: int, room: Room, names: Mapping[str, object]) -> dict[str, Stream]:
+    def streams(self, done: int, room: Room, names: Iterable[str]) -> dict[str, Stream]:
         return {name: Stream.saved(room, self._snapshot(done) / name) for name in names}
 
     def sums(self, done: int, name: str) -> dict[str, Tensor]:
         held: dict[str, Tensor] = load_file(self._snapshot(done) / f"{name}.{SUMS}")
         return held
 
-    def save(self, done: int, streams: Mapping[str, Stream], watchers: Mapping[str, Watcher]) -> None:
+    def save(self, done: int, streams: Mapping[str, Stream], sums: Mapping[str, dict[str, Tensor]]) -> None:
         """After `done` blocks. The new snapshot is complete before the old one goes."""
         part, target = self._directory / "snapshot.part", self._snapshot(done)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         for name, stream in streams.items():
             stream.save(part / name)
-        for name, watcher in watchers.items():
-            save_file(watcher.sums, part / f"{name}.{SUMS}")
+        for name, held in sums.items():
+            save_file(held, part / f"{name}.{SUMS}")
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
         for old in self._directory.glob("snapshot-*[0-9]"):

@@ -2,7 +2,7 @@
 
 from squeeze.memory import BATCH_TOKENS, LOGIT_BYTES, LOGIT_SLICES, PIECES, PROCESS_BYTES
 from squeeze.shapes import Shape
-from squeeze.slimming import Slim
+from squeeze.slimming import Depth, Slim
 from squeeze.specs import JobSpec
 from squeeze.training import Train
 from squeeze.work import (
@@ -21,6 +21,7 @@ from squeeze.work import (
 )
 
 SEEN_VISITS = 6  # of a number of a hidden state, while what a block does to it is summed
+JUDGED_TOKENS = 1 << 15  # at most, of a text that travels once for every block; one sequence at least
 TIMED_TOKENS = 8 * 129  # that go through each block of both models while they are timed
 
 
@@ -33,6 +34,10 @@ def counted_slimming(shape: Shape, spec: JobSpec, step: Slim) -> dict[str, Count
     elements = sum(block.elements for block in shape.blocks)
     copying = 2 * shape.stored_bytes * BYTE
     seen = sampled * len(shape.blocks) * SEEN_VISITS * VISIT * shape.hidden
+    judging = _judging(shape, spec, step)
+    if judging is not None:
+        sampled = 0  # none but what is judged travels
+        seen = judging.whole
     compared = windows * (2 * of_head(shape) + shape.vocabulary * COMPARED_VISITS * VISIT)
     stages = {
         "loading": Count(TEXTS + TOKEN * (sampled + windows)),
@@ -50,7 +55,7 @@ def counted_slimming(shape: Shape, spec: JobSpec, step: Slim) -> dict[str, Count
     return stages
 
 
-def slimming_bytes(shape: Shape, spec: JobSpec) -> tuple[int, int]:
+def slimming_bytes(shape: Shape, spec: JobSpec, step: Slim) -> tuple[int, int]:
     """(whole, least) host memory of the step itself, at its peak: two blocks, both models' heads, what goes through
     them; least: with hidden states on disk.
     """
@@ -59,9 +64,58 @@ def slimming_bytes(shape: Shape, spec: JobSpec) -> tuple[int, int]:
     outputs = max((sum(group.share * sum(group.rows) for group in one.groups) for one in shape.blocks), default=0)
     batch = int(max(BATCH_TOKENS, length) * (6 * shape.hidden + outputs) * each)
     logits = LOGIT_SLICES * max(16, min(length, LOGIT_BYTES // (4 * max(shape.vocabulary, 1)))) * shape.vocabulary * 4
-    inside = max(2 * block * each + batch, 2 * shape.outside * each + (logits if _windows(shape, spec) else 0))
-    streams = (spec.data.samples * length + 2 * _windows(shape, spec)) * shape.hidden * each
+    removes = by_removal(step)
+    measured = logits if _windows(shape, spec) or removes else 0
+    inside = max(2 * block * each + batch, 2 * shape.outside * each + measured)
+    sampled = _judged_tokens(shape, spec) * (len(shape.blocks) + 1) if removes else spec.data.samples * length
+    streams = (sampled + 2 * _windows(shape, spec)) * shape.hidden * each
     return PROCESS_BYTES + int(PIECES * (inside + streams)), PROCESS_BYTES + int(PIECES * inside)
+
+
+def judged_sequences(count: int, length: int) -> int:
+    """Of so many sequences of so many tokens, as many as travel once for every block, the first ones."""
+    return min(count, max(1, JUDGED_TOKENS // length))
+
+
+def by_removal(step: Slim) -> bool:
+    """Whether blocks are judged by what is lost without them."""
+    return isinstance(step, Depth) and step.importance == "perplexity"
+
+
+def looking_bytes(shape: Shape, spec: JobSpec, step: Slim) -> int:
+    """On disk, of hidden states that go around each block: where they are, and where they were at the last snapshot."""
+    if not by_removal(step):
+        return 0
+    return 2 * _judged_tokens(shape, spec) * (len(shape.blocks) + 1) * shape.hidden * shape.computed_bytes
+
+
+def _judging(shape: Shape, spec: JobSpec, step: Slim) -> Count | None:
+    """What it takes to judge blocks by what is lost without them."""
+    if not isinstance(step, Depth) or not by_removal(step):
+        return None
+    tokens, count, total = _judged_tokens(shape, spec), len(shape.blocks), Count()
+    each = sum(of_token(block, shape, _length(shape, spec)) for block in shape.blocks) / max(count, 1)
+    reading = sum(of_reading(block, shape) for block in shape.blocks) / max(count, 1)
+    for left in range(count, count - _rounds(shape, step), -1):
+        heads = tokens * (left + 1) * of_head(shape)
+        total = total.plus(Count(0.0, tokens * left * (left + 1) / 2 * each + heads + (left < count) * left * reading))
+    return total
+
+
+def _rounds(shape: Shape, step: Depth) -> int:
+    """As often as blocks are judged."""
+    count = len(shape.blocks)
+    if not step.iterative or not count:
+        return 1
+    if step.blocks is not None:
+        return max(1, count - step.blocks)
+    most = (step.params_target or 1.0) * shape.elements - shape.outside
+    return max(1, count - max(1, int(most // max(block.elements for block in shape.blocks))))
+
+
+def _judged_tokens(shape: Shape, spec: JobSpec) -> int:
+    length = _length(shape, spec)
+    return judged_sequences(spec.data.samples, length) * length
 
 
 def _length(shape: Shape, spec: JobSpec) -> int:

@@ -46,17 +46,31 @@ class Slim(Wire):
 
 
 class Depth(Slim):
-    """Leaves out the decoder blocks that change least of what comes to them (ShortGPT, arXiv 2403.03853): fewer
-    parameters, a smaller key/value cache, and less time for every token, in proportion.
+    """Leaves out the decoder blocks that change least of what comes to them (ShortGPT, arXiv 2403.03853), or that the
+    text misses least (Shortened LLaMA, arXiv 2402.02834): fewer parameters, a smaller key/value cache, and less time
+    for every token, in proportion.
     """
 
     method: Literal["depth"]
     blocks: int | None = Field(None, ge=1, le=1000, description="Decoder blocks that stay.")
-    importance: Literal["influence"] = Field(
+    importance: Literal["influence", "perplexity"] = Field(
         "influence",
         description="What a block is judged by. `influence`: one less the cosine of what it is given and what it hands "
-        "on, on average over the tokens of the calibration text, which goes through the model once.",
+        "on, on average over the tokens of the calibration text, which goes through the model once. `perplexity`: that "
+        "of the first 32,768 tokens of the calibration text when the block is left out. They go through the model half "
+        "as often as it has blocks, and their hidden states are kept as often as it has blocks, in memory or on disk.",
     )
+    iterative: bool = Field(
+        False,
+        description="With the importance `perplexity`: blocks go one at a time, and after each the others are judged "
+        "anew without it (SLEB, arXiv 2402.09025). Takes as many times as long as blocks go.",
+    )
+
+    @model_validator(mode="after")
+    def _judges_anew_by_perplexity(self) -> Self:
+        if self.iterative and self.importance != "perplexity":
+            raise ValueError("blocks are judged anew after each that goes by their perplexity: set `importance` to it")
+        return self
 
     @model_validator(mode="after")
     def _says_how_small(self) -> Self:

@@ -1,4 +1,4 @@
-"""Leaves out decoder blocks: those that change least of what comes to them."""
+"""Leaves out decoder blocks: those that change least of what comes to them, or that the text misses least."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -11,10 +11,16 @@ from models.checkpoint import SourceModel
 from models.distill.cutting import cut, refuse_uneven
 from models.frame import Frame
 from models.progress import Notify
-from squeeze.slim_shapes import Sides, blocks_left
+from models.prune import removal
+from models.prune.looking import Looked, Looking, watched
+from squeeze.slim_shapes import Sides, blocks_left, carried
+from squeeze.slim_work import judged_sequences
 from squeeze.slimming import Depth
 
-IMPORTANCE = "1 less the cosine of what a block is given and what it hands on, mean over tokens"
+INFLUENCE = "1 less the cosine of what a block is given and what it hands on, mean over tokens"
+PERPLEXITY = "perplexity without the block of {tokens:,} tokens of the calibration text; with all of them {whole:.5g}"
+ANEW = "; judged anew after each block that went: {}"
+LARGEST_LOSS = 700.0  # nats a token, so that a perplexity stays a number
 INSTEAD = "take another model"
 
 
@@ -48,16 +54,32 @@ def planned(step: Depth, frame: Frame, sides: Sides) -> int:
     return blocks_left(step, sides)
 
 
-def watcher(frame: Frame) -> Influence:
-    return Influence(frame)
+def look(step: Depth, looking: Looking) -> Looked:
+    """What the blocks are judged by."""
+    if step.importance == "influence":
+        return watched(looking, Influence(looking.frame))
+    sides = carried(looking.frame.source.config, looking.frame.sides())
+    rounds = looking.frame.count - blocks_left(step, sides) if step.iterative else 1
+    found = removal.looked(looking, rounds)
+    tokens = judged_sequences(*looking.ids.shape) * looking.ids.shape[1]
+    return Looked({**found.sums, "tokens": torch.tensor(tokens)}, found.original)
 
 
 def smaller(
     step: Depth, source: SourceModel, sides: Sides, sums: Mapping[str, Tensor], out: Path, notify: Notify
 ) -> tuple[SourceModel, dict[str, object]]:
     """The smaller model on disk, and what the report says of it."""
-    influences = sums["changed"] / sums["tokens"]
-    kept = prune(influences, blocks_left(step, sides))
-    removed = [number for number in range(len(influences)) if number not in kept]
+    if step.importance == "influence":
+        importance, told = sums["changed"] / sums["tokens"], INFLUENCE
+        kept = prune(importance, blocks_left(step, sides))
+    else:
+        losses = sums[removal.LOSSES].clamp_max(LARGEST_LOSS)
+        importance, whole = losses[0].exp(), float(sums[removal.WHOLE][0].exp())
+        told = PERPLEXITY.format(tokens=int(sums["tokens"]), whole=whole)
+        kept = prune(importance, blocks_left(step, sides))
+        if step.iterative:
+            gone = sums[removal.LOSSES].argmin(dim=-1).tolist()
+            kept, told = tuple(n for n in range(len(importance)) if n not in gone), told + ANEW.format(gone)
+    removed = [number for number in range(len(importance)) if number not in kept]
     model = cut(source, kept, out, notify, param=None, instead=INSTEAD)
-    return model, {"importance": IMPORTANCE, "blocks": influences.tolist(), "removed": removed}
+    return model, {"importance": told, "blocks": importance.tolist(), "removed": removed}

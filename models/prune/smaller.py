@@ -23,6 +23,7 @@ from models.frame import Frame
 from models.job import Inputs, Outcome, libraries, params_named, size_part, source_part
 from models.material import Material, read_tokenizer
 from models.progress import Notify
+from models.prune.looking import WINDOWS, Looked, Looking
 from models.resources import Clock, device_name, return_free_memory
 from models.speed import speeds
 from models.streams import Stream
@@ -39,8 +40,6 @@ from squeeze.slimming import Slim, Width
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
 from squeeze.training import Train
-
-WINDOWS, CALIBRATION = "windows", "calibration"
 
 
 @dataclass(frozen=True)
@@ -80,18 +79,18 @@ def slimmed(inputs: Inputs, step: Slim, clock: Clock, notify: Notify) -> Done:
             notify.event("warning", warning)
     with clock.stage("compressing"), params_named(inputs.spec, step):
         notify.stage(Stage.calibrating)
-        sums, original = _looked(inputs, method, frame, texts, mark, notify)
+        looked = _looked(inputs, step, method, frame, texts, mark, notify)
         reference = frame
         if inputs.teacher is not None:
             teacher = open_or_convert(inputs.teacher, inputs.work / "teacher")
             reference = Frame(teacher, compute_dtype(teacher.dtype, device), device)
         notify.stage(Stage.compressing)
-        result, found = method.smaller(step, base, sides, sums, inputs.work / "smaller", notify)
+        result, found = method.smaller(step, base, sides, looked.sums, inputs.work / "smaller", notify)
         return_free_memory()
     with clock.stage("evaluating"):
         notify.stage(Stage.evaluating)
         other = Frame(result, compute_dtype(result.dtype, device), device)
-        measured = _measured(inputs, reference, other, texts, original, mark, notify)
+        measured = _measured(inputs, reference, other, texts, looked.original, mark, notify)
         assert texts.calibration is not None, "it was looked at"
         before, after = speeds((frame, other), texts.calibration.ids[0])
     slimming = Slimming(
@@ -195,27 +194,27 @@ def _texts(inputs: Inputs, step: Slim, frame: Frame, notify: Notify) -> Material
 
 
 def _looked(
-    inputs: Inputs, method: Any, frame: Frame, texts: Material, mark: str, notify: Notify
-) -> tuple[dict[str, torch.Tensor], Stream | None]:
-    """What the calibration text showed, and the last hidden states of the evaluation windows, in one pass; where the
-    result is compared with another model, without these.
+    inputs: Inputs, step: Slim, method: Any, frame: Frame, texts: Material, mark: str, notify: Notify
+) -> Looked:
+    """What the calibration text showed, and the last hidden states of the evaluation windows; not these where the
+    result is compared with another model.
     """
     assert texts.calibration is not None, "importance is told from text"
-    ids = {CALIBRATION: texts.calibration.ids}
-    if texts.windows is not None and inputs.teacher is None:
-        ids[WINDOWS] = texts.windows.ids
-    watcher = method.watcher(frame)
-    streams = walk(
-        frame,
-        ids,
-        inputs.work / "looked",
-        mark,
-        notify,
-        inputs.snapshot_seconds,
-        watchers={CALIBRATION: watcher},
-        memory_bytes=inputs.activation_bytes,
+    windows = None if texts.windows is None or inputs.teacher is not None else texts.windows.ids
+    found: Looked = method.look(
+        step,
+        Looking(
+            frame,
+            texts.calibration.ids,
+            windows,
+            inputs.work / "looked",
+            mark,
+            notify,
+            inputs.snapshot_seconds,
+            inputs.activation_bytes,
+        ),
     )
-    return watcher.sums, streams.get(WINDOWS)
+    return found
 
 
 def _measured(

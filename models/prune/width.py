@@ -14,6 +14,7 @@ from models.formats.directory import without_private
 from models.formats.shards import Piece
 from models.frame import Frame
 from models.progress import Notify
+from models.prune.looking import Looked, Looking, watched
 from squeeze.shapes import BLOCK
 from squeeze.slim_shapes import Sides
 from squeeze.slimming import Width
@@ -100,8 +101,9 @@ def planned(step: Width, frame: Frame, sides: Sides) -> Widths:
     return widths_left(step, frame.source.config, sides)
 
 
-def watcher(frame: Frame) -> Outputs:
-    return Outputs(frame)
+def look(step: Width, looking: Looking) -> Looked:  # noqa: ARG001 - there is one importance
+    """What is judged."""
+    return watched(looking, Outputs(looking.frame))
 
 
 def smaller(

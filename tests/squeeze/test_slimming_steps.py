@@ -9,8 +9,8 @@ from squeeze.errors import FormatUnfit, SpecInvalid
 from squeeze.formats import refuse_unfit
 from squeeze.shapes import shape_of
 from squeeze.slim_shapes import blocks_left, carried, elements_of, narrowed
-from squeeze.slim_work import counted_slimming, slimming_bytes
-from squeeze.slimming import Depth, Width
+from squeeze.slim_work import counted_slimming, looking_bytes, slimming_bytes
+from squeeze.slimming import Depth, Slim, Width
 from squeeze.specs import JobSpec
 
 GPTQ = {"kind": "quantize", "method": "gptq"}
@@ -48,6 +48,7 @@ def llama(blocks: int = 4) -> dict[str, tuple[int, ...]]:
         (depth(params_target=1.0), "less than 1"),
         (depth(params_target=0.0), "greater than 0"),
         (depth(blocks=2, importance="size"), "influence"),
+        (depth(blocks=2, iterative=True), "set `importance` to it"),
         (width(), "say how small"),
         (width(params_target=0.5, heads=2), "say how small"),
         (width(intermediate_size=500), "480 or 512, not 500"),
@@ -139,11 +140,23 @@ def test_a_share_takes_neurons_first_then_groups_of_heads_then_channels(target: 
 def test_what_it_costs_grows_with_the_text_and_not_with_the_blocks() -> None:
     shapes = [shape_of({"hidden_size": 64, "vocab_size": 1000}, llama(blocks)) for blocks in (4, 8)]
     spec = job(depth(), data={"samples": 16, "sequence_length": 256})
-    first, second = (counted_slimming(shape, spec, spec.steps[0]) for shape in shapes)
+    (step,) = spec.steps
+    assert isinstance(step, Slim)
+    first, second = (counted_slimming(shape, spec, step) for shape in shapes)
     assert second["compressing"].blocks == pytest.approx(2 * first["compressing"].blocks)
-    assert slimming_bytes(shapes[0], spec) == slimming_bytes(shapes[1], spec)
-    whole, least = slimming_bytes(shapes[0], spec)
-    more, as_little = slimming_bytes(shapes[0], job(depth(), data={"samples": 64, "sequence_length": 256}))
+    assert slimming_bytes(shapes[0], spec, step) == slimming_bytes(shapes[1], spec, step)
+    whole, least = slimming_bytes(shapes[0], spec, step)
+    more, as_little = slimming_bytes(shapes[0], job(depth(), data={"samples": 64, "sequence_length": 256}), step)
     assert more > whole > least == as_little
+    removing = Depth(method="depth", blocks=2, importance="perplexity")
+    judged = [counted_slimming(shape, spec, removing)["compressing"].blocks for shape in shapes]
+    assert 2 * judged[0] < judged[1] < 4 * judged[0]
+    assert slimming_bytes(shapes[1], spec, removing)[0] > slimming_bytes(shapes[0], spec, removing)[0] > whole
+    assert slimming_bytes(shapes[1], spec, removing)[1] == slimming_bytes(shapes[0], spec, removing)[1]
+    assert looking_bytes(shapes[0], spec, removing) == 2 * 16 * 256 * 5 * 64 * 2 and not looking_bytes(
+        shapes[0], spec, step
+    )
+    again = removing.model_copy(update={"iterative": True})
+    assert 1.4 * judged[0] < counted_slimming(shapes[0], spec, again)["compressing"].blocks < 2 * judged[0]
     chain = job(depth(), GPTQ)
     assert "certifying" not in counted_slimming(shapes[0], chain, chain.steps[0])

@@ -1,8 +1,9 @@
 """A model made smaller in a process of its own that kills itself, the hard way, after the third block.
 
-python -m tests.models.prune.slim_killed METHOD MODEL ROOM
+python -m tests.models.prune.slim_killed STEP MODEL ROOM
 """
 
+import json
 import os
 import signal
 import sys
@@ -16,10 +17,11 @@ class Suicidal(Heard):
     """Sends its own process a signal in the middle of the calibration text's way."""
 
     def advance(self, done: int, total: int, unit: str) -> None:
-        if (done, unit) == (3, "blocks"):
+        # Of a text that goes around each block, the fourth block's third pass.
+        if (done, unit) in ((3, "blocks"), (12, "passes of a block")):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    method, model, room = sys.argv[1:]
-    slim({"method": method, "params_target": 0.7}, Path(model), Path(room), Suicidal())
+    step, model, room = sys.argv[1:]
+    slim(json.loads(step), Path(model), Path(room), Suicidal())

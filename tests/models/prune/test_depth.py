@@ -62,6 +62,37 @@ def test_a_share_of_the_parameters_is_met_by_as_many_blocks_as_fit(tmp_path: Pat
     assert told.parameters_after <= 0.65 * told.parameters_before < told.parameters_after + each
 
 
+def without(model: torch.nn.Module, gone: tuple[int, ...], ids: torch.Tensor) -> float:
+    """The perplexity of a model of transformers without some of its blocks."""
+    whole = model.model.layers
+    model.model.layers = torch.nn.ModuleList(one for n, one in enumerate(whole) if n not in gone)
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+    model.model.layers = whole
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp())
+
+
+@pytest.mark.parametrize("iterative", [False, True])
+def test_by_perplexity_those_go_without_which_transformers_loses_least(tmp_path: Path, iterative: bool) -> None:
+    model = tiny.llama(tmp_path / "model", num_hidden_layers=BLOCKS)
+    heard, step = Heard(), {"blocks": 3, "importance": "perplexity", "iterative": iterative}
+    told = slim(step, model, tmp_path, heard).slimming
+    ids = calibration_batches(read_tokenizer(model), text(tmp_path / "text"), None, 4, 64, 0, None).ids
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    alone = [without(whole, (n,), ids) for n in range(BLOCKS)]
+    assert told.blocks == pytest.approx(alone, rel=1e-4)
+    order = sorted(range(BLOCKS), key=alone.__getitem__)
+    gone = order[:2]
+    if iterative:
+        both = {n: without(whole, (order[0], n), ids) for n in order[1:]}
+        gone = [order[0], min(both, key=both.__getitem__)]
+    assert told.removed == sorted(gone)
+    assert float(told.importance.split("with all of them ")[1].split(";")[0]) == pytest.approx(
+        without(whole, (), ids), rel=1e-3
+    )
+    assert any("without blocks" in message for message in heard.messages) == iterative
+
+
 class Stopped(Exception):
     pass
 
@@ -77,6 +108,32 @@ class Stopping(Heard):
         self.turns -= (done, unit) == (3, "blocks")
         if not self.turns:
             raise Stopped
+
+
+class Dying(Heard):
+    """Ends the work in the middle of a block."""
+
+    def __init__(self, passes: int) -> None:
+        super().__init__()
+        self.passes = passes
+
+    def advance(self, done: int, total: int, unit: str) -> None:
+        assert done <= total
+        self.passes -= unit == "passes of a block"
+        if not self.passes:
+            raise Stopped
+
+
+@pytest.mark.parametrize("passes", [pytest.param(13, marks=pytest.mark.slow), 25])
+def test_judging_by_perplexity_goes_on_to_the_same_result(tmp_path: Path, model: Path, passes: int) -> None:
+    step = {"blocks": 3, "importance": "perplexity", "iterative": True}
+    with pytest.raises(Stopped):
+        slim(step, model, tmp_path / "stopped", Dying(passes))
+    heard = Heard()
+    gone_on, quiet = slim(step, model, tmp_path / "stopped", heard), slim(step, model, tmp_path / "quiet")
+    assert any("going on after block" in message for message in heard.messages)
+    assert digests(gone_on.whole) == digests(quiet.whole)
+    assert gone_on.slimming.blocks == quiet.slimming.blocks and gone_on.measured == quiet.measured
 
 
 @pytest.mark.parametrize("turns", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -1,9 +1,11 @@
 """Jobs that make a model smaller and are killed outright go on where their last snapshot is, to the same bytes."""
 
+import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,14 +15,22 @@ from tests.models.prune.slim_parts import slim
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["depth", "width"])
-def test_a_job_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("step", "done"),
+    [
+        ({"method": "depth"}, 2),
+        ({"method": "depth", "importance": "perplexity"}, 3),
+        ({"method": "width"}, 2),
+    ],
+)
+def test_a_job_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path, step: dict[str, Any], done: int) -> None:
     model, room = tiny.llama(tmp_path / "model", num_hidden_layers=5), tmp_path / "killed"
-    command = [sys.executable, "-m", "tests.models.prune.slim_killed", method, str(model), str(room)]
+    step = step | {"params_target": 0.7}
+    command = [sys.executable, "-m", "tests.models.prune.slim_killed", json.dumps(step), str(model), str(room)]
     ended = subprocess.run(command, check=False, capture_output=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    heard, step = Heard(), {"method": method, "params_target": 0.7}
+    heard = Heard()
     gone_on = slim(step, model, room, heard)
-    assert any("going on after block 2 of 5" in message for message in heard.messages)
+    assert any(f"going on after block {done} of 5" in message for message in heard.messages)
     quiet = slim(step, model, tmp_path / "quiet")
     assert digests(gone_on.whole) == digests(quiet.whole) and gone_on.measured == quiet.measured
