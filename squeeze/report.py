@@ -9,6 +9,7 @@ from pydantic import Field
 
 from squeeze.report_parts import Part, Quality, Text
 from squeeze.report_training import Training, Tuning
+from squeeze.report_zeros import BlockZeros
 
 
 class Source(Part):
@@ -40,6 +41,9 @@ class Layer(Part):
     damping: float | None = None
     damping_escalations: int = 0
     sparsity: float | None = Field(None, description="Share of its weights that are zero, where a step zeroes weights.")
+    distribution: list[BlockZeros] | None = Field(
+        None, description="Where each block has its own share of zeros (`distribution`)."
+    )
     zeros_kept: float | None = Field(
         None, description="Share of the zeros that it came with that are still zero, where it came with many."
     )
@@ -85,7 +89,7 @@ class Sparsity(Part):
 
     method: str
     pattern: str | None
-    target: float = Field(description="Share of each layer's weights.")
+    target: float = Field(description="Share of these layers' weights, and of each where `distribution` says no other.")
     layers: int
     weights: int = Field(description="Of these layers.")
     zeros: int = Field(description="Among them.")

@@ -25,6 +25,7 @@ class Scheme:
     token, found as it runs; `float8-static` with one scale, stored. None: not at all.
     `llm-int8`: as `int8`, but columns with an outlier are multiplied as they are (arXiv 2208.07339).
     nested: the scales are 8-bit codes themselves, 256 to a scale (double quantization, arXiv 2305.14314 §3).
+    sparsity: share of the weights that become zero, where element is `dense`.
     ggml: name of the block type, for example `q4_k`, where element is `ggml`.
     """
 
@@ -35,6 +36,7 @@ class Scheme:
     activations: Activations | None = None
     ggml: str | None = None
     nested: bool = False
+    sparsity: float = 0.0
 
     def columns(self, inputs: int) -> int:
         """Input columns of one scale in a linear of so many inputs."""

@@ -15,6 +15,7 @@ from squeeze.schemes import Scheme
 
 Pattern = Literal["2:4", "4:8"]
 HALF = 0.5  # of the weights, which every pattern zeroes
+OUTLIER_MULTIPLE, OUTLIER_SPREAD = 5.0, 0.08  # of most models in the paper
 
 
 class Sparsify(Compress):
@@ -44,7 +45,51 @@ class Sparsify(Compress):
         return zeros, neighbours
 
     def scheme(self) -> Scheme:
-        return Scheme("dense", 16, "channel")
+        return Scheme("dense", 16, "channel", sparsity=self.sparsity)
+
+
+class Uneven(Sparsify):
+    """What the methods share that look at text, and so can tell which blocks bear more zeros than others."""
+
+    distribution: Literal["uniform", "owl"] = Field(
+        "uniform",
+        description="`uniform`: each layer has the same share of zeros. `owl`: blocks with more outliers get fewer, "
+        "for one more pass of the calibration text beforehand; all together have as many as asked for (arXiv "
+        "2310.05175).",
+    )
+    outlier_multiple: float = Field(
+        OUTLIER_MULTIPLE,
+        gt=1,
+        le=1000,
+        description="With `owl`: an outlier is a weight whose magnitude times the norm of its inputs is more than so "
+        "many times the mean of its block.",
+    )
+    outlier_spread: float = Field(
+        OUTLIER_SPREAD,
+        gt=0,
+        lt=0.5,
+        description="With `owl`: the block with the most outliers has less zeros than that with the least by twice "
+        "this.",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_uneven(self) -> Self:
+        chosen = (self.outlier_multiple, self.outlier_spread) != (OUTLIER_MULTIPLE, OUTLIER_SPREAD)
+        if self.distribution == "uniform":
+            if chosen:
+                raise ValueError("outlier_multiple and outlier_spread go with distribution `owl`")
+            return self
+        if self.pattern is not None:
+            raise ValueError(
+                f"pattern {self.pattern} has the same share of zeros everywhere: leave it out, or `distribution`"
+            )
+        most = min(self.sparsity, 1 - self.sparsity) / 2
+        if self.outlier_spread >= most:
+            raise ValueError(
+                f"with sparsity {self.sparsity:g} an outlier_spread of {self.outlier_spread:g} could leave a block no "
+                f"zeros, or nothing else: take less than {most:g}"
+            )
+        return self
 
 
 class Magnitude(Sparsify):
@@ -53,7 +98,7 @@ class Magnitude(Sparsify):
     method: Literal["magnitude"]
 
 
-class Wanda(Sparsify):
+class Wanda(Uneven):
     """Zeroes, in each output row, the weights of the least magnitude times norm of what they are multiplied with (arXiv
     2306.11695). The other weights stay as they are.
     """
@@ -63,7 +108,7 @@ class Wanda(Sparsify):
     whole_blocks_read = True
 
 
-class SparseGPT(Sparsify):
+class SparseGPT(Uneven):
     """Zeroes weights column by column, chosen in blocks of 128 columns by what their loss would cost, and makes the
     columns still to come pay for it (arXiv 2301.00774).
     """

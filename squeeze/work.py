@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from squeeze.compressing import Compress
 from squeeze.formats import CAPACITIES, candidates
 from squeeze.shapes import Block, Group, Shape
-from squeeze.sparsifying import SparseGPT, Sparsify
+from squeeze.sparsifying import SparseGPT, Sparsify, Uneven
 from squeeze.specs import SELF, JobSpec
 from squeeze.steps import AWQ, GPTQ, HQQ, QAT, AutoRound, Format, Grouped, KQuant, SmoothQuant
 
@@ -88,6 +88,8 @@ def _counted(shape: Shape, spec: JobSpec, step: Compress, *, last: bool) -> dict
     stages = {"loading": _loading(shape, spec, step, tokens)}
     if isinstance(step, Grouped) and step.bits == "auto":
         stages["allotting"] = _allotting(shape, spec, step, tokens)
+    if isinstance(step, Uneven) and step.distribution == "owl":
+        stages["allotting"] = _looking(shape, tokens)
     stages["compressing"] = _compressing(shape, step, tokens)
     if isinstance(step, QAT):
         stages["training"] = _training(shape, step, tokens)
@@ -147,6 +149,16 @@ def _allotting(shape: Shape, spec: JobSpec, step: Grouped, tokens: Tokens) -> Co
                 _solving(group, step.begun if isinstance(step, QAT) else step) + KEEP_VISITS * VISIT * group.weights
             )
     return Count(3 * some * of_head(shape) + shape.outside * shape.stored_bytes * BYTE, blocks)
+
+
+def _looking(shape: Shape, tokens: Tokens) -> Count:
+    """A pass of the calibration text through the model as it is, and two through the weights."""
+    blocks = 0.0
+    for block in shape.blocks:
+        blocks += of_reading(block, shape) + tokens.calibration * of_token(block, shape, tokens.length)
+        for group in block.groups:
+            blocks += 2 * VISIT * tokens.calibration * group.share * group.columns + 6 * VISIT * group.weights
+    return Count(shape.outside * shape.stored_bytes * BYTE, blocks)
 
 
 def _compressing(shape: Shape, step: Compress, tokens: Tokens) -> Count:

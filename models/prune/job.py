@@ -9,9 +9,7 @@ from models.checkpoint import SourceModel, open_or_convert
 from models.formats import layout
 from models.job import Inputs, source_part
 from models.progress import Notify
-from models.prune.counting import counted_zeros
 from models.quantize.job import compressed
-from models.quantized import Site
 from models.resources import Clock
 from models.team import Team
 from models.work import summed, work_of
@@ -25,14 +23,14 @@ FORMAT: Format = "safetensors"
 
 @dataclass(frozen=True)
 class Done:
-    """source: what was pruned. whole: the pruned model's directory. zeros: its part of the report. work: operations by
-    stage.
+    """source: what was pruned. whole: the pruned model's directory. zeros: its part of the report. counts: of zeros,
+    by layer. work: operations by stage.
     """
 
     source: SourceModel
     whole: Path
     zeros: Sparsity
-    sites: tuple[Site, ...]
+    counts: dict[str, float]
     warnings: list[str]
     work: dict[str, float]
 
@@ -51,10 +49,12 @@ def pruned(inputs: Inputs, step: Sparsify, clock: Clock, notify: Notify, team: T
         notify.stage(Stage.exporting)
         if not whole.exists():
             layout(FORMAT).write(source, model, whole, notify)
-        zeros = counted_zeros(source, whole, model.sites.values(), step)
+        zeros = begun.zeros(whole)
+        assert zeros is not None, "it was a step that zeroes weights"
+    counts = {name: site.rows * site.columns * model.schemes[name].sparsity for name, site in model.sites.items()}
     if begun.measured is not None:
         zeros = zeros.model_copy(update={"quality": begun.measured.quality})
-    return Done(source, whole, zeros, tuple(model.sites.values()), begun.begun.warnings, work)
+    return Done(source, whole, zeros, counts, begun.begun.warnings, work)
 
 
 def for_what_follows(inputs: Inputs, done: Done) -> Inputs:
@@ -89,8 +89,8 @@ class _Before:
 
 
 def _kept(report: Report, done: Done) -> float | None:
-    """Share of the zeros that the next step left as they are. Every layer has as large a share of them."""
-    weights = {site.name: site.rows * site.columns for site in done.sites}
+    """Share of the zeros that the next step left as they are."""
+    weights = done.counts
     told = {layer.name: layer.zeros_kept for block in report.blocks for layer in block.layers}
     kept = sum(count * (1.0 if (one := told.get(name, 1.0)) is None else one) for name, count in weights.items())
     return kept / sum(weights.values())

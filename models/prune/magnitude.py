@@ -14,5 +14,5 @@ def prune(problem: Problem, step: Magnitude) -> Solution:
     """Weights of linears, in each of them the smallest zero; the others as they are."""
     W = problem.W
     for one in problem.each(W):
-        one.masked_fill_(lowest_of_layer(one.abs(), step), 0)
+        one.masked_fill_(lowest_of_layer(one.abs(), problem.scheme.sparsity, step.group), 0)
     return Solution(Plain(W.to(problem.dtype), problem.scheme))

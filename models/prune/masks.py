@@ -4,21 +4,30 @@ import torch
 from torch import Tensor
 
 from models.plain import CHUNK
-from squeeze.sparsifying import Sparsify
+
+Group = tuple[int, int]  # zeros among so many neighbours
 
 
-def lowest_of_layer(scores: Tensor, step: Sparsify) -> Tensor:
+def lowest_of_layer(scores: Tensor, share: float, group: Group | None) -> Tensor:
     """True for the weights that go, (out, in). scores: (out, in) float32, none negative; the lowest of all go."""
-    if step.group is not None:
-        return _of_neighbours(scores, step.group)
-    return lowest(scores.view(1, -1), count_of(scores.numel(), step)).view(scores.shape)
+    if group is not None:
+        return _of_neighbours(scores, group)
+    return lowest(scores.view(1, -1), count_of(scores.numel(), share)).view(scores.shape)
 
 
-def lowest_of_rows(scores: Tensor, step: Sparsify) -> Tensor:
-    """As `lowest_of_layer`, as many in each row."""
-    if step.group is not None:
-        return _of_neighbours(scores, step.group)
-    return lowest(scores, count_of(scores.shape[1], step))
+def lowest_of_rows(scores: Tensor, share: float, group: Group | None) -> Tensor:
+    """As `lowest_of_layer`, as many in each row; where that is no whole number, one more in the rows where that one's
+    score is the lowest, so that there are as many in all.
+    """
+    if group is not None:
+        return _of_neighbours(scores, group)
+    each, more = divmod(count_of(scores.numel(), share), len(scores))
+    mask = lowest(scores, each)
+    if more:
+        further = scores.kthvalue(each + 1, dim=1).values
+        rows = lowest(further.view(1, -1), more)[0]
+        mask[rows] = lowest(scores[rows], each + 1)
+    return mask
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
@@ -39,11 +48,11 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     return mask
 
 
-def count_of(weights: int, step: Sparsify) -> int:
+def count_of(weights: int, share: float) -> int:
     """How many of so many go."""
-    return round(weights * step.sparsity)
+    return round(weights * share)
 
 
-def _of_neighbours(scores: Tensor, group: tuple[int, int]) -> Tensor:
+def _of_neighbours(scores: Tensor, group: Group) -> Tensor:
     zeros, neighbours = group
     return lowest(scores.view(-1, neighbours), zeros).view(scores.shape)

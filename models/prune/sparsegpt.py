@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.plain import Plain, saturated
-from models.prune.masks import count_of, lowest
+from models.prune.masks import Group, count_of, lowest
 from models.quantize.feedback import factorised
 from models.quantize.problem import Problem, Solution
 from models.statistics import Factor
@@ -28,22 +28,24 @@ def prune(problem: Problem, step: SparseGPT) -> Solution:
     factor = factorised(problem.statistics.hessian, step.damping, by_activation=False)
     pruned = torch.empty(problem.W.shape, dtype=problem.dtype, device=problem.W.device)
     for W, place in zip(problem.each(problem.W), problem.each(pruned), strict=True):
-        place.copy_(saturated(zero_columns(W, factor, step), problem.dtype))
+        place.copy_(saturated(zero_columns(W, factor, problem.scheme.sparsity, step.group), problem.dtype))
     return Solution(Plain(pruned, problem.scheme), factor.damping, factor.escalations)
 
 
-def zero_columns(W: Tensor, factor: Factor, step: SparseGPT) -> Tensor:
+def zero_columns(W: Tensor, factor: Factor, share: float, group: Group | None) -> Tensor:
     """The weights with zeros, (out, in) float32. W: (out, in) float32. factor: its first column stands last."""
     originals = W.T.contiguous()[factor.layout]  # (in, out): a column of W is a contiguous row here
     targets, errors = originals.clone(), torch.empty_like(originals)
-    unit = BLOCK_COLUMNS if step.group is None else step.group[1]
+    unit = BLOCK_COLUMNS if group is None else group[1]
+    whole, rows = originals.numel(), len(W)
     for stop in range(len(originals), 0, -BLOCK_COLUMNS):
         start = max(0, stop - BLOCK_COLUMNS)
         for end in range(stop, start, -unit):
             few = slice(max(start, end - unit), end)
             if end < stop:  # what the columns of this block before these put on them
                 targets[few].addmm_(factor.G[end:stop, few].T, errors[end:stop])
-            goes = _chosen(originals[few], targets[few], factor.G[few, few], factor.D[few], step)
+            count = count_of(whole - rows * few.start, share) - count_of(whole - rows * few.stop, share)
+            goes = _chosen(originals[few], targets[few], factor.G[few, few], factor.D[few], count, group)
             _zero_singly(originals[few], targets[few], errors[few], factor.G[few, few], goes)
         targets[:start].addmm_(factor.G[start:stop, :start].T, errors[start:stop])
     result = torch.empty_like(originals)
@@ -51,17 +53,18 @@ def zero_columns(W: Tensor, factor: Factor, step: SparseGPT) -> Tensor:
     return result.T.contiguous()
 
 
-def _chosen(originals: Tensor, targets: Tensor, G: Tensor, D: Tensor, step: SparseGPT) -> Tensor:
+def _chosen(originals: Tensor, targets: Tensor, G: Tensor, D: Tensor, count: int, group: Group | None) -> Tensor:
     """True for the weights that go, of columns that are compared with each other. originals, targets: (columns, out).
+    count: of those that go, without a pattern.
 
     The targets hold what the columns before put on each of them through G alone. What a column would be worth if none
     of these went is more: those before it make up for a part, and it for theirs.
     """
     moved = torch.linalg.solve_triangular(G.T, targets - originals, upper=True, unitriangular=True).add_(originals)
     scores = moved.mul_(D.unsqueeze(1)).square_()
-    if step.group is not None:
-        return lowest(scores.T.contiguous(), step.group[0]).T
-    return lowest(scores.reshape(1, -1), count_of(scores.numel(), step)).view(scores.shape)
+    if group is not None:
+        return lowest(scores.T.contiguous(), group[0]).T
+    return lowest(scores.reshape(1, -1), count).view(scores.shape)
 
 
 def _zero_singly(originals: Tensor, targets: Tensor, errors: Tensor, G: Tensor, goes: Tensor) -> None:

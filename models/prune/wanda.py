@@ -19,6 +19,7 @@ def prune(problem: Problem, step: Wanda) -> Solution:
     W, scores = problem.W, problem.W.abs()
     if problem.statistics.count:
         scores.mul_(problem.statistics.moments.mean_square.sqrt())  # (in,), over the same number of tokens
-    W.masked_fill_(lowest_of_rows(scores, step), 0)
+    for one, judged in zip(problem.each(W), problem.each(scores), strict=True):
+        one.masked_fill_(lowest_of_rows(judged, problem.scheme.sparsity, step.group), 0)
     instead = None if problem.statistics.count else "magnitude in each row: no calibration token came to it"
     return Solution(Plain(W.to(problem.dtype), problem.scheme), instead=instead)

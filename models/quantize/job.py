@@ -36,6 +36,7 @@ from models.job import (
 from models.material import Material, read_tokenizer
 from models.progress import Notify
 from models.prune.counting import counted_zeros, saved_by_zeros
+from models.prune.outliers import spread
 from models.quantized import QuantizedModel
 from models.resources import Clock, device_name
 from models.rotation import told
@@ -48,8 +49,9 @@ from squeeze.compressing import Compress
 from squeeze.objects import Stage
 from squeeze.report import Allocation, Block, Certificate, Report, Sparsity
 from squeeze.report_training import Tuning
+from squeeze.report_zeros import BlockZeros
 from squeeze.schemes import Scheme
-from squeeze.sparsifying import Sparsify
+from squeeze.sparsifying import Sparsify, Uneven
 from squeeze.steps import QAT, Format, Grouped
 
 
@@ -107,12 +109,15 @@ class _Begun:
 
 @dataclass(frozen=True)
 class _Codes:
-    """What the last block left. allocation: of bits `auto`. tuning: where the rounded model then learned."""
+    """What the last block left. allocation: of bits `auto`. tuning: where the rounded model then learned. uneven: where
+    each block has its own share of zeros.
+    """
 
     done: engine.Quantization
     blocks: list[Block]
     allocation: Allocation | None
     tuning: Tuning | None
+    uneven: list[BlockZeros] | None
 
     @property
     def model(self) -> QuantizedModel:
@@ -157,6 +162,10 @@ def _codes(inputs: Inputs, step: Compress, begun: _Begun, clock: Clock, notify: 
     if isinstance(step, Grouped) and allots(step):
         with clock.stage("allotting"):
             schemes, allocation = _allot(inputs, frames.result, step, texts, notify)
+    uneven: list[BlockZeros] | None = None
+    if isinstance(step, Uneven) and step.distribution == "owl":
+        with clock.stage("allotting"):
+            schemes, uneven = _spread(inputs, frames.result, step, texts, notify)
     mark = fingerprint(inputs.spec, inputs.identity, inputs.device, begun.source, texts, schemes)
     with clock.stage("compressing"):
         done = lead(
@@ -176,7 +185,7 @@ def _codes(inputs: Inputs, step: Compress, begun: _Begun, clock: Clock, notify: 
     if isinstance(step, QAT):
         done, tuning = _learned(inputs, step, frames, texts, schemes, done, mark, clock, notify)
     blocks = done.blocks if begun.losses is None else casts.noted(done.blocks, begun.losses, begun.source)
-    return _Codes(done, blocks, allocation, tuning)
+    return _Codes(done, blocks, allocation, tuning, uneven)
 
 
 def _allot(
@@ -188,6 +197,24 @@ def _allot(
     with params_named(spec):
         ids = texts.calibration.ids
         return allot(frame, step, spec.formats, ids, directory, mark, notify, inputs.activation_bytes)
+
+
+def _spread(
+    inputs: Inputs, frame: Frame, step: Uneven, texts: Material, notify: Notify
+) -> tuple[dict[str, Scheme], list[BlockZeros]]:
+    assert texts.calibration is not None, "outliers are told from text"
+    mark = fingerprint(inputs.spec, inputs.identity, inputs.device, frame.source, texts)
+    return spread(
+        frame,
+        step,
+        engine.schemes_of(frame, step),
+        texts.calibration.ids,
+        inputs.work / "outliers",
+        mark,
+        notify,
+        inputs.snapshot_seconds,
+        inputs.activation_bytes,
+    )
 
 
 def _learned(
@@ -248,6 +275,10 @@ class Compressed:
         step = self.codes.model.step
         if not isinstance(step, Sparsify):
             return None
+        counted = self._counted(directory, step)
+        return counted.model_copy(update={"distribution": self.codes.uneven})
+
+    def _counted(self, directory: Path, step: Sparsify) -> Sparsity:
         sites = self.codes.model.sites.values()
         if directory.name == "safetensors-zst":
             with restored(directory) as plain:
