@@ -1,13 +1,15 @@
-"""What zeros cost: perplexity and divergence of each method at each target, with parameters and bytes.
+"""What pruning costs and saves, before any training: perplexity, divergence, parameters, bytes, tokens a second.
 
     python benchmarks/pruning.py [--model DIR] [--samples 64] [--length 512] [--windows 32] [--draws 3]
-        [--methods wanda …] [--llmcompressor PYTHON]
+        [--methods wanda depth …] [--llmcompressor PYTHON]
 
 One pass of the engine prunes and measures, on the held-out part of the generic text; the result is written and read
 back, so that zeros and bytes are those of the files. Every draw of calibration text is of another seed; `magnitude`
-looks at none. A row with `then gptq` is that result quantized to 4 bits, its zeros kept, against the original. Prints
-Markdown: medians over the draws. With the Python of an environment that has llm-compressor, its SparseGPT and Wanda
-prune on the first draw too, and are measured in the same way.
+looks at none. A row with `then gptq` is that result quantized to 4 bits, its zeros kept, against the original. What has
+more to it than one pass runs as a job. Tokens a second are those of the result over those of the original, the two
+measured in turn: of a prompt, and while writing. Prints Markdown: medians over the draws. With the Python of an
+environment that has llm-compressor, its SparseGPT and Wanda prune on the first draw too, and are measured in the same
+way.
 """
 
 import argparse
@@ -32,13 +34,18 @@ from models.data import Windows, calibration_batches, evaluation_windows
 from models.evaluation import measure
 from models.formats import layout
 from models.formats.directory import weight_bytes
+from models.frame import Frame
+from models.job import Inputs
 from models.material import read_tokenizer
+from models.pipeline import run
 from models.progress import Silent
 from models.prune.counting import counted_zeros
+from models.speed import speeds
 from models.teamwork import frames_of
 from squeeze.compressing import Compress
 from squeeze.report_parts import Quality
 from squeeze.sparsifying import SPARSIFYING_METHODS, Sparsify
+from squeeze.specs import JobSpec
 from squeeze.steps import GPTQ, RTN, Format, tag_of
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
@@ -47,12 +54,34 @@ TARGETS: list[dict[str, Any]] = [{"sparsity": 0.3}, {"sparsity": 0.5}, {"sparsit
 PATTERNS: list[dict[str, Any]] = [{"pattern": "4:8"}, {"pattern": "2:4"}]
 
 
+# As steps of jobs.
+JOBS: list[dict[str, Any]] = [
+    {"method": method, "sparsity": sparsity, "distribution": "owl"}
+    for sparsity in (0.5, 0.7)
+    for method in ("wanda", "sparsegpt")
+] + [
+    {"method": method, "params_target": share} | more
+    for share in (0.9, 0.75, 0.6)
+    for method, more in (
+        ("depth", {"importance": "influence"}),
+        ("depth", {"importance": "perplexity"}),
+        ("width", {"importance": "activation"}),
+        ("width", {"importance": "gradient"}),
+        ("svd", {}),
+    )
+]
+
+
 @dataclass(frozen=True)
 class Made:
+    """faster: tokens a second over the original's, of a prompt and while writing; None: not measured."""
+
     quality: Quality
     bytes: int
+    parameters: int
     nonzero: int
-    zstd_bytes: int | None
+    zstd_bytes: int | None = None
+    faster: tuple[float, float] | None = None
 
 
 def main() -> None:
@@ -62,7 +91,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=[tag_of(one).split(".")[1] for one in SPARSIFYING_METHODS])
+    every = [tag_of(one).split(".")[1] for one in SPARSIFYING_METHODS] + [one["method"] for one in JOBS]
+    parser.add_argument("--methods", nargs="+", default=list(dict.fromkeys(every)))
     parser.add_argument("--llmcompressor", type=Path, help="Python of an environment with it")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -72,8 +102,11 @@ def main() -> None:
         calibration_batches(tokenizer, None, None, options.samples, options.length, seed).ids
         for seed in range(options.draws)
     ]
-    print("| method | target | perplexity | divergence, nats | parameters | not zero | bytes | under zstd |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| method | target | perplexity | divergence, nats | parameters | not zero | bytes | under zstd "
+        "| prompt, times as fast | writing |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for wanted in TARGETS + PATTERNS:
         for method in SPARSIFYING_METHODS:
             name = tag_of(method).split(".")[1]
@@ -82,10 +115,16 @@ def main() -> None:
             step = method.model_validate({"method": name} | wanted)
             rows = [_made(source, step, ids, windows) for ids in (draws if step.needs_calibration else draws[:1])]
             for number, told in enumerate((step.method, f"{step.method}, then gptq")):
-                _print(told, step, source, [row[number] for row in rows])
+                _print(told, _target(step), [row[number] for row in rows])
             if options.llmcompressor and step.needs_calibration:
                 peer = _made_by_llmcompressor(options.llmcompressor, source, step, draws[0], windows)
-                _print(f"llm-compressor's {step.method}", step, source, [peer])
+                _print(f"llm-compressor's {step.method}", _target(step), [peer])
+    for asked in JOBS:
+        if asked["method"] in options.methods:
+            rows = [_made_by_job(options, asked, seed) for seed in range(options.draws)]
+            more = [str(value) for name, value in asked.items() if name in ("importance", "distribution")]
+            share = asked.get("params_target") or asked["sparsity"]
+            _print(", ".join([asked["method"], *more]), f"{share:.0%}", rows)
 
 
 def _made(source: SourceModel, step: Sparsify, ids: Tensor, windows: Windows) -> tuple[Made, Made]:
@@ -95,10 +134,56 @@ def _made(source: SourceModel, step: Sparsify, ids: Tensor, windows: Windows) ->
         done, quality = _compressed(source, step, ids, windows, Path(room) / "prune", pruned, "safetensors", None)
         zeros = counted_zeros(source, pruned, done.model.sites.values(), step)
         nonzero = source.parameters - zeros.zeros
-        first = Made(quality, zeros.weight_bytes, nonzero, zeros.zstd_bytes)
+        first = Made(
+            quality,
+            zeros.weight_bytes,
+            source.parameters,
+            nonzero,
+            zeros.zstd_bytes,
+            _faster(source, open_model(pruned), ids),
+        )
         step_after, at = GPTQ(method="gptq"), Path(room) / "quantize"
         _, after = _compressed(open_model(pruned), step_after, ids, windows, at, rounded, "compressed-tensors", source)
-        return first, Made(after, weight_bytes(rounded), nonzero, None)
+        return first, Made(after, weight_bytes(rounded), source.parameters, nonzero)
+
+
+def _made_by_job(options: Any, asked: dict[str, Any], seed: int) -> Made:
+    """Nothing is certified."""
+    described = {"model": "org/model", "steps": [{"kind": "prune"} | asked], "formats": ["safetensors"], "seed": seed}
+    data = {"samples": options.samples, "sequence_length": options.length}
+    with tempfile.TemporaryDirectory() as directory:
+        room = Path(directory)
+        (room / "out").mkdir()
+        (room / "work").mkdir()
+        inputs = Inputs(
+            spec=JobSpec.model_validate(described | {"data": data, "evaluation": {"samples": options.windows}}),
+            model=options.model.resolve(),
+            model_name="model",
+            work=room / "work",
+            out=room / "out",
+            device="cpu",
+            job_id="job",
+            goes_on=True,
+        )
+        outcome = run(inputs, Silent())
+        report, result = outcome.report, open_model(outcome.directories["safetensors"])
+        assert report.quality is not None, "it was asked for"
+        slimming, zeros = report.slimming, report.sparsity
+        before, after = (slimming.speed_before, slimming.speed_after) if slimming is not None else (None, None)
+        return Made(
+            report.quality,
+            report.sizes[0].weight_bytes,
+            result.parameters,
+            result.parameters - (zeros.zeros if zeros is not None else 0),
+            zeros.zstd_bytes if zeros is not None else None,
+            (after.prompt / before.prompt, after.writing / before.writing) if before and after else None,
+        )
+
+
+def _faster(source: SourceModel, result: SourceModel, ids: Tensor) -> tuple[float, float]:
+    frames = [Frame(one, one.dtype, torch.device("cpu")) for one in (source, result)]
+    before, after = speeds(frames, ids[0])
+    return after.prompt / before.prompt, after.writing / before.writing
 
 
 def _made_by_llmcompressor(python: Path, source: SourceModel, step: Sparsify, ids: Tensor, windows: Windows) -> Made:
@@ -122,7 +207,8 @@ def _made_by_llmcompressor(python: Path, source: SourceModel, step: Sparsify, id
         quality = measure(frames.result, windows, *streams, Silent(), reference=frames.reference).quality
         sites = [site for n in range(frames.result.count) for site in frames.result.sites(n)]
         zeros = counted_zeros(source, room / "out", sites, step)
-        return Made(quality, zeros.weight_bytes, source.parameters - zeros.zeros, zeros.zstd_bytes)
+        nonzero = source.parameters - zeros.zeros
+        return Made(quality, zeros.weight_bytes, source.parameters, nonzero, zeros.zstd_bytes)
 
 
 def _compressed(
@@ -144,16 +230,23 @@ def _compressed(
     return done, quality
 
 
-def _print(name: str, step: Sparsify, source: SourceModel, rows: list[Made]) -> None:
+def _target(step: Sparsify) -> str:
+    return step.pattern or f"{step.sparsity:.0%}"
+
+
+def _print(name: str, target: str, rows: list[Made]) -> None:
     def median(figures: list[float | None]) -> float:
         return statistics.median(one for one in figures if one is not None)
 
     perplexity = median([one.quality.perplexity_after for one in rows])
     divergence = median([one.quality.divergence_nats for one in rows])
     zstd = "" if rows[0].zstd_bytes is None else f"{median([one.zstd_bytes for one in rows]) / 1e6:.2f} MB"
+    faster = ["", ""]
+    if rows[0].faster is not None:
+        faster = [f"{median([one.faster and one.faster[n] for one in rows]):.2f}" for n in range(2)]
     print(
-        f"| {name} | {step.pattern or f'{step.sparsity:.0%}'} | {perplexity:.3f} | {divergence:.4f} | "
-        f"{source.parameters:,} | {rows[0].nonzero:,} | {rows[0].bytes / 1e6:.2f} MB | {zstd} |",
+        f"| {name} | {target} | {perplexity:.3f} | {divergence:.4f} | {rows[0].parameters:,} | {rows[0].nonzero:,} "
+        f"| {rows[0].bytes / 1e6:.2f} MB | {zstd} | {faster[0]} | {faster[1]} |",
         flush=True,
     )
 
