@@ -113,7 +113,7 @@ class Costs:
                 one = _merging(spec, step, own, largest, formats)
             elif isinstance(step, Slim):
                 whole, least = slimming_bytes(own, spec, step)
-                one = _Cost(whole, least, 0, counted_slimming(own, spec, step))
+                one = _Cost(whole, least, 0, counted_slimming(own, spec, step, self._text_bytes))
             elif isinstance(step, Compress):
                 memory = needed(shape, spec.model_copy(update={"steps": (step,)}), formats)
                 last = step is spec.steps[-1]  # which is counted together with those of its kind before

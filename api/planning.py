@@ -76,7 +76,7 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
         parameters=sum(tensor.elements for tensor in tensors.values()) or None,
         source_bytes=source_bytes,
         result_bytes=result_bytes,
-        result_parameters=_parameters_left(spec, made),
+        **_parameters_left(spec, made),
         **costs.told(result_bytes),
         disk_bytes=(source_bytes if files.pulled else 0)
         + looked.pulled_bytes
@@ -211,10 +211,13 @@ def _result_bytes(spec: JobSpec, made: Made, linears: list[Linear]) -> dict[Form
     return _estimates(spec, step, made.tensors, linears)
 
 
-def _parameters_left(spec: JobSpec, made: Made) -> int | None:
-    """Of what a job makes smaller; None of other jobs."""
-    slims = any(isinstance(step, Slim) for step in spec.steps)
-    return sum(tensor.elements for tensor in made.tensors.values()) or None if slims else None
+def _parameters_left(spec: JobSpec, made: Made) -> dict[str, int | None]:
+    """Of what a job makes smaller, exactly or at most; nothing of other jobs."""
+    slims = [step for step in spec.steps if isinstance(step, Slim)]
+    if not slims:
+        return {}
+    name = "result_parameters" if all(step.exact for step in slims) else "most_result_parameters"
+    return {name: sum(tensor.elements for tensor in made.tensors.values()) or None}
 
 
 def _trained_bytes(spec: JobSpec, made: Made, linears: list[Linear]) -> dict[Format, int]:

@@ -58,7 +58,7 @@ def _made_by(service: Service, project: str, part: Round, config: dict[str, Any]
     for number, step in enumerate(part.spec.steps, start=part.first):
         if isinstance(step, Slim) and tensors:
             try:
-                return Made(*slimmed(step, config, tensors, number))
+                config, tensors = slimmed(step, config, tensors, number)
             except SqueezeError as error:
                 return Made({}, {}, obstacles=[error])
         if isinstance(step, Distill) and step.student.model is not None:

@@ -114,6 +114,13 @@ def evaluation_windows(
     return Windows(ids, first_scored, stride, text_of(ids, origin or _name(source), generic=source is None))
 
 
+def evaluation_passages(source: Path, column: str | None, count: int, length: int) -> list[str]:
+    """`count` passages of an evaluation text, if it has so many, each about a sequence of `length` tokens."""
+    limit = max(1024, length * 4)
+    drawn, _ = _draw(_documents(source, None, "evaluation.source", column), count * limit, limit, EVALUATION_SEED)
+    return drawn[:count]
+
+
 def generic_passages(split: Split, characters: int, length: int, seed: int) -> list[str]:
     """Passages of the generic text, some `characters` together if it has so many, each about a sequence of `length`
     tokens, in an order drawn by `seed`.
@@ -195,7 +202,12 @@ def _documents(source: Path | None, split: Split | None, param: str, column: str
 
 def grain_of(source: Path) -> int:
     """Characters of the pieces that a file's running text is split by."""
-    return grain_for(sum(file.stat().st_size for file in (source.iterdir() if source.is_dir() else (source,))))
+    return grain_for(bytes_of(source))
+
+
+def bytes_of(source: Path) -> int:
+    """Of a file, or of a directory's files."""
+    return sum(file.stat().st_size for file in (source.iterdir() if source.is_dir() else (source,)))
 
 
 def _split_of(passage: str) -> Split:

@@ -1,6 +1,6 @@
 """Text files on disk as documents: plain text, JSONL or parquet, alone or a directory of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from squeeze.documents import PARQUET, PIECE_BYTES, Row, Wrong, refuse, rows_in, said, wanted_of
@@ -15,10 +15,9 @@ def documents_of(source: Path, param: str, column: str | None = None) -> Iterato
     param: the field of the request that names it, for the error. column: the field that holds the text of a record;
     None: the usual ones. Raises DataUnusable where a file is no text or a record has none.
     """
-    columns, wanted = wanted_of(column)
     with blamed(param):
         for where, record in rows_of(source, column):
-            yield record if isinstance(record, str) else _text_of(record, columns, wanted, where)
+            yield record if isinstance(record, str) else text_of(record, column, where)
 
 
 def rows_of(source: Path, column: str | None = None, wrong: Wrong = refuse, label: str | None = None) -> Iterator[Row]:
@@ -39,8 +38,9 @@ def rows_of(source: Path, column: str | None = None, wrong: Wrong = refuse, labe
             yield from rows_in(iter(lambda: file.read(PIECE_BYTES), b""), column, wrong)
 
 
-def _text_of(row: object, columns: Sequence[str], wanted: str, where: str) -> str:
+def text_of(row: object, column: str | None, where: str) -> str:
     """The text of a record: `text`, or `prompt` and `completion`, or what is said in a chat; empty where it is null."""
+    columns, wanted = wanted_of(column)
     fields = {name: row[name] for name in columns if name in row} if isinstance(row, dict) else {}
     given = {name: value for name, value in fields.items() if value is not None}
     kind = next(iter(given), None)

@@ -213,6 +213,11 @@ class Plan(Answer):
     result_parameters: int | None = Field(
         None, description="Exactly, of a model that the job makes smaller; null of other jobs."
     )
+    most_result_parameters: int | None = Field(
+        None,
+        description="Instead, where it hangs on what the job's text needs how small the model can be: at most so many. "
+        "The report says how many there are.",
+    )
     result_bytes: dict[str, int] = Field(default_factory=dict, description="Estimated bytes by format.")
     host_bytes: int | None = Field(
         None, description="Estimated peak host memory of all processes of the job, where a worker runs it on its CPU."

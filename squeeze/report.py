@@ -9,6 +9,7 @@ from pydantic import Field
 
 from squeeze.report_parts import Part, Quality, Text
 from squeeze.report_training import Training, Tuning
+from squeeze.report_vocabulary import Trimming
 from squeeze.report_zeros import BlockZeros
 
 
@@ -214,6 +215,7 @@ class Slimming(Part):
     removed: list[int] = Field(default_factory=list, description="Decoder blocks that are left out, counted from 0.")
     widths: dict[str, int] | None = Field(None, description="Of `width`: the sizes of the result, as in its config.")
     widths_before: dict[str, int] | None = Field(None, description="The same of the original.")
+    trimming: Trimming | None = Field(None, description="Of `vocabulary`.")
     parameters_before: int
     parameters_after: int
     bytes_before: int = Field(description="Of the weights.")

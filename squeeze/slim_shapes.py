@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 from squeeze.errors import SpecInvalid
 from squeeze.shapes import BLOCK, COMPUTED, number_of, of_blocks
-from squeeze.slimming import Depth, Slim, Width
+from squeeze.slimming import Depth, Slim, Vocabulary, Width
+from squeeze.vocabularies import SIZE, rows_asked, rows_of, with_rows
 from squeeze.widths import sides_at, widths_left
 
 Each = TypeVar("Each")
@@ -29,10 +30,15 @@ def elements_of(sides: Sides) -> int:
 
 
 def narrowed(step: Slim, config: Mapping[str, Any], sides: Sides) -> tuple[dict[str, Any], Sides]:
-    """(settings, shapes) of what a step makes of a model. sides: of what is `carried`. Raises as `blocks_left`."""
+    """(settings, shapes) of what a step makes of a model, at most where that hangs on its text. sides: of what is
+    `carried`. Raises as `blocks_left`.
+    """
     if isinstance(step, Width):
         widths = widths_left(step, config, sides)
         return {**config, **widths.settings}, sides_at(widths, sides)
+    if isinstance(step, Vocabulary):
+        rows = rows_asked(step, config, sides) or rows_of(config, sides)
+        return {**config, SIZE: rows}, with_rows(rows, sides)
     assert isinstance(step, Depth), "there is no other method"
     left = blocks_left(step, sides)
     counts = {name: left for name in COUNTS if name in config}

@@ -2,7 +2,7 @@
 
 from squeeze.memory import BATCH_TOKENS, LOGIT_BYTES, LOGIT_SLICES, PIECES, PROCESS_BYTES
 from squeeze.shapes import Shape
-from squeeze.slimming import Depth, Slim
+from squeeze.slimming import Depth, Slim, Vocabulary
 from squeeze.specs import JobSpec
 from squeeze.training import Train
 from squeeze.work import (
@@ -22,11 +22,16 @@ from squeeze.work import (
 
 SEEN_VISITS = 6  # of a number of a hidden state, while what a block does to it is summed
 JUDGED_TOKENS = 1 << 15  # at most, of a text that travels once for every block; one sequence at least
+BYTES_PER_TOKEN = 4  # of text, about
+COUNTED = 1e5  # operations for a token of a text that is counted, and compared by two tokenizers
+CORPUS_BYTES = 500 << 20  # of host memory, for a part of a text as tokens
 TIMED_TOKENS = 8 * 129  # that go through each block of both models while they are timed
 
 
-def counted_slimming(shape: Shape, spec: JobSpec, step: Slim) -> dict[str, Count]:
-    """The work of such a step, by stage. The smaller model counts as the whole one: it is no more."""
+def counted_slimming(shape: Shape, spec: JobSpec, step: Slim, text_bytes: int | None = None) -> dict[str, Count]:
+    """The work of such a step, by stage. The smaller model counts as the whole one: it is no more. text_bytes: of the
+    job's text, as far as that is known.
+    """
     length, windows = _length(shape, spec), _windows(shape, spec)
     sampled = spec.data.samples * length
     forward = sum(of_token(block, shape, length) for block in shape.blocks)
@@ -39,13 +44,16 @@ def counted_slimming(shape: Shape, spec: JobSpec, step: Slim) -> dict[str, Count
         sampled = 0  # none but what is judged travels
         seen = judging.whole
     compared = windows * (2 * of_head(shape) + shape.vocabulary * COMPARED_VISITS * VISIT)
-    stages = {
-        "loading": Count(TEXTS + TOKEN * (sampled + windows)),
-        "compressing": Count(
-            copying * shape.outside, (sampled + windows) * forward + reading + seen + copying * elements
-        ),
-        "evaluating": Count(compared, (windows + 2 * TIMED_TOKENS) * forward + 3 * reading),
-    }
+    stages = {"loading": Count(TEXTS + TOKEN * (sampled + windows))}
+    if isinstance(step, Vocabulary):
+        told = COUNTED * (text_bytes or 0) / BYTES_PER_TOKEN
+        stages["compressing"] = Count(told + copying * shape.outside, copying * elements)
+        # Windows by both models, and as many of another text.
+        stages["evaluating"] = Count(2 * compared, (4 * windows + 2 * TIMED_TOKENS) * forward + 4 * reading)
+    else:
+        looked = (sampled + windows) * forward + reading + seen
+        stages["compressing"] = Count(copying * shape.outside, looked + copying * elements)
+        stages["evaluating"] = Count(compared, (windows + 2 * TIMED_TOKENS) * forward + 3 * reading)
     if step is spec.steps[-1]:
         certified = min(windows, max(1, min(CERTIFIED[0], CERTIFIED[1] // length)) * length)
         active = sum(block.active for block in shape.blocks)
@@ -57,7 +65,7 @@ def counted_slimming(shape: Shape, spec: JobSpec, step: Slim) -> dict[str, Count
 
 def slimming_bytes(shape: Shape, spec: JobSpec, step: Slim) -> tuple[int, int]:
     """(whole, least) host memory of the step itself, at its peak: two blocks, both models' heads, what goes through
-    them; least: with hidden states on disk.
+    them, or a part of a text as tokens; least: with hidden states on disk.
     """
     each, length = shape.computed_bytes, _length(shape, spec)
     block = max((one.elements for one in shape.blocks), default=0)
@@ -69,6 +77,8 @@ def slimming_bytes(shape: Shape, spec: JobSpec, step: Slim) -> tuple[int, int]:
     inside = max(2 * block * each + batch, 2 * shape.outside * each + measured)
     sampled = _judged_tokens(shape, spec) * (len(shape.blocks) + 1) if removes else spec.data.samples * length
     streams = (sampled + 2 * _windows(shape, spec)) * shape.hidden * each
+    if isinstance(step, Vocabulary):
+        inside, streams = max(inside, CORPUS_BYTES), 4 * _windows(shape, spec) * shape.hidden * each
     return PROCESS_BYTES + int(PIECES * (inside + streams)), PROCESS_BYTES + int(PIECES * inside)
 
 

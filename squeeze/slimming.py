@@ -4,7 +4,7 @@ As with the other steps, `kind` and `method` are the folder and the file in `mod
 `models/prune/depth.py`). What a result has of each tensor is in `squeeze.slim_shapes`.
 """
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -28,10 +28,16 @@ class Slim(Wire):
     )
     by_block: ClassVar[bool] = False
     equivalent: ClassVar[bool] = False  # whether what it makes says just what the original says
+    judges: ClassVar[bool] = True  # goes through the model block by block to find what matters
 
     @property
     def needs_calibration(self) -> bool:
         """Whether it looks at text."""
+        return True
+
+    @property
+    def exact(self) -> bool:
+        """Whether its settings say how small the result is, to the parameter."""
         return True
 
     @property
@@ -114,4 +120,48 @@ class Width(Slim):
         return self
 
 
-SLIMMING_METHODS: tuple[type[Slim], ...] = (Depth, Width)
+class Vocabulary(Slim):
+    """Leaves out the tokens that the job's text does not need, from the embedding, the output head and the tokenizer
+    together. Every text of `data` gets the same tokens as before, under new numbers, and the model says the same of
+    them; any other text can still be told, in more tokens.
+
+    Needed are the tokens of every text of `data`, all of it read, those that they are merged from, all bytes, special
+    and added tokens, and what the chat template writes. Where neither `size` nor `params_target` is said, that is what
+    stays, filled up to the next multiple with what was the most frequent when the tokenizer was made.
+    """
+
+    method: Literal["vocabulary"]
+    judges: ClassVar[bool] = False
+    equivalent: ClassVar[bool] = True
+    size: int | None = Field(
+        None,
+        ge=64,
+        le=1 << 24,
+        description="Tokens that stay, a multiple of `multiple`: those that the text needs, filled up with those that "
+        "were the most frequent when the tokenizer was made.",
+    )
+    keep: tuple[Annotated[str, Field(min_length=1, max_length=10000)], ...] = Field(
+        (), max_length=1024, description="Texts whose tokens stay too, or tokens as the vocabulary has them."
+    )
+    multiple: int = Field(
+        64, ge=1, le=4096, description="What the number of tokens is a multiple of, for the products that read them."
+    )
+
+    @property
+    def exact(self) -> bool:
+        return self.size is not None or self.params_target is not None
+
+    @model_validator(mode="after")
+    def _says_one_size(self) -> Self:
+        if self.size is not None and self.params_target is not None:
+            raise ValueError(
+                "say how small once: either `size`, so many tokens, or `params_target`, a share, or neither"
+            )
+        if self.size is not None and self.size % self.multiple:
+            below = self.size // self.multiple * self.multiple
+            near = f"{below} or {below + self.multiple}" if below >= 64 else f"{below + self.multiple}"
+            raise ValueError(f"size is a multiple of {self.multiple}: {near}, not {self.size}")
+        return self
+
+
+SLIMMING_METHODS: tuple[type[Slim], ...] = (Depth, Width, Vocabulary)

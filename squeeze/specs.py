@@ -18,7 +18,7 @@ from squeeze.finetuning import Adapters, Finetune, Head, QLoRA
 from squeeze.formats import holders
 from squeeze.merging import Merge
 from squeeze.names import names_a_model
-from squeeze.slimming import Slim
+from squeeze.slimming import Slim, Vocabulary
 from squeeze.sparsifying import Sparsify
 from squeeze.steps import QAT, Format, Quantize, Step
 from squeeze.training import Train
@@ -354,7 +354,28 @@ class JobSpec(Wire):
                     else f"steps.{number}.student: say who learns, either `layers`, so many blocks of the teacher, or "
                     "`model`; or let a step before prune the model"
                 )
-            pruned |= isinstance(step, Slim | Sparsify | Distill)
+            pruned |= isinstance(step, Sparsify | Distill) or (isinstance(step, Slim) and not step.equivalent)
+        return self
+
+    @model_validator(mode="after")
+    def _trims_to_a_text(self) -> Self:
+        trims = [number for number, step in enumerate(self.steps) if isinstance(step, Vocabulary)]
+        if not trims:
+            return self
+        if len(trims) > 1:
+            raise ValueError(f"steps {trims} trim the vocabulary to the same text: keep one of them")
+        if self.data.source in (None, SELF):
+            raise ValueError(
+                "vocabulary leaves what your texts need: name a file (file-…) or a dataset (hub:…) as data.source"
+            )
+        for number, step in enumerate(self.steps):
+            if isinstance(step, Distill) and trims[0] < number:
+                taken = any(isinstance(one, Slim | Sparsify | Distill) for one in self.steps[: trims[0]])
+                if taken or step.student.model is not None:
+                    raise ValueError(
+                        f"steps.{number}: teacher and student would have other tokens, so that there is nothing to "
+                        "compare: let vocabulary be the first step, and another model be no student"
+                    )
         return self
 
     @model_validator(mode="after")

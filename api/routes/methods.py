@@ -17,7 +17,7 @@ from squeeze.formats import CAPACITIES
 from squeeze.merging import Merge
 from squeeze.objects import Load, Method, Page
 from squeeze.schemes import Scheme
-from squeeze.slimming import Slim
+from squeeze.slimming import Slim, Vocabulary
 from squeeze.steps import STEPS, Format, tag_of
 from squeeze.steps import Method as Step
 from squeeze.training import Train
@@ -54,6 +54,8 @@ def _needs(step: Compress | Train | Merge | Slim) -> list[str]:
         return ["training data with labels"]
     if isinstance(step, Train):
         return ["training data"] if isinstance(step, Finetune) else []
+    if isinstance(step, Vocabulary):
+        return ["a text of your own"]
     return ["calibration data"] if step.needs_calibration else []
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,15 +76,20 @@ def written(
     pieces: Sequence[Piece],
     notify: Notify,
     refuse: Callable[[SourceModel], None] | None = None,
+    companions: Path | None = None,
 ) -> SourceModel:
     """A model that another was cut to, written as a directory of its own unless an earlier attempt did that.
 
     told: how it was cut. settings: of `config.json`. refuse: raises where what was written is not what it should be.
+    companions: a directory of what stands beside the weights, where that is not the source's.
     """
     note, mark = out.with_name(f"{out.name}-by"), json.dumps([told, _origin(source)])
     if not (out.is_dir() and note.is_file() and note.read_text(encoding="utf-8") == mark):
         with written_whole(out) as partial:
-            write_companions(source, partial)
+            if companions is None:
+                write_companions(source, partial)
+            else:
+                shutil.copytree(companions, partial, dirs_exist_ok=True)
             write_json(partial / "config.json", settings)
             write_shards(partial, pieces, notify)
             if refuse is not None:

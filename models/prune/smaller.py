@@ -61,6 +61,9 @@ class Done:
 def slimmed(inputs: Inputs, step: Slim, clock: Clock, notify: Notify) -> Done:
     """Makes the smaller model, resuming where an earlier attempt stopped, and measures it."""
     method = import_module(f"models.{step.kind}.{step.method}")
+    if not step.judges:
+        made: Done = method.slimmed(inputs, step, clock, notify)
+        return made
     device = torch.device(inputs.device)
     with clock.stage("loading"), params_named(inputs.spec, step):
         notify.stage(Stage.loading)
@@ -72,7 +75,7 @@ def slimmed(inputs: Inputs, step: Slim, clock: Clock, notify: Notify) -> Done:
         method.planned(step, frame, sides)
         work = {name: count.whole for name, count in counted_slimming(base.shape(), inputs.spec, step).items()}
         notify.expect(work)
-        texts = _texts(inputs, step, frame, notify)
+        texts = material_of(inputs, step, frame, notify)
         mark = fingerprint(inputs.spec, inputs.identity, inputs.device, base, texts)
         warnings = texts.warnings()
         for warning in warnings:
@@ -146,7 +149,9 @@ def run_slimming(inputs: Inputs, step: Slim, notify: Notify) -> Outcome:
 
 
 def for_what_follows(inputs: Inputs, done: Done) -> Inputs:
-    """What the next step is given: the smaller model; for a distillation that is who learns, from the original."""
+    """What the next step is given: the smaller model. In a distillation it learns from the original; or it teaches,
+    where that names another student.
+    """
     if any(isinstance(step, Distill) and not step.student.named for step in inputs.spec.steps):
         name = f"the original, made smaller by {done.slimming.method}"
         digest = done.mark if inputs.identity is not None else None
@@ -174,7 +179,7 @@ def added(report: Report, inputs: Inputs, done: Done) -> Report:
     )
 
 
-def _texts(inputs: Inputs, step: Slim, frame: Frame, notify: Notify) -> Material:
+def material_of(inputs: Inputs, step: Slim, frame: Frame, notify: Notify) -> Material:
     """What is looked at and measured on; nothing to measure where a training follows, which does on its own text."""
     spec = inputs.spec
     if any(isinstance(one, Train) for one in spec.steps):

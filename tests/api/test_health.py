@@ -88,7 +88,11 @@ def test_what_a_method_lists_is_what_submit_takes(shared: Running) -> None:
         need: shared.client.post(
             "/v1/files", data={"purpose": "training"}, files={"file": ("rows.jsonl", content)}
         ).json()["id"]
-        for need, content in (("training data", rows), ("training data with labels", labelled))
+        for need, content in (
+            ("training data", rows),
+            ("training data with labels", labelled),
+            ("a text of your own", rows),
+        )
     }
     for each in shared.client.get("/v1/methods").json()["data"]:
         step, job = {"kind": each["kind"], "method": each["method"]}, {**SPEC, "formats": list(each["formats"])}
