@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from squeeze.memory import Memory, needed
+from squeeze.compressing import Compress
+from squeeze.memory import needed
+from squeeze.slim_work import slimming_bytes
+from squeeze.slimming import Slim
 from squeeze.specs import JobSpec
 
 # Every method that looks at text block by block. AutoRound's iterations are few: more take no more memory.
@@ -30,6 +33,16 @@ STEPS = (
     {"method": "smoothquant"},
     {"method": "fp8", "activations": "static"},
     {"method": "kquant"},
+)
+# Of those that prune; all but magnitude look at text.
+PRUNING: tuple[dict[str, Any], ...] = (
+    {"kind": "prune", "method": "magnitude"},
+    {"kind": "prune", "method": "wanda"},
+    {"kind": "prune", "method": "sparsegpt"},
+    {"kind": "prune", "method": "sparsegpt", "distribution": "owl"},
+    {"kind": "prune", "method": "depth", "params_target": 0.75},
+    {"kind": "prune", "method": "depth", "params_target": 0.75, "importance": "perplexity"},
+    {"kind": "prune", "method": "width", "params_target": 0.75},
 )
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 
@@ -70,7 +83,7 @@ def spec_of(step: dict[str, Any]) -> JobSpec:
     return JobSpec.model_validate(
         {
             "model": "bench/random",
-            "steps": [{"kind": "quantize", **step}],
+            "steps": [{"kind": "quantize"} | step],
             "data": {"samples": 16, "sequence_length": 256},
             "evaluation": {"samples": 8},
         }
@@ -92,15 +105,20 @@ def inputs_of(spec: JobSpec, model: Path, folder: Path) -> Any:
     )
 
 
-def foretold(model: Path, step: dict[str, Any]) -> Memory:
-    """What a plan says of it."""
+def foretold(model: Path, step: dict[str, Any]) -> tuple[int, int]:
+    """What a plan says of it: (of the job's process, of all at one moment), bytes."""
     from models.checkpoint import open_model
 
     spec, source = spec_of(step), open_model(model)
-    shape = source.shape()
-    stored = spec.steps[0].scheme().bits_per_weight(shape.hidden) / 8
+    shape, asked = source.shape(), spec.steps[0]
+    if isinstance(asked, Slim):
+        whole, _ = slimming_bytes(shape, spec, asked)
+        return whole, whole
+    assert isinstance(asked, Compress), "the others have benchmarks of their own"
+    stored = asked.scheme().bits_per_weight(shape.hidden) / 8
     size_bytes = int(shape.stored_bytes * (shape.elements - shape.weights) + stored * shape.weights)
-    return needed(shape, spec, dict.fromkeys(spec.formats, size_bytes))
+    memory = needed(shape, spec, dict.fromkeys(spec.formats, size_bytes))
+    return memory.job, memory.whole
 
 
 class Watched(NamedTuple):
@@ -153,7 +171,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--steps", type=json.loads, nargs="+", default=STEPS, help="steps as JSON, without their kind")
+    parser.add_argument("--steps", type=json.loads, nargs="+", help="steps as JSON")
+    parser.add_argument("--pruning", action="store_true", help="the steps that prune, not those that quantize")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -161,8 +180,10 @@ def main() -> None:
         return
     print("| step | blocks | weights, MB | job, MB | planned | certifier, MB | all, MB | planned | seconds | ratio |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for step in options.steps:
-        name = ", ".join(str(value) if key == "method" else f"{key} {value}" for key, value in step.items())
+    for step in options.steps or (PRUNING if options.pruning else STEPS):
+        name = ", ".join(
+            str(value) if key == "method" else f"{key} {value}" for key, value in step.items() if key != "kind"
+        )
         first = None
         for blocks in options.blocks:
             with tempfile.TemporaryDirectory() as folder:
@@ -174,8 +195,8 @@ def main() -> None:
                 seen = watch(command)
             first = first or seen
             print(
-                f"| {name} | {blocks} | {weights / 1e6:.0f} | {seen.own / 1e6:.0f} | {planned.job / 1e6:.0f} "
-                f"| {seen.children / 1e6:.0f} | {seen.together / 1e6:.0f} | {planned.whole / 1e6:.0f} "
+                f"| {name} | {blocks} | {weights / 1e6:.0f} | {seen.own / 1e6:.0f} | {planned[0] / 1e6:.0f} "
+                f"| {seen.children / 1e6:.0f} | {seen.together / 1e6:.0f} | {planned[1] / 1e6:.0f} "
                 f"| {seen.seconds:.0f} | {seen.own / first.own:.3f}, {seen.together / first.together:.3f} |",
                 flush=True,
             )
