@@ -213,6 +213,9 @@ class Plan(Answer):
     result_parameters: int | None = Field(
         None, description="Exactly, of a model that the job makes smaller; null of other jobs."
     )
+    result_parameters_estimated: bool = Field(
+        False, description="With a `speed_target`, by multiply-adds: what meets it is known once it is measured."
+    )
     result_bytes: dict[str, int] = Field(default_factory=dict, description="Estimated bytes by format.")
     host_bytes: int | None = Field(
         None, description="Estimated peak host memory of all processes of the job, where a worker runs it on its CPU."

@@ -2,7 +2,8 @@
 
 from squeeze.memory import BATCH_TOKENS, LOGIT_BYTES, LOGIT_SLICES, PIECES, PROCESS_BYTES
 from squeeze.shapes import Shape
-from squeeze.slimming import Depth, Slim
+from squeeze.slim_speed import blocks_at_speed
+from squeeze.slimming import Depth, Paced, Slim
 from squeeze.specs import JobSpec
 from squeeze.training import Train
 from squeeze.work import (
@@ -22,6 +23,7 @@ from squeeze.work import (
 
 SEEN_VISITS = 6  # of a number of a hidden state, while what a block does to it is summed
 JUDGED_TOKENS = 1 << 15  # at most, of a text that travels once for every block; one sequence at least
+SIZES_TIMED = 18  # of one block, until the one is found that is quick enough
 TIMED_TOKENS = 8 * 129  # that go through each block of both models while they are timed
 
 
@@ -33,17 +35,19 @@ def counted_slimming(shape: Shape, spec: JobSpec, step: Slim) -> dict[str, Count
     reading = sum(of_reading(block, shape) for block in shape.blocks)
     elements = sum(block.elements for block in shape.blocks)
     copying = 2 * shape.stored_bytes * BYTE
+    copying_outside = copying * shape.outside
     seen = sampled * len(shape.blocks) * SEEN_VISITS * VISIT * shape.hidden
     judging = _judging(shape, spec, step)
     if judging is not None:
         sampled = 0  # none but what is judged travels
         seen = judging.whole
     compared = windows * (2 * of_head(shape) + shape.vocabulary * COMPARED_VISITS * VISIT)
+    if isinstance(step, Paced) and step.speed_target is not None:
+        seen += SIZES_TIMED * (reading + 2 * TIMED_TOKENS * forward) / max(len(shape.blocks), 1)
+        copying_outside += SIZES_TIMED * shape.outside * shape.stored_bytes * BYTE
     stages = {
         "loading": Count(TEXTS + TOKEN * (sampled + windows)),
-        "compressing": Count(
-            copying * shape.outside, (sampled + windows) * forward + reading + seen + copying * elements
-        ),
+        "compressing": Count(copying_outside, (sampled + windows) * forward + reading + seen + copying * elements),
         "evaluating": Count(compared, (windows + 2 * TIMED_TOKENS) * forward + 3 * reading),
     }
     if step is spec.steps[-1]:
@@ -109,6 +113,8 @@ def _rounds(shape: Shape, step: Depth) -> int:
         return 1
     if step.blocks is not None:
         return max(1, count - step.blocks)
+    if step.speed_target is not None:
+        return count - blocks_at_speed(step, [one.active for one in shape.blocks], shape.hidden * shape.vocabulary)
     most = (step.params_target or 1.0) * shape.elements - shape.outside
     return max(1, count - max(1, int(most // max(block.elements for block in shape.blocks))))
 
