@@ -32,7 +32,7 @@ from squeeze.errors import (
 from squeeze.finetuning import Adapters, Head, LoRA, QLoRA
 from squeeze.formats import OF_ANY_FAMILY, refuse_unfit
 from squeeze.objects import Obstacle, Plan
-from squeeze.slimming import Slim
+from squeeze.slimming import Paced, Slim
 from squeeze.specs import SELF, JobSpec, hub_text
 from squeeze.steps import Format, Grouped, Quantize
 from squeeze.training import Train
@@ -77,6 +77,7 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
         source_bytes=source_bytes,
         result_bytes=result_bytes,
         **_parameters_left(spec, made),
+        result_parameters_estimated=any(isinstance(one, Paced) and one.speed_target is not None for one in spec.steps),
         **costs.told(result_bytes),
         disk_bytes=(source_bytes if files.pulled else 0)
         + looked.pulled_bytes

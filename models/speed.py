@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import count
 
 import torch
@@ -17,48 +18,67 @@ LEAST_ROUNDS, PART_SECONDS = 5, 0.1  # of a part: as many rounds as take so long
 PARTS = ("prompt", "writing")
 
 
-@torch.no_grad()
-def speeds(frames: Sequence[Frame], prompt: Tensor) -> list[Speed]:
-    """Of each model. prompt: (T,) int64, whose first PROMPT_TOKENS are read.
+@dataclass(frozen=True)
+class Seconds:
+    """Of one model and part. around: what lies around the blocks, with the head of one token. blocks: of those that
+    were timed, in their order.
+    """
 
-    What is timed is each block, and what lies around the blocks with the head of one token; loading is not. Models take
-    turns, so that what else the machine does meets all of them; a part's time is that of its quickest round.
+    around: float
+    blocks: list[float]
+
+    @property
+    def whole(self) -> float:
+        return self.around + sum(self.blocks)
+
+
+def speeds(frames: Sequence[Frame], prompt: Tensor) -> list[Speed]:
+    """Of each model. prompt: (T,) int64, whose first PROMPT_TOKENS are read."""
+    seconds = timed(frames, prompt)
+    tokens = min(len(prompt), PROMPT_TOKENS)
+    return [
+        Speed(prompt_tokens=tokens, prompt=tokens / reading.whole, writing=1 / writing.whole)
+        for reading, writing in zip(seconds["prompt"], seconds["writing"], strict=True)
+    ]
+
+
+@torch.no_grad()
+def timed(
+    frames: Sequence[Frame], prompt: Tensor, blocks: Sequence[int] | None = None, parts: Sequence[str] = PARTS
+) -> dict[str, list[Seconds]]:
+    """Of each part, for each model. prompt: as of `speeds`. blocks: that are timed; None: all.
+
+    Each block is timed, and what lies around the blocks with the head of one token; loading is not. Models take turns,
+    so that what else the machine does meets all of them; a time is that of the quickest round.
     """
     prompt = prompt[:PROMPT_TOKENS]
     ids = {"prompt": prompt[None], "writing": prompt[None, :1]}
-    seconds = {part: [0.0] * len(frames) for part in PARTS}
+    found: dict[str, list[Seconds]] = {}
     states: dict[str, list[Tensor]] = {}
     calls: dict[str, list[list[Call]]] = {}
     with ExitStack() as loaded:
         for frame in frames:
             loaded.enter_context(frame.surroundings())
-        for part in PARTS:
+        for part in parts:
             entered = [frame.enter(ids[part]) for frame in frames]
             states[part], calls[part] = [one[0] for one in entered], [one[1] for one in entered]
-        ends = [_ending(frame, hidden, ids["writing"]) for frame, hidden in zip(frames, states["prompt"], strict=True)]
+        ends = [_ending(frame, hidden, ids["writing"]) for frame, hidden in zip(frames, states[parts[0]], strict=True)]
         around = _timed(frames, ends)
-        for part in PARTS:
-            seconds[part] = list(around)
-    for index in range(max(frame.count for frame in frames)):
+        for part in parts:
+            found[part] = [Seconds(one, []) for one in around]
+    for index in range(max(frame.count for frame in frames)) if blocks is None else blocks:
         with ExitStack() as loaded:
             those = [n for n, frame in enumerate(frames) if index < frame.count]
-            blocks = {n: loaded.enter_context(frames[n].block(index)) for n in those}
-            for part in PARTS:
+            at = {n: loaded.enter_context(frames[n].block(index)) for n in those}
+            for part in parts:
                 held = states[part]
-                works = [_running(blocks[n], held, n, calls[part][n][index]) for n in those]
+                works = [_running(at[n], held, n, calls[part][n][index]) for n in those]
                 for n, taken in zip(those, _timed([frames[n] for n in those], works), strict=True):
-                    seconds[part][n] += taken
+                    found[part][n].blocks.append(taken)
                 for n in those:
                     hidden, (args, kwargs) = held[n].clone(), calls[part][n][index]
-                    held[n] = run(blocks[n], (hidden, args, kwargs))
-    return [
-        Speed(
-            prompt_tokens=len(prompt),
-            prompt=len(prompt) / seconds["prompt"][n],
-            writing=1 / seconds["writing"][n],
-        )
-        for n in range(len(frames))
-    ]
+                    held[n] = run(at[n], (hidden, args, kwargs))
+    return found
 
 
 def _ending(frame: Frame, hidden: Tensor, ids: Tensor) -> Callable[[], object]:

@@ -218,6 +218,9 @@ class Plan(Answer):
         description="Instead, where it hangs on what the job's text needs how small the model can be: at most so many. "
         "The report says how many there are.",
     )
+    result_parameters_estimated: bool = Field(
+        False, description="With a `speed_target`, by multiply-adds: what meets it is known once it is measured."
+    )
     result_bytes: dict[str, int] = Field(default_factory=dict, description="Estimated bytes by format.")
     host_bytes: int | None = Field(
         None, description="Estimated peak host memory of all processes of the job, where a worker runs it on its CPU."

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from squeeze.report_parts import Part, Quality, Text
+from squeeze.report_speed import SpeedTarget
 from squeeze.report_training import Training, Tuning
 from squeeze.report_vocabulary import Trimming
 from squeeze.report_zeros import BlockZeros
@@ -222,6 +223,7 @@ class Slimming(Part):
     bytes_after: int
     speed_before: Speed = Field(description="Measured with `speed_after`, the two in turn block by block.")
     speed_after: Speed
+    speed_target: SpeedTarget | None = Field(None, description="Where one was asked for.")
     quality: Quality | None = Field(
         None,
         description="Of the smaller model against the original, where a step that quantizes follows; where none does, "

@@ -5,7 +5,8 @@ from math import ceil, prod
 from typing import Any, TypeVar
 
 from squeeze.errors import SpecInvalid
-from squeeze.shapes import BLOCK, COMPUTED, number_of, of_blocks
+from squeeze.shapes import BLOCK, COMPUTED, number_of, of_blocks, shape_of
+from squeeze.slim_speed import blocks_at_speed
 from squeeze.slimming import Depth, Slim, Vocabulary, Width
 from squeeze.vocabularies import SIZE, rows_asked, rows_of, with_rows
 from squeeze.widths import sides_at, widths_left
@@ -40,13 +41,13 @@ def narrowed(step: Slim, config: Mapping[str, Any], sides: Sides) -> tuple[dict[
         rows = rows_asked(step, config, sides) or rows_of(config, sides)
         return {**config, SIZE: rows}, with_rows(rows, sides)
     assert isinstance(step, Depth), "there is no other method"
-    left = blocks_left(step, sides)
+    left = blocks_left(step, config, sides)
     counts = {name: left for name in COUNTS if name in config}
     return {**config, **counts}, of_blocks(sides, range(left))
 
 
-def blocks_left(step: Depth, sides: Sides) -> int:
-    """Decoder blocks that a step leaves of a model. sides: of what is `carried`.
+def blocks_left(step: Depth, config: Mapping[str, Any], sides: Sides) -> int:
+    """Decoder blocks that a step leaves of a model; with a `speed_target` an estimate. sides: of what is `carried`.
 
     Raises SpecInvalid, with what would do, where that can't be.
     """
@@ -61,6 +62,11 @@ def blocks_left(step: Depth, sides: Sides) -> int:
                 param="blocks",
             )
         return step.blocks
+    if step.speed_target is not None:
+        if count < 2:
+            raise SpecInvalid("the model has one decoder block, and can't do without it", param="speed_target")
+        shape = shape_of(config, sides)
+        return blocks_at_speed(step, [block.active for block in shape.blocks], shape.hidden * shape.vocabulary)
     assert step.params_target is not None, "a step says how small"
     whole, each = elements_of(sides), max(sizes)
     if min(sizes) != each:

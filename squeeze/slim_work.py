@@ -2,7 +2,8 @@
 
 from squeeze.memory import BATCH_TOKENS, LOGIT_BYTES, LOGIT_SLICES, PIECES, PROCESS_BYTES
 from squeeze.shapes import Shape
-from squeeze.slimming import Depth, Slim, Vocabulary
+from squeeze.slim_speed import blocks_at_speed
+from squeeze.slimming import Depth, Paced, Slim, Vocabulary
 from squeeze.specs import JobSpec
 from squeeze.training import Train
 from squeeze.work import (
@@ -25,6 +26,7 @@ JUDGED_TOKENS = 1 << 15  # at most, of a text that travels once for every block;
 BYTES_PER_TOKEN = 4  # of text, about
 COUNTED = 1e5  # operations for a token of a text that is counted, and compared by two tokenizers
 CORPUS_BYTES = 500 << 20  # of host memory, for a part of a text as tokens
+SIZES_TIMED = 18  # of one block, until the one is found that is quick enough
 TIMED_TOKENS = 8 * 129  # that go through each block of both models while they are timed
 
 
@@ -38,21 +40,25 @@ def counted_slimming(shape: Shape, spec: JobSpec, step: Slim, text_bytes: int | 
     reading = sum(of_reading(block, shape) for block in shape.blocks)
     elements = sum(block.elements for block in shape.blocks)
     copying = 2 * shape.stored_bytes * BYTE
+    copying_outside = copying * shape.outside
     seen = sampled * len(shape.blocks) * SEEN_VISITS * VISIT * shape.hidden
     judging = _judging(shape, spec, step)
     if judging is not None:
         sampled = 0  # none but what is judged travels
         seen = judging.whole
     compared = windows * (2 * of_head(shape) + shape.vocabulary * COMPARED_VISITS * VISIT)
+    if isinstance(step, Paced) and step.speed_target is not None:
+        seen += SIZES_TIMED * (reading + 2 * TIMED_TOKENS * forward) / max(len(shape.blocks), 1)
+        copying_outside += SIZES_TIMED * shape.outside * shape.stored_bytes * BYTE
     stages = {"loading": Count(TEXTS + TOKEN * (sampled + windows))}
     if isinstance(step, Vocabulary):
         told = COUNTED * (text_bytes or 0) / BYTES_PER_TOKEN
-        stages["compressing"] = Count(told + copying * shape.outside, copying * elements)
+        stages["compressing"] = Count(told + copying_outside, copying * elements)
         # Windows by both models, and as many of another text.
         stages["evaluating"] = Count(2 * compared, (4 * windows + 2 * TIMED_TOKENS) * forward + 4 * reading)
     else:
         looked = (sampled + windows) * forward + reading + seen
-        stages["compressing"] = Count(copying * shape.outside, looked + copying * elements)
+        stages["compressing"] = Count(copying_outside, looked + copying * elements)
         stages["evaluating"] = Count(compared, (windows + 2 * TIMED_TOKENS) * forward + 3 * reading)
     if step is spec.steps[-1]:
         certified = min(windows, max(1, min(CERTIFIED[0], CERTIFIED[1] // length)) * length)
@@ -119,6 +125,8 @@ def _rounds(shape: Shape, step: Depth) -> int:
         return 1
     if step.blocks is not None:
         return max(1, count - step.blocks)
+    if step.speed_target is not None:
+        return count - blocks_at_speed(step, [one.active for one in shape.blocks], shape.hidden * shape.vocabulary)
     most = (step.params_target or 1.0) * shape.elements - shape.outside
     return max(1, count - max(1, int(most // max(block.elements for block in shape.blocks))))
 

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from squeeze.wire import Wire
 
 MULTIPLE = 32  # the smallest usual group of columns that shares a scale
+Part = Literal["writing", "prompt"]
 SIZES = ("intermediate_size", "heads", "hidden_size")
 
 
@@ -51,7 +52,25 @@ class Slim(Wire):
         return ("safetensors",)
 
 
-class Depth(Slim):
+class Paced(Slim):
+    """What the methods share whose result is quicker for every token."""
+
+    speed_target: float | None = Field(
+        None,
+        gt=1,
+        le=1000,
+        description="Times as many tokens a second as the original's that the result has at least, measured on the "
+        "machine that runs the job with one sequence at a time: parts of both models are timed in turn, and the result "
+        "is the largest that is quick enough. It is measured again when it is written; the report has both figures, "
+        "which differ by some 10 % where it does other things too. The plan only estimates, by multiply-adds.",
+    )
+    speed_of: Part = Field(
+        "writing",
+        description="What `speed_target` is of: `writing` one token at a time, or reading a `prompt` of 128 tokens.",
+    )
+
+
+class Depth(Paced):
     """Leaves out the decoder blocks that change least of what comes to them (ShortGPT, arXiv 2403.03853), or that the
     text misses least (Shortened LLaMA, arXiv 2402.02834): fewer parameters, a smaller key/value cache, and less time
     for every token, in proportion.
@@ -80,18 +99,20 @@ class Depth(Slim):
 
     @model_validator(mode="after")
     def _says_how_small(self) -> Self:
-        if (self.blocks is None) == (self.params_target is None):
-            raise ValueError("say how small: either `blocks`, as many as stay, or `params_target`, a share")
+        if sum(one is not None for one in (self.blocks, self.params_target, self.speed_target)) != 1:
+            raise ValueError(
+                "say how small: either `blocks`, as many as stay, or `params_target`, a share, or `speed_target`"
+            )
         return self
 
 
-class Width(Slim):
+class Width(Paced):
     """Leaves out the neurons, attention heads and channels of the hidden state that put out least on the job's text
     (Minitron, arXiv 2407.14679). Neurons and heads are chosen block by block, channels for the whole model.
 
-    With `params_target`, neurons of the feed-forward parts go first, down to half of them, then heads, in whole groups
-    that share keys and values, down to half, then channels, down to half; sizes stay multiples of 128, 64 or 32, as
-    far as the original's are, so that they can be rounded in groups.
+    With `params_target` or `speed_target`, neurons of the feed-forward parts go first, down to half of them, then
+    heads, in whole groups that share keys and values, down to half, then channels, down to half; sizes stay multiples
+    of 128, 64 or 32, as far as the original's are, so that they can be rounded in groups.
     """
 
     method: Literal["width"]
@@ -108,9 +129,10 @@ class Width(Slim):
     @model_validator(mode="after")
     def _says_how_small(self) -> Self:
         said = [name for name in SIZES if getattr(self, name) is not None]
-        if bool(said) == (self.params_target is not None):
+        if bool(said) + (self.params_target is not None) + (self.speed_target is not None) != 1:
             raise ValueError(
-                "say how small: either `params_target`, a share, or sizes: `intermediate_size`, `heads`, `hidden_size`"
+                "say how small: either `params_target`, a share, or `speed_target`, or sizes: `intermediate_size`, "
+                "`heads`, `hidden_size`"
             )
         for name in ("intermediate_size", "hidden_size"):
             size = getattr(self, name)

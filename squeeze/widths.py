@@ -6,11 +6,13 @@ A tensor's sides are named: `hidden`, the channels of the hidden state; `inner`,
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, prod
 from typing import Any
 
 from squeeze.errors import ArchitectureUnsupported, SpecInvalid
-from squeeze.shapes import number_of
+from squeeze.shapes import BLOCK, number_of
+from squeeze.slim_speed import products
 from squeeze.slimming import MULTIPLE, Width
 
 # Of which it was tried that what is left is what it was.
@@ -111,28 +113,69 @@ def sides_at(widths: Widths, sides: Sides) -> dict[str, tuple[int, ...]]:
 
 
 def widths_left(step: Width, config: Mapping[str, Any], sides: Sides) -> Widths:
-    """What a step leaves of a model. sides: of what is carried over. Raises SpecInvalid, with what would do."""
+    """What a step leaves of a model; with a `speed_target` an estimate. sides: of what is carried over.
+
+    Raises SpecInvalid, with what would do.
+    """
     whole = widths_of(config, sides)
+    if step.speed_target is not None:
+        return _at_speed(step, config, whole, sides)
     if step.params_target is None:
         return _asked(step, whole)
-    most = step.params_target * sum(map(prod, sides.values()))
-    fewest = ceil(LEAST_SHARE * whole.groups)
-    flat = replace(whole, inner=_half(whole.inner))
-    candidates = [
-        *(replace(whole, inner=inner) for inner in _multiples(whole.inner)),
-        *(replace(flat, groups=groups) for groups in range(whole.groups, fewest - 1, -1)),
-        *(replace(flat, groups=fewest, hidden=hidden) for hidden in _multiples(whole.hidden)),
-    ]
-    for one in candidates:
-        if _elements(one, sides) <= most:
-            fuller = (replace(one, inner=inner) for inner in _multiples(whole.inner) if inner >= one.inner)
-            return next(each for each in fuller if _elements(each, sides) <= most)
-    share = ceil(1000 * _elements(candidates[-1], sides) / sum(map(prod, sides.values()))) / 1000
+    share = partial(_elements, sides=sides)
+    most, path = step.params_target * share(whole), narrowing(whole)
+    for one in path:
+        if share(one) <= most:
+            return next(each for each in fuller(one, whole) if share(each) <= most)
+    least = ceil(1000 * share(path[-1]) / share(whole)) / 1000
     raise SpecInvalid(
         f"half of the neurons, of the heads and of the channels is what a target leaves at least, and that is "
-        f"{share:.1%} of the parameters: the least that params_target can be is {share:g}; or say the sizes themselves",
+        f"{least:.1%} of the parameters: the least that params_target can be is {least:g}; or say the sizes themselves",
         param="params_target",
     )
+
+
+def narrowing(whole: Widths) -> list[Widths]:
+    """What a target tries, from the model itself to half of its neurons, then of its heads, then of its channels."""
+    fewest = ceil(LEAST_SHARE * whole.groups)
+    flat = replace(whole, inner=_half(whole.inner))
+    return [
+        *(replace(whole, inner=inner) for inner in _multiples(whole.inner)),
+        *(replace(flat, groups=groups) for groups in range(whole.groups - 1, fewest - 1, -1)),
+        *(replace(flat, groups=fewest, hidden=hidden) for hidden in list(_multiples(whole.hidden))[1:]),
+    ]
+
+
+def fuller(one: Widths, whole: Widths) -> list[Widths]:
+    """The same with more neurons, from all that the model has: what room the last step left is theirs."""
+    return [replace(one, inner=inner) for inner in _multiples(whole.inner) if inner >= one.inner]
+
+
+def _at_speed(step: Width, config: Mapping[str, Any], whole: Widths, sides: Sides) -> Widths:
+    """About what a target of speed leaves, by multiply-adds. Raises where half of everything would miss it for sure."""
+    assert step.speed_target is not None, "asked for where there is one"
+    target, path, vocabulary = step.speed_target, narrowing(whole), number_of(config, "vocab_size")
+
+    def work(widths: Widths) -> float:
+        return products(_of_blocks(widths, sides), widths.hidden * vocabulary, step.speed_of)
+
+    most = _of_blocks(whole, sides) / _of_blocks(path[-1], sides)
+    if target >= most:
+        raise SpecInvalid(
+            f"half of the neurons, of the heads and of the channels is what a target leaves at least, and with that a "
+            f"model is less than {most:.3g} times as fast: speed_target is less than that, not {target:g}; or say the "
+            "sizes themselves",
+            param="speed_target",
+        )
+    found = next((one for one in path[1:] if work(one) * target <= work(whole)), path[-1])
+    quick = (each for each in fuller(found, whole) if each != whole and work(each) * target <= work(whole))
+    return next(quick, found)
+
+
+def _of_blocks(widths: Widths, sides: Sides) -> float:
+    """Weights of the blocks that tokens are multiplied with."""
+    cut = sides_at(widths, sides)
+    return sum(prod(each) for name, each in cut.items() if len(each) > 1 and BLOCK.search(name))
 
 
 def _asked(step: Width, whole: Widths) -> Widths:

@@ -167,7 +167,7 @@ def _refuse_changed(
     frame = Frame(student, torch.float32, torch.device("cpu"))
     frame.refuse_misfits()
     for place, number in enumerate(kept):
-        was, now = _settings(before[number]), _settings(frame.skeleton(place))
+        was, now = settings_of(before[number]), settings_of(frame.skeleton(place))
         if was != now:
             names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
             raise ArchitectureUnsupported(
@@ -177,7 +177,7 @@ def _refuse_changed(
             )
 
 
-def _settings(block: nn.Module) -> dict[str, object]:
+def settings_of(block: nn.Module) -> dict[str, object]:
     """What the modules of a block are and are set to, but for where the block stands."""
     found: dict[str, object] = {}
     for path, module in block.named_modules():

@@ -1,6 +1,6 @@
 """Leaves out decoder blocks: those that change least of what comes to them, or that the text misses least."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from models.checkpoint import SourceModel
 from models.distill.cutting import cut, refuse_uneven
 from models.frame import Frame
 from models.progress import Notify
-from models.prune import removal
+from models.prune import pacing, removal
 from models.prune.looking import Looked, Looking, watched
 from squeeze.slim_shapes import Sides, blocks_left, carried
 from squeeze.slim_work import judged_sequences
@@ -39,30 +39,40 @@ class Influence:
         self.sums["tokens"][index] += cosines.numel()
 
 
-def prune(importance: Tensor, left: int) -> tuple[int, ...]:
-    """Numbers of the blocks that stay, in order: the `left` most important ones; of equal ones the earlier.
+def prune(importance: Tensor, left: int) -> list[int]:
+    """Numbers of the blocks that go, the least important first, so that `left` stay; of equal ones the later.
 
     importance: (blocks,). Source: arXiv 2403.03853 §3.2, all judged in the whole model and removed at once.
     """
-    order = torch.argsort(importance, descending=True, stable=True)
-    return tuple(sorted(order[:left].tolist()))
+    order: list[int] = torch.argsort(importance, descending=True, stable=True).tolist()
+    return order[left:][::-1]
 
 
 def planned(step: Depth, frame: Frame, sides: Sides) -> int:
     """Decoder blocks that stay; raises where that can't be. sides: of the model's tensors; needs its config alone."""
     refuse_uneven(frame.source, None, INSTEAD)
-    return blocks_left(step, sides)
+    return blocks_left(step, frame.source.config, sides)
 
 
 def look(step: Depth, looking: Looking) -> Looked:
-    """What the blocks are judged by."""
+    """What the blocks are judged by, and how long each takes where that decides how many stay."""
+    paced = pacing.of_blocks(step, looking) if step.speed_target is not None else {}
     if step.importance == "influence":
-        return watched(looking, Influence(looking.frame))
-    sides = carried(looking.frame.source.config, looking.frame.sides())
-    rounds = looking.frame.count - blocks_left(step, sides) if step.iterative else 1
-    found = removal.looked(looking, rounds)
+        found = watched(looking, Influence(looking.frame))
+        return Looked({**found.sums, **paced}, found.original)
+    config = looking.frame.source.config
+    sides = carried(config, looking.frame.sides())
+
+    def enough(gone: Sequence[int]) -> bool:
+        if not step.iterative:
+            return len(gone) == 1
+        if step.speed_target is not None:
+            return pacing.quick_enough(step, paced, gone)
+        return len(gone) == looking.frame.count - blocks_left(step, config, sides)
+
+    found = removal.looked(looking, enough)
     tokens = judged_sequences(*looking.ids.shape) * looking.ids.shape[1]
-    return Looked({**found.sums, "tokens": torch.tensor(tokens)}, found.original)
+    return Looked({**found.sums, **paced, "tokens": torch.tensor(tokens)}, found.original)
 
 
 def smaller(
@@ -71,15 +81,24 @@ def smaller(
     """The smaller model on disk, and what the report says of it."""
     if step.importance == "influence":
         importance, told = sums["changed"] / sums["tokens"], INFLUENCE
-        kept = prune(importance, blocks_left(step, sides))
     else:
-        losses = sums[removal.LOSSES].clamp_max(LARGEST_LOSS)
-        importance, whole = losses[0].exp(), float(sums[removal.WHOLE][0].exp())
-        told = PERPLEXITY.format(tokens=int(sums["tokens"]), whole=whole)
-        kept = prune(importance, blocks_left(step, sides))
-        if step.iterative:
-            gone = sums[removal.LOSSES].argmin(dim=-1).tolist()
-            kept, told = tuple(n for n in range(len(importance)) if n not in gone), told + ANEW.format(gone)
-    removed = [number for number in range(len(importance)) if number not in kept]
-    model = cut(source, kept, out, notify, param=None, instead=INSTEAD)
-    return model, {"importance": told, "blocks": importance.tolist(), "removed": removed}
+        importance = sums[removal.LOSSES][0].clamp_max(LARGEST_LOSS).exp()
+        told = PERPLEXITY.format(tokens=int(sums["tokens"]), whole=float(sums[removal.WHOLE][0].exp()))
+    if step.iterative:
+        gone: list[int] = sums[removal.LOSSES].argmin(dim=-1).tolist()
+        told += ANEW.format(", ".join(map(str, gone)))
+    else:
+        order = prune(importance, 0)
+        gone = order[: _going(step, source, sides, sums, order)]
+    found: dict[str, object] = {"importance": told, "blocks": importance.tolist(), "removed": sorted(gone)}
+    if step.speed_target is not None:
+        found["speed_target"] = pacing.told(step, pacing.with_blocks(sums, gone))
+    kept = [number for number in range(len(importance)) if number not in gone]
+    return cut(source, kept, out, notify, param=None, instead=INSTEAD), found
+
+
+def _going(step: Depth, source: SourceModel, sides: Sides, sums: Mapping[str, Tensor], order: Sequence[int]) -> int:
+    """How many blocks go. order: of all, the least important first."""
+    if step.speed_target is None:
+        return len(order) - blocks_left(step, source.config, sides)
+    return next(count for count in range(1, len(order)) if pacing.quick_enough(step, sums, order[:count]))

@@ -6,7 +6,7 @@ block instead of B², and no block is loaded twice.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,26 +26,28 @@ from squeeze.slim_work import judged_sequences
 WHOLE, LOSSES = "whole", "losses"
 
 
-def looked(looking: Looking, rounds: int) -> Looked:
-    """Judges the blocks `rounds` times, each time without the one that was missed least before.
+def looked(looking: Looking, enough: Callable[[Sequence[int]], bool]) -> Looked:
+    """Judges the blocks, and those that are left again without the one that is missed least, until enough are gone.
 
     sums, float64: losses (rounds, blocks), nats a token, infinite of blocks that are gone; whole (rounds,), with all
     that were left. Source: arXiv 2402.02834 §3.1 (one round), 2402.09025 §3 (one for each block that goes). Differs:
     judged on the first sequences of the calibration text, as many as `judged_sequences` says.
     """
-    left, tables, wholes = list(range(looking.frame.count)), [], []
+    gone: list[int] = []
+    tables, wholes = [], []
     some = looking.ids[: judged_sequences(*looking.ids.shape)]
     original: Stream | None = None
-    for number in range(rounds):
-        directory = looking.directory / f"round-{number:04d}"
-        windows = looking.windows if number == 0 else None
-        if number:
-            looking.notify.event("info", f"without blocks {_told(looking.frame, left)}")
+    while not gone or not enough(gone):
+        left = [number for number in range(looking.frame.count) if number not in gone]
+        directory = looking.directory / f"round-{len(gone):04d}"
+        windows = None if gone else looking.windows
+        if gone:
+            looking.notify.event("info", f"judging anew without blocks {', '.join(map(str, sorted(gone)))}")
         found = losses_without(replace(looking, ids=some, windows=windows, directory=directory), left)
         original = original or found.original
         tables.append(found.sums[LOSSES])
         wholes.append(found.sums[WHOLE])
-        left.remove(int(found.sums[LOSSES].argmin()))
+        gone.append(int(found.sums[LOSSES].argmin()))
     return Looked({LOSSES: torch.stack(tables), WHOLE: torch.stack(wholes)}, original)
 
 
@@ -126,7 +128,3 @@ def _loss(frame: Frame, ids: Tensor, stream: Stream) -> Tensor:
 
 def _without(number: int) -> str:
     return f"without-{number:05d}"
-
-
-def _told(frame: Frame, left: Sequence[int]) -> str:
-    return ", ".join(str(number) for number in range(frame.count) if number not in left)

@@ -23,6 +23,7 @@ from models.frame import Frame
 from models.job import Inputs, Outcome, libraries, params_named, size_part, source_part
 from models.material import Material, read_tokenizer
 from models.progress import Notify
+from models.prune import pacing
 from models.prune.looking import WINDOWS, Looked, Looking
 from models.resources import Clock, device_name, return_free_memory
 from models.speed import speeds
@@ -96,6 +97,11 @@ def slimmed(inputs: Inputs, step: Slim, clock: Clock, notify: Notify) -> Done:
         measured = _measured(inputs, reference, other, texts, looked.original, mark, notify)
         assert texts.calibration is not None, "it was looked at"
         before, after = speeds((frame, other), texts.calibration.ids[0])
+    if (target := found.pop("speed_target", None)) is not None:
+        found["speed_target"], missed = pacing.measured(target, before, after)
+        for warning in missed:
+            warnings.append(warning)
+            notify.event("warning", warning)
     slimming = Slimming(
         method=step.method,
         calibration=texts.calibration.text,

@@ -14,6 +14,7 @@ from models.formats.directory import without_private
 from models.formats.shards import Piece
 from models.frame import Frame
 from models.progress import Notify
+from models.prune import pacing
 from models.prune.looking import Looked, Looking, watched
 from squeeze.shapes import BLOCK
 from squeeze.slim_shapes import Sides
@@ -101,9 +102,11 @@ def planned(step: Width, frame: Frame, sides: Sides) -> Widths:
     return widths_left(step, frame.source.config, sides)
 
 
-def look(step: Width, looking: Looking) -> Looked:  # noqa: ARG001 - there is one importance
-    """What is judged."""
-    return watched(looking, Outputs(looking.frame))
+def look(step: Width, looking: Looking) -> Looked:
+    """What is judged, and the size that is quick enough."""
+    paced = pacing.of_widths(step, looking) if step.speed_target is not None else {}
+    found = watched(looking, Outputs(looking.frame))
+    return Looked({**found.sums, **paced}, found.original)
 
 
 def smaller(
@@ -111,13 +114,16 @@ def smaller(
 ) -> tuple[SourceModel, dict[str, object]]:
     """The smaller model on disk, and what the report says of it."""
     whole, left = widths_of(source.config, sides), widths_left(step, source.config, sides)
+    found: dict[str, object] = {}
+    if step.speed_target is not None:
+        left, found["speed_target"] = pacing.paced_widths(whole, sums), pacing.told(step, sums)
     kept = _Kept(whole, left, sums)
     made = sides_at(left, sides)
     pieces = [_piece(source, name, made[name], kept) for name in sides]
     settings = without_private(source.config) | left.settings
     chosen = [kept.channels.tolist(), *(one.tolist() for one in (*kept.neurons, *kept.groups))]
     model = written(source, out, json.dumps(chosen), settings, pieces, notify)
-    return model, {"importance": IMPORTANCE, "widths": left.settings, "widths_before": whole.settings}
+    return model, {"importance": IMPORTANCE, "widths": left.settings, "widths_before": whole.settings} | found
 
 
 class _Kept:

@@ -15,6 +15,7 @@ from squeeze.report import Report, Round, Slimming
 from squeeze.report_training import Training
 
 WIDTH_WITHOUT_TERMINAL = 160
+TASKS = {"prompt": "reading a prompt", "writing": "writing"}
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -138,6 +139,9 @@ def plan(one: Plan) -> None:
     lines += [(obstacle.param or "obstacle", f"{obstacle.message} ({obstacle.code})") for obstacle in one.obstacles]
     if one.parameters is not None:
         lines.append(("weights", f"{one.parameters:,}"))
+    if one.result_parameters is not None:
+        about = "about " if one.result_parameters_estimated else ""
+        lines.append(("weights left", f"{about}{one.result_parameters:,}"))
     lines += [(f"size as {name}", f"about {decimal(size)}") for name, size in one.result_bytes.items()]
     known = (("source", one.source_bytes), ("host memory", one.host_bytes), ("disk", one.disk_bytes))
     lines += [(name, f"about {decimal(size)}") for name, size in known if size is not None]
@@ -255,11 +259,13 @@ def _round_lines(one: Round, methods: list[str]) -> list[tuple[str, str]]:
 
 
 def _slimming_lines(slimming: Slimming) -> list[tuple[str, str]]:
-    before, after = slimming.speed_before, slimming.speed_after
+    before, after, target = slimming.speed_before, slimming.speed_after, slimming.speed_target
+    asked = [] if target is None else [("", f"{target.asked:g} times as fast was asked for {TASKS[target.speed_of]}")]
     return [
         ("parameters", f"{slimming.parameters_before:,} -> {slimming.parameters_after:,} by {slimming.method}"),
         ("tokens a second", f"{before.prompt:,.0f} -> {after.prompt:,.0f} of a prompt"),
         ("", f"{before.writing:,.1f} -> {after.writing:,.1f} writing"),
+        *asked,
     ]
 
 

@@ -43,6 +43,7 @@ def depth(**fields: Any) -> dict[str, Any]:
     [
         (depth(blocks=4), "steps.0.blocks", "from 1 to 3, not 4"),
         (depth(params_target=0.2), "steps.0.params_target", "the least that params_target can be is 0.414"),
+        (depth(speed_target=4.5), "steps.0.speed_target", "a model is less than 4 times as fast"),
     ],
 )
 def test_what_can_t_be_met_is_refused_at_submit_and_in_the_plan_with_what_can(
@@ -73,6 +74,9 @@ def test_the_plan_says_exactly_how_many_parameters_stay_and_what_it_takes(asked:
         "evaluating",
         "certifying",
     }
+    assert not plan.result_parameters_estimated
+    quicker = Plan.model_validate(asked("plan", depth(speed_target=1.5, speed_of="prompt")).json())
+    assert quicker.result_parameters_estimated and quicker.result_parameters == plan.result_parameters
     chain = Plan.model_validate(asked("plan", depth(blocks=2), {"kind": "quantize", "method": "rtn"}).json())
     assert chain.feasible and chain.result_parameters == plan.result_parameters
     assert chain.result_bytes["compressed-tensors"] < plan.result_bytes["safetensors"]

@@ -16,6 +16,7 @@ from squeeze.specs import JobSpec
 GPTQ = {"kind": "quantize", "method": "gptq"}
 LORA = {"kind": "finetune", "method": "lora"}
 DATA = {"source": "file-abcdefgh"}
+CONFIG = {"hidden_size": 64, "vocab_size": 1000}
 
 
 def depth(**fields: Any) -> dict[str, Any]:
@@ -44,6 +45,9 @@ def llama(blocks: int = 4) -> dict[str, tuple[int, ...]]:
     [
         (depth(params_target=None), "say how small"),
         (depth(blocks=2, params_target=0.5), "say how small"),
+        (depth(blocks=2, speed_target=1.5), "say how small"),
+        (depth(speed_target=1.0), "greater than 1"),
+        (width(params_target=0.5, speed_target=1.5), "say how small"),
         (depth(blocks=0), "greater than or equal to 1"),
         (depth(params_target=1.0), "less than 1"),
         (depth(params_target=0.0), "greater than 0"),
@@ -91,15 +95,47 @@ def test_a_share_is_met_by_as_many_blocks_as_fit_and_the_least_that_can_be_is_to
     outside, each = 64064, 64 * 64 + 64 * 192
     assert elements_of(sides) == outside + 4 * each
     for target in (0.63, 0.75, 0.8749, 0.999):
-        left = blocks_left(Depth(method="depth", params_target=target), sides)
+        left = blocks_left(Depth(method="depth", params_target=target), CONFIG, sides)
         assert outside + left * each <= target * elements_of(sides) and 1 <= left <= 3
         assert left == 3 or outside + (left + 1) * each > target * elements_of(sides)
     with pytest.raises(SpecInvalid, match=r"can be is 0\.621"):
-        blocks_left(Depth(method="depth", params_target=0.5), sides)
+        blocks_left(Depth(method="depth", params_target=0.5), CONFIG, sides)
     with pytest.raises(SpecInvalid, match="from 1 to 3, not 4"):
-        blocks_left(Depth(method="depth", blocks=4), sides)
+        blocks_left(Depth(method="depth", blocks=4), CONFIG, sides)
     config, smaller = narrowed(Depth(method="depth", blocks=3), {"num_hidden_layers": 4}, sides)
     assert config["num_hidden_layers"] == 3 and elements_of(smaller) == outside + 3 * each
+
+
+@pytest.mark.parametrize(("part", "target", "left"), [("prompt", 1.3, 3), ("prompt", 2.0, 1), ("writing", 1.3, 2)])
+def test_about_how_many_blocks_a_speed_leaves_is_told_by_multiply_adds(part: str, target: float, left: int) -> None:
+    sides, step = llama(), Depth.model_validate({"method": "depth", "speed_target": target, "speed_of": part})
+    assert blocks_left(step, CONFIG, sides) == left
+    tokens, blocks, head = (128 if part == "prompt" else 1), 4 * (64 * 64 + 64 * 192), 64000
+    times = [(tokens * blocks + head) / (tokens * blocks * n / 4 + head) for n in (left, left + 1)]
+    assert times[1] < target and (times[0] >= target or left == 1)
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (Depth(method="depth", speed_target=4.0), "with one decoder block of 4 left, a model is less than 4 times"),
+        (Width(method="width", speed_target=4.1), "less than 4 times as fast: speed_target is less than that"),
+    ],
+)
+def test_a_speed_that_nothing_can_have_is_refused(step: Slim, words: str) -> None:
+    config: dict[str, Any] = {"model_type": "llama", "num_attention_heads": 8, **CONFIG}
+    with pytest.raises(SpecInvalid, match=words):
+        narrowed(step, config, llama() if isinstance(step, Depth) else wide())
+
+
+def test_about_how_narrow_a_speed_is_goes_the_way_of_a_share() -> None:
+    config: dict[str, Any] = {"model_type": "llama", "num_attention_heads": 8, "vocab_size": 1000}
+    sizes = []
+    for target in (1.2, 1.6, 2.5):
+        step = Width(method="width", speed_target=target, speed_of="prompt")
+        settings, _ = narrowed(step, config, wide())
+        sizes.append(tuple(settings[name] for name in ("intermediate_size", "num_attention_heads", "hidden_size")))
+    assert sizes == [(768, 8, 256), (512, 6, 256), (512, 4, 192)]
 
 
 def test_a_student_is_named_unless_a_step_before_made_one() -> None:
