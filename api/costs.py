@@ -21,7 +21,7 @@ from squeeze.merging import Merge
 from squeeze.merging_work import counted_merging, merging_bytes
 from squeeze.pace import duration
 from squeeze.shapes import Shape, shape_of
-from squeeze.slim_work import counted_slimming, looking_bytes, slimming_bytes
+from squeeze.slim_work import counted_slimming, looking_bytes, slimming_memory
 from squeeze.slimming import Slim
 from squeeze.sparsifying import Sparsify
 from squeeze.specs import JobSpec
@@ -112,7 +112,7 @@ class Costs:
                 largest = max((tensor.elements for tensor in leg.tensors.values()), default=0)
                 one = _merging(spec, step, own, largest, formats)
             elif isinstance(step, Slim):
-                whole, least = slimming_bytes(own, spec, step)
+                whole, least = slimming_memory(own, spec, step, shape, formats)
                 one = _Cost(whole, least, 0, counted_slimming(own, spec, step, self._text_bytes))
             elif isinstance(step, Compress):
                 memory = needed(shape, spec.model_copy(update={"steps": (step,)}), formats)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from squeeze.compressing import Compress
 from squeeze.memory import needed
-from squeeze.slim_work import slimming_bytes
+from squeeze.slim_work import slimming_bytes, slimming_memory
 from squeeze.slimming import Slim
 from squeeze.specs import JobSpec
 
@@ -112,8 +112,8 @@ def foretold(model: Path, step: dict[str, Any]) -> tuple[int, int]:
     spec, source = spec_of(step), open_model(model)
     shape, asked = source.shape(), spec.steps[0]
     if isinstance(asked, Slim):
-        whole, _ = slimming_bytes(shape, spec, asked)
-        return whole, whole
+        sizes = dict.fromkeys(spec.formats, shape.stored_bytes * shape.elements)
+        return slimming_bytes(shape, spec, asked)[0], slimming_memory(shape, spec, asked, shape, sizes)[0]
     assert isinstance(asked, Compress), "the others have benchmarks of their own"
     stored = asked.scheme().bits_per_weight(shape.hidden) / 8
     size_bytes = int(shape.stored_bytes * (shape.elements - shape.weights) + stored * shape.weights)

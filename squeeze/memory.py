@@ -105,10 +105,29 @@ def needed(shape: Shape, spec: JobSpec, result_bytes: Mapping[Format, int] | Non
     # transformers unpacks all layers by the first one's rule when it is to leave their weights on disk.
     movable = frozenset() if getattr(step, "bits", None) == "auto" else MOVABLE
     limits = {name: parts.job if name in movable else None for name in result_bytes or {}}
+    length = tokens.length if tokens.windows else None
     certifier = max(
-        (_certifier(shape, tokens, name, size, limits[name]) for name, size in (result_bytes or {}).items()), default=0
+        (certifier_bytes(shape, length, name, size, limits[name]) for name, size in (result_bytes or {}).items()),
+        default=0,
     )
     return Memory(**vars(parts) | {"certifier": certifier})
+
+
+def certifier_bytes(shape: Shape, length: int | None, name: Format, result_bytes: int, job_bytes: int | None) -> int:
+    """Of the process that loads a format's result with transformers or ONNX Runtime. length: of the windows that it
+    scores, in tokens; None: it scores none. job_bytes: of the job's process, which it does not outgrow where weights
+    can be left on disk; None where they can't.
+    """
+    if not {"transformers", "onnxruntime"} & set(CAPACITIES[name].consumers):
+        return 0
+    each = shape.computed_bytes
+    rest = (shape.elements - shape.weights) * each
+    unpacked = shape.weights * (KERNEL_BYTES if name in ("gptq", "awq") else each)
+    need = PROCESS_BYTES + result_bytes + rest + int(unpacked)
+    if job_bytes is not None:
+        need = min(need, max(job_bytes, CERTIFIER_LEAST_BYTES))
+    logits = 0 if length is None else CERTIFIER_LOGIT_SLICES * _slice(shape, length, CERTIFIER_LOGIT_BYTES)
+    return need + logits
 
 
 @dataclass(frozen=True)
@@ -201,30 +220,14 @@ def _training(shape: Shape, step: QAT, tokens: Tokens) -> int:
 
 
 def _ends(shape: Shape, step: Compress, tokens: Tokens) -> int:
-    logits = LOGIT_SLICES * _slice(shape, tokens, LOGIT_BYTES) if tokens.windows else 0
+    logits = LOGIT_SLICES * _slice(shape, tokens.length, LOGIT_BYTES) if tokens.windows else 0
     rounded = shape.outside * (2 * FLOAT + 1) if step.scheme().element == "ggml" else 0  # as they will be stored
     return shape.outside * shape.computed_bytes + logits + rounded
 
 
-def _certifier(shape: Shape, tokens: Tokens, name: Format, result_bytes: int, job_bytes: int | None) -> int:
-    """Of the process that loads a format's result with transformers or ONNX Runtime. job_bytes: of the job's process,
-    which it does not outgrow where weights can be left on disk; None where they can't.
-    """
-    if not {"transformers", "onnxruntime"} & set(CAPACITIES[name].consumers):
-        return 0
-    each = shape.computed_bytes
-    rest = (shape.elements - shape.weights) * each
-    unpacked = shape.weights * (KERNEL_BYTES if name in ("gptq", "awq") else each)
-    need = PROCESS_BYTES + result_bytes + rest + int(unpacked)
-    if job_bytes is not None:
-        need = min(need, max(job_bytes, CERTIFIER_LEAST_BYTES))
-    logits = CERTIFIER_LOGIT_SLICES * _slice(shape, tokens, CERTIFIER_LOGIT_BYTES) if tokens.windows else 0
-    return need + logits
-
-
-def _slice(shape: Shape, tokens: Tokens, most_bytes: int) -> int:
+def _slice(shape: Shape, length: int, most_bytes: int) -> int:
     """Of float32 logits of so many positions of a sequence as fit in it."""
-    return max(16, min(tokens.length, most_bytes // (FLOAT * max(shape.vocabulary, 1)))) * shape.vocabulary * FLOAT
+    return max(16, min(length, most_bytes // (FLOAT * max(shape.vocabulary, 1)))) * shape.vocabulary * FLOAT
 
 
 def _pieced(size_bytes: int) -> int:

@@ -1,10 +1,13 @@
 """What making a model smaller does and takes, from its shape and the spec alone; docs/plan.md has the terms."""
 
-from squeeze.memory import BATCH_TOKENS, LOGIT_BYTES, LOGIT_SLICES, PIECES, PROCESS_BYTES
+from collections.abc import Mapping
+
+from squeeze.memory import BATCH_TOKENS, LOGIT_BYTES, LOGIT_SLICES, PIECES, PROCESS_BYTES, certifier_bytes
 from squeeze.shapes import Shape
 from squeeze.slim_speed import blocks_at_speed
 from squeeze.slimming import Depth, Paced, Slim, Vocabulary
 from squeeze.specs import JobSpec
+from squeeze.steps import Format
 from squeeze.training import Train
 from squeeze.work import (
     BYTE,
@@ -86,6 +89,19 @@ def slimming_bytes(shape: Shape, spec: JobSpec, step: Slim) -> tuple[int, int]:
     if isinstance(step, Vocabulary):
         inside, streams = max(inside, CORPUS_BYTES), 4 * _windows(shape, spec) * shape.hidden * each
     return PROCESS_BYTES + int(PIECES * (inside + streams)), PROCESS_BYTES + int(PIECES * inside)
+
+
+def slimming_memory(
+    shape: Shape, spec: JobSpec, step: Slim, smaller: Shape, result_bytes: Mapping[Format, int]
+) -> tuple[int, int]:
+    """(whole, least) host memory of all processes at one moment. result_bytes: of the weight files of a job that ends
+    with this step, whose certifier runs beside the job's process, which then holds nothing; of another job none.
+    """
+    whole, least = slimming_bytes(shape, spec, step)
+    length = _length(shape, spec) if _windows(shape, spec) else None
+    certifiers = [certifier_bytes(smaller, length, name, size, whole) for name, size in result_bytes.items()]
+    beside = PROCESS_BYTES + max(certifiers) if certifiers else 0
+    return max(whole, beside), max(least, beside)
 
 
 def judged_sequences(count: int, length: int) -> int:
