@@ -215,8 +215,8 @@ class Plan(Answer):
     )
     most_result_parameters: int | None = Field(
         None,
-        description="Instead, where it hangs on what the job's text needs how small the model can be: at most so many. "
-        "The report says how many there are.",
+        description="Instead, where it hangs on what the job's text needs or shows how small the model is: at most so "
+        "many. The report says how many there are.",
     )
     result_bytes: dict[str, int] = Field(default_factory=dict, description="Estimated bytes by format.")
     host_bytes: int | None = Field(
