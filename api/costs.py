@@ -15,8 +15,9 @@ from squeeze.compressing import Compress
 from squeeze.distillation import Distill
 from squeeze.distillation_memory import needed_to_distill, stored_bytes
 from squeeze.distillation_work import Lessons, at_length, counted_distillation, lessons
+from squeeze.factoring import SVD
 from squeeze.finetuning import Finetune, QLoRA
-from squeeze.memory import PROCESS_BYTES, needed
+from squeeze.memory import PROCESS_BYTES, needed, sketch_bytes
 from squeeze.merging import Merge
 from squeeze.merging_work import counted_merging, merging_bytes
 from squeeze.pace import duration
@@ -151,8 +152,10 @@ def _kept_bytes(leg: Leg, told: Lessons | None) -> int:
     step = next((step for step in spec.steps if isinstance(step, Train)), None)
     size, begun = (2 * _elements(its) for its in (leg.made.tensors, leg.tensors))
     merged = begun if isinstance(spec.steps[0], Merge) and len(spec.steps) > 1 else 0  # otherwise it is the result
-    zeroed = [step for step in spec.steps if isinstance(step, Sparsify)]  # kept, and whole for a step that follows
-    merged += sum(size * (1 if one is spec.steps[-1] else 2) for one in zeroed)
+    # Zeros or factors are kept, and whole for a step that follows.
+    plain = [step for step in spec.steps if isinstance(step, Sparsify | SVD)]
+    merged += sum(size * (1 if one is spec.steps[-1] else 2) for one in plain)
+    merged += sum(sketch_bytes(shape_of_model(*_made(leg), list(one.ignore)), one) for one in plain)
     if isinstance(first := spec.steps[0], Slim):
         merged += size * (len(spec.steps) > 1) + looking_bytes(shape_of_model(*_begun(leg)), spec, first)
     if step is None:

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from api.costs import Costs, learned_of, shape_of_model
+from api.factoring import missed_targets, parameters_with_factors
 from api.learning import Seen, refuse_misfit, refuse_unusable
 from api.merging import look_at_entries
 from api.service import Service
@@ -29,6 +30,7 @@ from squeeze.errors import (
     SpecInvalid,
     SqueezeError,
 )
+from squeeze.factoring import SVD
 from squeeze.finetuning import Adapters, Head, LoRA, QLoRA
 from squeeze.formats import OF_ANY_FAMILY, refuse_unfit
 from squeeze.objects import Obstacle, Plan
@@ -37,6 +39,7 @@ from squeeze.specs import SELF, JobSpec, hub_text
 from squeeze.steps import Format, Grouped, Quantize
 from squeeze.training import Train
 
+MERGED = frozenset({"safetensors"})  # formats that hold factors multiplied out
 LEAST = {"bits": 2, "target_bytes": None}
 
 
@@ -59,6 +62,7 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
     every = linears_of(made.tensors, transposed=transposed(made.config))
     linears = _compressed(spec, every)
     obstacles += map(_obstacle, torn_patterns(spec, every))
+    obstacles += map(_obstacle, missed_targets(spec, made.tensors, every))
     obstacles += [_obstacle(error) for error in _in_the_model(spec, config, files, tensors, made, linears)]
     if any(isinstance(step, Train) for step in spec.steps):
         try:
@@ -76,7 +80,7 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
         parameters=sum(tensor.elements for tensor in tensors.values()) or None,
         source_bytes=source_bytes,
         result_bytes=result_bytes,
-        **_parameters_left(spec, made),
+        **_parameters_left(spec, made, every),
         result_parameters_estimated=any(isinstance(one, Paced) and one.speed_target is not None for one in spec.steps),
         **costs.told(result_bytes),
         disk_bytes=(source_bytes if files.pulled else 0)
@@ -212,8 +216,12 @@ def _result_bytes(spec: JobSpec, made: Made, linears: list[Linear]) -> dict[Form
     return _estimates(spec, step, made.tensors, linears)
 
 
-def _parameters_left(spec: JobSpec, made: Made) -> dict[str, int | None]:
+def _parameters_left(spec: JobSpec, made: Made, linears: list[Linear]) -> dict[str, int | None]:
     """Of what a job makes smaller, exactly or at most; nothing of other jobs."""
+    last = spec.steps[-1]
+    if isinstance(last, SVD) and made.tensors and set(spec.formats) - MERGED:
+        name = "result_parameters" if last.ranks == "uniform" else "most_result_parameters"
+        return {name: parameters_with_factors(last, made.tensors, linears)}
     slims = [step for step in spec.steps if isinstance(step, Slim)]
     if not slims:
         return {}
@@ -239,7 +247,11 @@ def _trained_bytes(spec: JobSpec, made: Made, linears: list[Linear]) -> dict[For
 
 def _estimates(spec: JobSpec, step: Compress, tensors: dict[str, Tensor], linears: list[Linear]) -> dict[Format, int]:
     """What stays as it is, and the layers in codes, scales and zero points."""
-    kept = sum(tensor.size_bytes for tensor in tensors.values()) - sum(linear.size_bytes for linear in linears)
+    whole = sum(tensor.size_bytes for tensor in tensors.values())
+    if isinstance(step, SVD):
+        left = parameters_with_factors(step, tensors, linears) / sum(one.elements for one in tensors.values())
+        return {name: whole if name in MERGED else int(whole * left) for name in spec.formats}
+    kept = whole - sum(linear.size_bytes for linear in linears)
     if step.rotates and not any(name.endswith("lm_head.weight") for name in tensors):
         kept += sum(one.size_bytes for name, one in tensors.items() if name.endswith("embed_tokens.weight"))
     return {name: kept + sum(_layer_bytes(linear, step, name) for linear in linears) for name in spec.formats}

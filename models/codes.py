@@ -11,6 +11,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from models.factored import Factored
 from models.float_codes import Float4Codes, Float8Codes
 from models.ggml.blocks import Blocks
 from models.normal_float import NormalFloat
@@ -91,6 +92,7 @@ KINDS: dict[str, Callable[..., Encoded]] = {
     "float16": Plain,
     "bfloat16": Plain,
     "dense": Plain,
+    "factored": Factored,
     "ggml": Blocks,
 }
 SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number

@@ -37,8 +37,8 @@ from models.material import refuse_too_large_for_self
 from models.merge import entries
 from models.merge import job as merge
 from models.progress import Notify
+from models.prune import factored_job, smaller
 from models.prune import job as prune
-from models.prune import smaller
 from models.quantize.job import run_compression
 from models.resources import Clock
 from models.rounds import counted_from, run_in_rounds
@@ -53,6 +53,7 @@ from squeeze.architectures import HELD_BY, refuse_unrotatable
 from squeeze.compressing import Compress
 from squeeze.distillation import Distill
 from squeeze.errors import FormatUnfit, ModelMalformed
+from squeeze.factoring import SVD, Sides, budget_of
 from squeeze.formats import OF_ANY_FAMILY, candidates
 from squeeze.merging import Entry, Merge
 from squeeze.objects import Stage
@@ -124,9 +125,9 @@ def check_student(spec: JobSpec, model: Path) -> Facts:
 
 
 def _check_compressible(spec: JobSpec, config: dict[str, Any], frame: Frame) -> Facts:
-    for zeroing in spec.compressing:
-        if isinstance(zeroing, Sparsify):
-            _refuse_unprunable(spec, zeroing, frame)
+    for pruning in spec.compressing:
+        if isinstance(pruning, Sparsify | SVD):
+            _refuse_unprunable(spec, pruning, frame)
     step = compress_step(spec)
     refuse_too_large_for_self(spec, step, frame)
     if isinstance(step, QAT):
@@ -154,13 +155,16 @@ def _check_compressible(spec: JobSpec, config: dict[str, Any], frame: Frame) -> 
     return Facts(config["model_type"], frame.count, len(sites))
 
 
-def _refuse_unprunable(spec: JobSpec, step: Sparsify, frame: Frame) -> None:
+def _refuse_unprunable(spec: JobSpec, step: Sparsify | SVD, frame: Frame) -> None:
     names = engine.schemes_of(frame, step)
     sites = [site for n in range(frame.count) for site in frame.sites(n) if site.name in names]
     if not sites:
         raise ModelMalformed("`ignore` leaves no linear layer to prune", param=param_of(spec, "ignore", step))
     with params_named(spec, step):
-        refuse_torn_pattern(step, {site.name: site.columns for site in sites})
+        if isinstance(step, SVD):
+            budget_of(step, frame.parameters, {site.name: Sides(site.rows, site.columns) for site in sites})
+        else:
+            refuse_torn_pattern(step, {site.name: site.columns for site in sites})
         refuse_too_large_for_self(spec, step, frame)
 
 
@@ -242,6 +246,12 @@ def _compressing(
 ) -> Outcome:
     """The steps that go through the model block by block: the one that quantizes, if two."""
     first = inputs.spec.compressing[0]
+    if first is not inputs.spec.steps[-1] and isinstance(first, SVD):
+        factors = factored_job.factored(inputs, first, clock, notify, team)
+        onwards = factored_job.for_what_follows(inputs, factors)
+        return run_compression(
+            onwards, clock, notify, team, lambda report: completed(factored_job.added(report, inputs, factors))
+        )
     if not isinstance(first, Sparsify) or first is inputs.spec.steps[-1]:
         return run_compression(inputs, clock, notify, team, completed)
     done = prune.pruned(inputs, first, clock, notify, team)

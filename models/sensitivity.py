@@ -15,7 +15,7 @@ errors. Blocks that an earlier attempt measured are not measured again.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +72,7 @@ def measure(
         few = calibration[:GRADIENT_SEQUENCES, :GRADIENT_LENGTH]
         calls = Calls(frame, [few, calibration])
         if not (directory / "sketched").is_file():
-            _sketch(frame, schemes, calls, few, directory, room, notify)
+            sketch_gradients(frame, schemes, calls, few, directory, room, notify)
             (directory / "sketched").touch()
         trial = _Trial(frame, step, schemes, candidates, calls, few.numel())
         errors = trial.run(calibration, directory, room, notify)
@@ -85,16 +85,19 @@ def measure(
     return {name: {int(bits): error for bits, error in trials.items()} for name, trials in found.items()}
 
 
-def _sketch(
+def sketch_gradients(
     frame: Frame,
-    schemes: Mapping[str, Scheme],
+    names: Collection[str],
     calls: Calls,
     ids: Tensor,
     directory: Path,
     room: Room,
     notify: Notify,
+    rows: int = SKETCH_ROWS,
 ) -> None:
-    """Writes random sums of the gradients at every linear's output, (SKETCH_ROWS, out), one file a block."""
+    """Writes random sums of the gradients at the outputs of these linears, (rows, out), one file a block: divided by
+    rows and tokens, their second moment is on average that of the gradients. ids: (n, T) int64.
+    """
     dice = torch.Generator().manual_seed(0)
     drawer = Room(0, directory / "before")  # all on disk, since there are more of them with every block
     before: list[Stream] = []  # hidden states before each block
@@ -107,18 +110,23 @@ def _sketch(
         notify.advance(index + 1, 2 * frame.count, "blocks")
     _gradients_of_head(frame, ids, hidden, dice)
     for index in reversed(range(frame.count)):
-        sites = [site for site in frame.sites(index) if site.name in schemes]
-        sums = {site.name: torch.zeros(SKETCH_ROWS, site.rows, device=frame.device) for site in sites}
+        sites = [site for site in frame.sites(index) if site.name in names]
+        sums = {site.name: torch.zeros(rows, site.rows, device=frame.device) for site in sites}
         with frame.block(index) as module, _summing(frame, sites, sums, dice), torch.enable_grad():
             for number in range(len(hidden)):
                 given, args, kwargs = calls.batch(index, before[index][number])
                 given = given.detach().requires_grad_()
                 torch.autograd.backward(run(module, (given, args, kwargs)), hidden[number].to(frame.device))
                 hidden.replace(number, cast(Tensor, given.grad).cpu())
-        save_file({name: total.cpu() for name, total in sums.items()}, directory / f"block-{index:05d}.sketch")
+        save_file({name: total.cpu() for name, total in sums.items()}, sketch_file(directory, index))
         before.pop().clear()
         notify.advance(2 * frame.count - index, 2 * frame.count, "blocks")
     hidden.clear()
+
+
+def sketch_file(directory: Path, index: int) -> Path:
+    """Of one block's sketches."""
+    return directory / f"block-{index:05d}.sketch"
 
 
 def _gradients_of_head(frame: Frame, ids: Tensor, hidden: Stream, dice: torch.Generator) -> None:
@@ -150,7 +158,7 @@ def _summing(frame: Frame, sites: Sequence[Site], sums: Mapping[str, Tensor], di
     def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def add(gradient: Tensor) -> None:
             g = gradient.reshape(-1, gradient.shape[-1]).float()
-            signs = torch.randint(0, 2, (SKETCH_ROWS, len(g)), generator=dice).mul_(2).sub_(1)
+            signs = torch.randint(0, 2, (len(sums[name]), len(g)), generator=dice).mul_(2).sub_(1)
             sums[name].addmm_(signs.to(g), g)
 
         def watch(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -194,7 +202,7 @@ class _Trial:
                 if file.is_file():
                     self.calls.forward(index, module, stream)
                 else:
-                    found = self._block(index, module, sites, stream, load_file(file.with_suffix(".sketch")))
+                    found = self._block(index, module, sites, stream, load_file(sketch_file(directory, index)))
                     file.with_suffix(".part").write_text(json.dumps(found))
                     file.with_suffix(".part").replace(file)
             errors |= json.loads(file.read_text())

@@ -7,6 +7,7 @@ others, who open the model themselves.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ def lead(
     snapshot_seconds: float = SNAPSHOT_SECONDS,
     schemes: Mapping[str, Scheme] | None = None,
     memory_bytes: int | None = None,
+    method: Any = None,
 ) -> engine.Quantization:
     """As `engine.quantize`, with the others of the team, who are in `follow`."""
     if team.size > 1:
@@ -104,6 +106,7 @@ def lead(
             reference=frames.reference,
             schemes=schemes,
             team=team,
+            method=method,
         )
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.document_report import type_name  # noqa: E402
 from squeeze.distillation import DISTILLING_METHODS, Distill, Student  # noqa: E402
+from squeeze.factoring import SVD  # noqa: E402
 from squeeze.finetuning import TRAINING_METHODS  # noqa: E402
 from squeeze.formats import CAPACITIES, Capacity, holders  # noqa: E402
 from squeeze.merging import MERGING_METHODS, Entry, Merge  # noqa: E402
@@ -25,6 +26,7 @@ from squeeze.steps import METHODS, Grouped, Method, Quantize, tag_of  # noqa: E4
 from squeeze.training import Train  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
+PLAIN = {"dense": "any type as it is", "factored": "factors of linear layers, in any type"}
 MARKS = {
     "training": ("<!-- Training: written by scripts/document_methods.py. -->", "<!-- End of the training methods. -->"),
     "distilling": (
@@ -33,6 +35,10 @@ MARKS = {
     ),
     "merging": ("<!-- Merging: written by scripts/document_methods.py. -->", "<!-- End of the merging methods. -->"),
     "zeroing": ("<!-- Zeroing: written by scripts/document_methods.py. -->", "<!-- End of the zeroing methods. -->"),
+    "factoring": (
+        "<!-- Factoring: written by scripts/document_methods.py. -->",
+        "<!-- End of the factoring methods. -->",
+    ),
     "slimming": ("<!-- Slimming: written by scripts/document_methods.py. -->", "<!-- End of the slimming methods. -->"),
     "methods": ("<!-- Methods: written by scripts/document_methods.py. -->", "<!-- End of the methods. -->"),
     "formats": ("<!-- Formats: written by scripts/document_methods.py. -->", "<!-- End of the formats. -->"),
@@ -48,6 +54,7 @@ def page() -> str:
         "distilling": _distilling(),
         "merging": _merging(),
         "zeroing": _zeroing(),
+        "factoring": _factoring(),
         "slimming": _slimming(),
         "formats": _formats(),
     }
@@ -112,6 +119,10 @@ def _zeroing() -> str:
     return "\n\n".join(parts)
 
 
+def _factoring() -> str:
+    return "\n\n".join((f"### {_name(SVD)}", str(inspect.getdoc(SVD)), _table(SVD, ())))
+
+
 def _slimming() -> str:
     parts = ["Every method takes:\n\n" + _table(Slim, ())]
     for method in SLIMMING_METHODS:
@@ -131,14 +142,14 @@ def _formats() -> str:
 def _held(capacity: Capacity) -> str:
     told = []
     for held in capacity.held:
-        bits = "" if held.element in {"float16", "bfloat16", "dense"} else f", {_numbers(held.bits)} bits"
+        bits = "" if held.element in {"float16", "bfloat16", *PLAIN} else f", {_numbers(held.bits)} bits"
         groups = (
-            "" if held.element in {"float16", "bfloat16", "ggml", "dense"} else f", groups {_numbers(held.group_sizes)}"
+            "" if held.element in {"float16", "bfloat16", "ggml", *PLAIN} else f", groups {_numbers(held.group_sizes)}"
         )
         zero = ", zero points" if held.asymmetric else ""
         rounded = [one for one in held.activations if one]
         activations = f", activations {' or '.join(rounded)}" if rounded else ""
-        element = "any type as it is" if held.element == "dense" else held.element
+        element = PLAIN.get(held.element, held.element)
         told.append(f"{element}{bits}{groups}{zero}{activations}")
     return "; ".join(told)
 

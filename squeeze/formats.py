@@ -71,6 +71,7 @@ CAPACITIES: dict[Format, Capacity] = {
             Held("bfloat16", (16,), ("channel",)),
             Held("float16", (16,), ("channel",)),
             Held("dense", (16, 32, 64), ("channel",)),
+            Held("factored", (16, 32, 64), ("channel",)),  # multiplied out
         ),
         consumers=("transformers", "vllm"),
     ),

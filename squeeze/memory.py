@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from squeeze.compressing import Compress
+from squeeze.factoring import SVD
 from squeeze.formats import CAPACITIES
 from squeeze.shapes import Block, Group, Shape
 from squeeze.sparsifying import Sparsify
 from squeeze.specs import SELF, JobSpec
 from squeeze.steps import QAT, Format, SmoothQuant
-from squeeze.work import LEARNED_SEQUENCES, SAMPLED_ROWS, Tokens
+from squeeze.work import GRADIENT_ROWS, LEARNED_SEQUENCES, SAMPLED_ROWS, Tokens
 
 PIECES = 1.1  # what is freed in pieces between others, and not given back at once
-FLOAT = 4  # bytes of a number that methods work on
+FLOAT, DOUBLE = 4, 8  # bytes of a number that methods work on
 PROCESS_BYTES = 450_000_000  # of a process that has imported what a job or a certifier needs; measured, on a CPU
 LOGIT_BYTES, LOGIT_SLICES = 128 << 20, 6  # of one float32 slice of logits, as `models.evaluation` has it
 BATCH_TOKENS = 1024  # that go through a block together on a CPU
@@ -149,12 +150,21 @@ class _Inside:
             return cls(own, max(_learning(block, shape, tokens), running), 0)
         held = tokens.calibration * each * (2 if twin else 1) if step.wanted() else 0
         largest = cls(own, running, 0)
+        if isinstance(step, SVD):  # while ranks are sought, the statistics of all linears are there at once
+            own += sum(FLOAT * group.columns**2 for group in block.groups)
         for group in block.groups:
             half_way = int(held * (shape.hidden + group.share * group.columns))
             method = max(_solving(group, step), _keeping(group, step, each), running)
             if method + half_way > largest.method + largest.half_way:
                 largest = cls(own, method, half_way)
         return largest
+
+
+def sketch_bytes(shape: Shape, step: Compress) -> int:
+    """On disk: sums of gradients at the outputs of all linears, where a step weighs by them."""
+    if not isinstance(step, SVD) or not step.gradients:
+        return 0
+    return FLOAT * GRADIENT_ROWS * sum(sum(group.rows) for block in shape.blocks for group in block.groups)
 
 
 def _solving(group: Group, step: Compress) -> int:
@@ -171,6 +181,8 @@ def _solving(group: Group, step: Compress) -> int:
         return max(rounding, square + (2 * FLOAT + 2) * weights)
     if isinstance(step, Sparsify):
         return _zeroing(group, step)
+    if isinstance(step, SVD):
+        return _decomposing(group)
     if step.method == "hqq":
         return 9 * FLOAT * weights
     return (3 * FLOAT + 1) * weights  # the weights, rounded in two steps, the codes
@@ -182,6 +194,15 @@ def _zeroing(group: Group, step: Sparsify) -> int:
     if step.method == "sparsegpt":
         return 2 * FLOAT * group.columns**2 + (FLOAT + 2) * group.weights + 4 * FLOAT * one
     return (FLOAT + 2) * group.weights + (2 * FLOAT + 8 + 2) * one
+
+
+def _decomposing(group: Group) -> int:
+    """In float64: the weights, what is multiplied with them, both factors; of the smaller side what is decomposed,
+    LAPACK's copies and the vectors; of many inputs' second moment a root.
+    """
+    rows, columns = sum(group.rows), group.columns
+    root = 2 * DOUBLE * columns**2 if rows > columns else 0
+    return FLOAT * columns**2 + 4 * DOUBLE * group.weights + 5 * DOUBLE * min(rows, columns) ** 2 + root
 
 
 def _keeping(group: Group, step: Compress, each: int) -> int:

@@ -215,8 +215,8 @@ class Plan(Answer):
     )
     most_result_parameters: int | None = Field(
         None,
-        description="Instead, where it hangs on what the job's text needs how small the model can be: at most so many. "
-        "The report says how many there are.",
+        description="Instead, where it hangs on what the job's text needs or shows how small the model is: at most so "
+        "many. The report says how many there are.",
     )
     result_parameters_estimated: bool = Field(
         False, description="With a `speed_target`, by multiply-adds: what meets it is known once it is measured."

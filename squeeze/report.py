@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from squeeze.report_factoring import Ranks
 from squeeze.report_parts import Part, Quality, Text
 from squeeze.report_speed import SpeedTarget
 from squeeze.report_training import Training, Tuning
@@ -231,6 +232,17 @@ class Slimming(Part):
     )
 
 
+class Factoring(Ranks):
+    """What a step that factors linears did."""
+
+    speed_before: Speed = Field(description="Measured with the other two, the three in turn block by block.")
+    speed_factored: Speed = Field(description="Multiplying by one factor after the other.")
+    speed_merged: Speed = Field(description="Multiplied out, as a plain model: no quicker than before.")
+    quality: Quality | None = Field(
+        None, description="With factors alone, where a step that quantizes follows; else it is the report's `quality`."
+    )
+
+
 class Spent(Part):
     seconds: dict[str, float] = Field(description="Wall time by stage.")
     work: dict[str, float] = Field(
@@ -291,6 +303,7 @@ class Report(Part):
         default_factory=list,
         description="Of a job that prunes and trains in turn: all before the last, which the other fields tell of.",
     )
+    factoring: Factoring | None = Field(None, description="Of a step that factors linears alone.")
     sizes: list[Size]
     blocks: list[Block]
     damping_escalations: int = Field(description="How often a factorisation failed and was tried with more damping.")

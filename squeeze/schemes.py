@@ -7,7 +7,7 @@ the product method × format know nothing else of each other.
 from dataclasses import dataclass
 from typing import Literal
 
-Element = Literal["int", "float8", "float4", "nf4", "ggml", "float16", "bfloat16", "dense"]
+Element = Literal["int", "float8", "float4", "nf4", "ggml", "float16", "bfloat16", "dense", "factored"]
 Activations = Literal["int8", "llm-int8", "float8", "float8-static"]
 Group = int | Literal["channel", "tensor"]
 
@@ -17,8 +17,8 @@ class Scheme:
     """One way to store a linear's weights.
 
     element: of one code: `int` (0 … 2^bits − 1 with a zero point), `float8` (E4M3), `float4` (E2M1), `nf4`
-    (NormalFloat, arXiv 2305.14314 §3), `ggml` (blocks as llama.cpp defines them), a 16-bit type as it is, or
-    `dense` (the type of the model, of so many bits).
+    (NormalFloat, arXiv 2305.14314 §3), `ggml` (blocks as llama.cpp defines them), a 16-bit type as it is, `dense` (the
+    type of the model, of so many bits), or `factored` (a product of two matrices of that type).
     bits: of one code, without scales. group_size: input columns that share a scale; `channel`: an output row,
     `tensor`: all. symmetric: no zero points are stored.
     activations: how a consumer rounds what the linear reads, before it multiplies: `int8` and `float8` with a scale a
@@ -27,6 +27,8 @@ class Scheme:
     nested: the scales are 8-bit codes themselves, 256 to a scale (double quantization, arXiv 2305.14314 §3).
     sparsity: share of the weights that become zero, where element is `dense`.
     ggml: name of the block type, for example `q4_k`, where element is `ggml`.
+    rank: columns of the first factor and rows of the second, where element is `factored`; basis: the linear under whose
+    name the second is kept, which may be that of several linears with one input.
     """
 
     element: Element
@@ -37,6 +39,8 @@ class Scheme:
     ggml: str | None = None
     nested: bool = False
     sparsity: float = 0.0
+    rank: int = 0
+    basis: str | None = None
 
     def columns(self, inputs: int) -> int:
         """Input columns of one scale in a linear of so many inputs."""
@@ -64,6 +68,7 @@ SCALE_BITS: dict[Element, int] = {
     "float16": 0,
     "bfloat16": 0,
     "dense": 0,
+    "factored": 0,
 }
 
 # Of one weight, with everything that its block stores (ggml-common.h: block_q2_K and so on).

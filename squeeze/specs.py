@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, f
 from squeeze.compressing import Compress
 from squeeze.descent import Auto, or_auto
 from squeeze.distillation import Distill, Hidden, OnPolicy
+from squeeze.factoring import SVD
 from squeeze.finetuning import Adapters, Finetune, Head, QLoRA
 from squeeze.formats import holders
 from squeeze.merging import Merge
@@ -283,6 +284,20 @@ class JobSpec(Wire):
                     f"step {latter} zeroes no more than step {former} did: {other.sparsity:g} after {one.sparsity:g}; "
                     "let the share grow"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _factors_once_before_quantizing(self) -> Self:
+        factoring = [n for n, step in enumerate(self.steps) if isinstance(step, SVD)]
+        if len(factoring) > 1:
+            raise ValueError(f"steps {factoring} all factor: keep one of them, with the share that you want")
+        if factoring and any(isinstance(step, Sparsify) for step in self.steps):
+            raise ValueError("products of factors have no zeros, and zeros no low rank: keep one of svd and the other")
+        if factoring and not all(isinstance(step, Quantize) for step in self.steps[factoring[0] + 1 :]):
+            raise ValueError(
+                "the step after one that factors would fill the ranks again: train before it, in this job or another; "
+                "only a step that quantizes may follow it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,9 +1,10 @@
 """The steps of a job, one class per method: what it takes, with units, ranges and defaults.
 
-Those that quantize are here, those that zero weights in `squeeze.sparsifying`, those that make smaller models in
-`squeeze.slimming`, those that finetune in `squeeze.finetuning`, those that distill in `squeeze.distillation`, those
-that merge in `squeeze.merging`. A method is found by its name: `kind` and `method` are the folder and the file in
-`models/` (`quantize`, `gptq` -> `models/quantize/gptq.py`). A new method adds its class and that file, nothing else.
+Those that quantize are here, those that zero weights in `squeeze.sparsifying`, the one that factors them in
+`squeeze.factoring`, those that make smaller models in `squeeze.slimming`, those that finetune in `squeeze.finetuning`,
+those that distill in `squeeze.distillation`, those that merge in `squeeze.merging`. A method is found by its name:
+`kind` and `method` are the folder and the file in `models/` (`quantize`, `gptq` -> `models/quantize/gptq.py`). A new
+method adds its class and that file, nothing else.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args
@@ -12,6 +13,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from squeeze.compressing import Compress, Statistic
 from squeeze.distillation import DISTILLING_METHODS
+from squeeze.factoring import SVD
 from squeeze.finetuning import TRAINING_METHODS
 from squeeze.merging import MERGING_METHODS, Merge
 from squeeze.schemes import Activations, Scheme
@@ -354,11 +356,12 @@ METHODS: tuple[type[Quantize], ...] = (
     KQuant,
 )
 
-Method = type[Quantize] | type[Sparsify] | type[Slim] | type[Train] | type[Merge]
+Method = type[Quantize] | type[Sparsify] | type[SVD] | type[Slim] | type[Train] | type[Merge]
 STEPS: tuple[Method, ...] = (
     *METHODS,
     *SLIMMING_METHODS,
     *SPARSIFYING_METHODS,
+    SVD,
     *TRAINING_METHODS,
     *DISTILLING_METHODS,
     *MERGING_METHODS,
@@ -378,6 +381,6 @@ def tag_of(method: Method) -> str:
 
 
 if TYPE_CHECKING:
-    Step = Quantize | Sparsify | Slim | Train | Merge
+    Step = Quantize | Sparsify | SVD | Slim | Train | Merge
 else:
     Step = Annotated[Union[tuple(Annotated[one, Tag(tag_of(one))] for one in STEPS)], Discriminator(_tag)]  # noqa: UP007 - of as many as there are

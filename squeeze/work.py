@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from squeeze.compressing import Compress
+from squeeze.factoring import SVD
 from squeeze.formats import CAPACITIES, candidates
 from squeeze.shapes import Block, Group, Shape
 from squeeze.sparsifying import SparseGPT, Sparsify, Uneven
@@ -47,10 +48,13 @@ CLIP_STEPS = 20
 LEARNED_SEQUENCES = 8  # that a step of AutoRound looks at
 LEARN_VISITS = 40  # of a weight in such a step
 CHOOSING_VISITS = 16  # of a weight, until it is known whether it becomes zero
+EIGEN = 50.0  # of n³, until the eigenvectors of (n, n) are known in float64; measured
+DOUBLE = 4.5  # of an operation of a product in float64
 ZSTD = 500.0  # of a byte, of source and result, whose size under zstd is measured
 ZSTD_BYTES = 1 << 30  # of each, at the most
 SKETCHED_TOKENS = (16, 512)  # sequences, and tokens of each, that gradients are taken on
 SKETCH_ROWS = 128
+GRADIENT_ROWS = 512  # of the sketch that outputs are weighed by
 CERTIFIED = (16, 8192)  # windows, and tokens of all together, that a certifying process scores
 GENERATED_TOKENS = 24
 COMPARED_VISITS = 8  # of a token of the vocabulary where two models' logits are compared
@@ -90,6 +94,8 @@ def _counted(shape: Shape, spec: JobSpec, step: Compress, *, last: bool) -> dict
         stages["allotting"] = _allotting(shape, spec, step, tokens)
     if isinstance(step, Uneven) and step.distribution == "owl":
         stages["allotting"] = _looking(shape, tokens)
+    if isinstance(step, SVD):
+        stages["allotting"] = _ranking(shape, spec, step, tokens)
     stages["compressing"] = _compressing(shape, step, tokens)
     if isinstance(step, QAT):
         stages["training"] = _training(shape, step, tokens)
@@ -159,6 +165,21 @@ def _looking(shape: Shape, tokens: Tokens) -> Count:
         for group in block.groups:
             blocks += 2 * VISIT * tokens.calibration * group.share * group.columns + 6 * VISIT * group.weights
     return Count(shape.outside * shape.stored_bytes * BYTE, blocks)
+
+
+def _ranking(shape: Shape, spec: JobSpec, step: SVD, tokens: Tokens) -> Count:
+    """Gradients on a part of the text, then every layer decomposed on all of it, alone and with those beside it."""
+    some = min(spec.data.samples, SKETCHED_TOKENS[0]) * min(tokens.length, SKETCHED_TOKENS[1]) * step.gradients
+    looked = tokens.sampled * (step.ranks == "loss")
+    blocks = 0.0
+    for block in shape.blocks:
+        blocks += 3 * of_reading(block, shape) + (4 * some + looked) * of_token(block, shape, tokens.length)
+        for group in block.groups:
+            blocks += some * 2 * GRADIENT_ROWS * group.share * sum(group.rows) + _gathering(group, step, looked)
+            if looked:
+                alone = [Group(group.columns, (rows,), group.share) for rows in group.rows]
+                blocks += sum(_decomposing(one, step) for one in (group, *alone))
+    return Count(3 * some * of_head(shape) + shape.outside * shape.stored_bytes * BYTE, blocks)
 
 
 def _compressing(shape: Shape, step: Compress, tokens: Tokens) -> Count:
@@ -280,12 +301,19 @@ def _kquant(group: Group, step: Compress) -> float:  # noqa: ARG001 - all mixtur
     return _feeding_back(group) + (SEARCH_VISITS + ROUND_VISITS) * VISIT * group.weights
 
 
+def _decomposing(group: Group, step: Compress) -> float:  # noqa: ARG001 - whatever is asked of it
+    """Products with the second moments, and the eigenvectors of the smaller side."""
+    few, many = sorted((sum(group.rows), group.columns))
+    return EIGEN * few**3 + DOUBLE * (2 * group.weights * group.columns + 6 * few**2 * many)
+
+
 SOLVERS: Mapping[type[Compress], Callable[[Group, Compress], float]] = {
     GPTQ: _gptq,
     AWQ: _awq,
     HQQ: _hqq,
     SmoothQuant: _smoothquant,
     KQuant: _kquant,
+    SVD: _decomposing,
 }
 
 

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from squeeze.errors import DiskFull
+from squeeze.factoring import SVD
 from squeeze.merging import Merge
 from squeeze.slimming import Slim
 from squeeze.sparsifying import Sparsify
@@ -50,8 +51,9 @@ def _written_bytes(spec: JobSpec, source_bytes: int) -> int:
 
 def _made_bytes(spec: JobSpec, source_bytes: int) -> int:
     goes_on = sum(isinstance(step, Merge | Slim | Train) for step in spec.steps[:-1])  # what it made, to the next step
-    zeroed = [step for step in spec.steps if isinstance(step, Sparsify)]  # kept as they are, and whole for a next step
-    kept = sum(source_bytes * (1 if step is spec.steps[-1] else 2) for step in zeroed) + source_bytes * goes_on
+    # Kept as they are, and whole for a next step.
+    plain = [step for step in spec.steps if isinstance(step, Sparsify | SVD)]
+    kept = sum(source_bytes * (1 if step is spec.steps[-1] else 2) for step in plain) + source_bytes * goes_on
     return int(source_bytes * _CODES_SHARE) + kept + _written_bytes(spec, source_bytes)
 
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from api.admission import directory_of
 from api.auth import Project
 from api.body import Spec, documented
+from api.factoring import refuse_unfactorable
 from api.learning import refuse_unusable
 from api.merging import refuse_unlike
 from api.problems import refusals
@@ -108,6 +109,7 @@ def submit(
     refuse_unlike(service, project, spec)
     refuse_unprunable(service, project, spec)
     refuse_unmeetable(service, project, spec)
+    refuse_unfactorable(service, project, spec)
     body_hash = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
     with service.database.write() as session:
         record, created = lifecycle.submit(

@@ -43,7 +43,7 @@ def write(
     embeddings and norms, which the engine does not compress, are cast as well.
     """
     element = quantized.step.scheme().element
-    if element == "dense":
+    if element in ("dense", "factored"):
         _write_dense(source, quantized, out, notify, shard_bytes)
         return
     dtype = TYPES[element]
@@ -71,13 +71,13 @@ def read(out: Path, module: str) -> Plain:
 
 
 def _write_dense(source: SourceModel, quantized: QuantizedModel, out: Path, notify: Notify, shard_bytes: int) -> None:
-    """Of a step that changed weights and not their type."""
+    """Of a step that changed weights and not their type; what it factored is multiplied out."""
 
     def site_piece(site: Site) -> Piece:
         name, shape = f"{site.name}.weight", (site.rows, site.columns)
 
         def make() -> dict[str, Tensor]:
-            weight = quantized.part(site.name, "weight")
+            weight = quantized.codes(site.name).dequantize(quantized.dtype)
             return {name: weight.T.contiguous() if site.transposed else weight}
 
         return Piece({name: (quantized.dtype, shape[::-1] if site.transposed else shape)}, make)

@@ -41,7 +41,7 @@ def pruned(inputs: Inputs, step: Sparsify, clock: Clock, notify: Notify, team: T
     with clock.stage("loading"):
         source = open_or_convert(inputs.model, inputs.work / "source")
         following = work_of(source, inputs.spec, inputs.spec.compressing[-1])
-    begun = compressed(replace(inputs, spec=alone), clock, _Before(notify, following), team)
+    begun = compressed(replace(inputs, spec=alone), clock, Before(notify, following), team)
     model, work = begun.codes.model, {name: each for name, each in begun.begun.work.items() if name != "certifying"}
     # A directory that is there is whole, and as long as nobody touches it, the next step resumes as well.
     whole = inputs.work / f"pruned-{sha256((model.directory / 'fingerprint').read_bytes()).hexdigest()[:16]}"
@@ -77,7 +77,7 @@ def added(report: Report, inputs: Inputs, done: Done) -> Report:
     )
 
 
-class _Before:
+class Before:
     """Tells of this step as of a part of the job. The next one counts as what comes last, until it tells of itself."""
 
     def __init__(self, notify: Notify, following: Mapping[str, float]) -> None:

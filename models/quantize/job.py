@@ -35,6 +35,7 @@ from models.job import (
 )
 from models.material import Material, read_tokenizer
 from models.progress import Notify
+from models.prune import factoring
 from models.prune.counting import counted_zeros, saved_by_zeros
 from models.prune.outliers import spread
 from models.quantized import QuantizedModel
@@ -46,8 +47,9 @@ from models.train import rounded
 from models.work import work_of
 from squeeze import __version__
 from squeeze.compressing import Compress
+from squeeze.factoring import SVD
 from squeeze.objects import Stage
-from squeeze.report import Allocation, Block, Certificate, Report, Sparsity
+from squeeze.report import Allocation, Block, Certificate, Factoring, Report, Sparsity
 from squeeze.report_training import Tuning
 from squeeze.report_zeros import BlockZeros
 from squeeze.schemes import Scheme
@@ -68,8 +70,8 @@ def run_compression(
         notify.stage(Stage.exporting)
         directories = written.export(notify)
         zeros = written.zeros(next(iter(directories.values())))
-    if zeros is not None:
-        notify.event("warning", saved_by_zeros(zeros))
+    for warning in written.first(zeros):
+        notify.event("warning", warning)
     certificates = certified(inputs, directories, partial(written.certify, notify), clock, notify)
     return closed(inputs, directories, completed(written.report(directories, certificates, clock, zeros)))
 
@@ -91,7 +93,11 @@ def compressed(inputs: Inputs, clock: Clock, notify: Notify, team: Team) -> "Com
             streams, frames = (held.original, held.compressed), begun.frames
             measured = measure(frames.result, begun.texts.windows, *streams, notify, reference=frames.reference)
     codes.done.activations.release()
-    return Compressed(inputs, team, begun, codes, measured)
+    factors: Factoring | None = None
+    if codes.ranked is not None and isinstance(step, SVD) and begun.texts.calibration is not None:
+        with clock.stage("evaluating"):
+            factors = factoring.told(step, codes.ranked, begun.frames.result, codes.done, begun.texts.calibration.ids)
+    return Compressed(inputs, team, begun, codes, measured, factors)
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class _Begun:
 @dataclass(frozen=True)
 class _Codes:
     """What the last block left. allocation: of bits `auto`. tuning: where the rounded model then learned. uneven: where
-    each block has its own share of zeros.
+    each block has its own share of zeros. ranked: of a step that factors.
     """
 
     done: engine.Quantization
@@ -118,6 +124,7 @@ class _Codes:
     allocation: Allocation | None
     tuning: Tuning | None
     uneven: list[BlockZeros] | None
+    ranked: factoring.Ranked | None = None
 
     @property
     def model(self) -> QuantizedModel:
@@ -158,7 +165,7 @@ def _begun(inputs: Inputs, step: Compress, notify: Notify) -> _Begun:
 
 
 def _codes(inputs: Inputs, step: Compress, begun: _Begun, clock: Clock, notify: Notify, team: Team) -> _Codes:
-    frames, texts, schemes, allocation = begun.frames, begun.texts, None, None
+    frames, texts, schemes, allocation, ranked = begun.frames, begun.texts, None, None, None
     if isinstance(step, Grouped) and allots(step):
         with clock.stage("allotting"):
             schemes, allocation = _allot(inputs, frames.result, step, texts, notify)
@@ -166,6 +173,10 @@ def _codes(inputs: Inputs, step: Compress, begun: _Begun, clock: Clock, notify: 
     if isinstance(step, Uneven) and step.distribution == "owl":
         with clock.stage("allotting"):
             schemes, uneven = _spread(inputs, frames.result, step, texts, notify)
+    if isinstance(step, SVD):
+        with clock.stage("allotting"):
+            ranked = _rank(inputs, frames.result, step, texts, notify)
+            schemes = ranked.schemes
     mark = fingerprint(inputs.spec, inputs.identity, inputs.device, begun.source, texts, schemes)
     with clock.stage("compressing"):
         done = lead(
@@ -180,12 +191,13 @@ def _codes(inputs: Inputs, step: Compress, begun: _Begun, clock: Clock, notify: 
             snapshot_seconds=inputs.snapshot_seconds,
             memory_bytes=inputs.activation_bytes,
             schemes=schemes,
+            method=ranked,
         )
     tuning: Tuning | None = None
     if isinstance(step, QAT):
         done, tuning = _learned(inputs, step, frames, texts, schemes, done, mark, clock, notify)
     blocks = done.blocks if begun.losses is None else casts.noted(done.blocks, begun.losses, begun.source)
-    return _Codes(done, blocks, allocation, tuning, uneven)
+    return _Codes(done, blocks, allocation, tuning, uneven, ranked)
 
 
 def _allot(
@@ -215,6 +227,14 @@ def _spread(
         inputs.snapshot_seconds,
         inputs.activation_bytes,
     )
+
+
+def _rank(inputs: Inputs, frame: Frame, step: SVD, texts: Material, notify: Notify) -> factoring.Ranked:
+    assert texts.calibration is not None, "a decomposition is weighed by text"
+    mark = fingerprint(inputs.spec, inputs.identity, inputs.device, frame.source, texts)
+    with params_named(inputs.spec, step):
+        ids, directory = texts.calibration.ids, inputs.work / "spectra"
+        return factoring.ranked(frame, step, ids, directory, mark, notify, inputs.activation_bytes)
 
 
 def _learned(
@@ -253,7 +273,7 @@ def _learned(
 class Compressed:
     """Everything that the end of a job needs: writes the directories, has them certified, tells the story.
 
-    measured: against the original, where that was wanted.
+    measured: against the original, where that was wanted. factors: of a step that factors.
     """
 
     inputs: Inputs
@@ -261,6 +281,7 @@ class Compressed:
     begun: _Begun
     codes: _Codes
     measured: Measured | None
+    factors: Factoring | None = None
 
     def export(self, notify: Notify) -> dict[Format, Path]:
         stored = self.begun.frames.turned or self.begun.source  # that which is not quantized is taken from
@@ -284,6 +305,12 @@ class Compressed:
             with restored(directory) as plain:
                 return counted_zeros(self.begun.source, plain, sites, step)
         return counted_zeros(self.begun.source, directory, sites, step)
+
+    def first(self, zeros: Sparsity | None) -> list[str]:
+        """What the user should know before anything else, of a step that leaves weights in the model's own type."""
+        if self.factors is not None:
+            return [factoring.saved_by_factors(self.factors, self.inputs.spec.formats)]
+        return [] if zeros is None else [saved_by_zeros(zeros)]
 
     def certify(self, notify: Notify, name: Format, directory: Path) -> list[Certificate]:
         frame = self.begun.frames.result
@@ -322,15 +349,16 @@ class Compressed:
             calibration=calibration.text if calibration else None,
             quality=quality,
             tuning=self.codes.tuning,
-            bits_per_weight=self.codes.model.bits_per_weight if zeros is None else None,
+            bits_per_weight=self.codes.model.bits_per_weight if not self.first(zeros) else None,
             sparsity=zeros,
+            factoring=self.factors,
             rotation=None if frames.turned is None else told(frames.turned, frames.reference, frames.result),
             allocation=self.codes.allocation,
             sizes=[size_part(name, directory, begun.source.weight_bytes) for name, directory in directories.items()],
             blocks=blocks,
             damping_escalations=sum(layer.damping_escalations for block in blocks for layer in block.layers),
             certificates=certificates,
-            warnings=begun.warnings if zeros is None else [saved_by_zeros(zeros), *begun.warnings],
+            warnings=[*self.first(zeros), *begun.warnings],
             spent=spent(
                 clock,
                 begun.work,

@@ -1,0 +1,132 @@
+"""Low rank: a singular value decomposition of what a linear's weights do to its inputs, cut short.
+
+Source: Wang et al., SVD-LLM, arXiv 2403.07378 §3.1: with H = S Sᵀ the second moment of the inputs, cutting the singular
+values of W S loses exactly their squares of the outputs' energy, which is the least that any matrix of that rank can
+lose. We differ so: outputs are weighed too, by the second moment G = A Aᵀ of the gradients there, where that is known:
+the singular values of Aᵀ W S are cut, and their squares are the predicted divergence, ½ tr(G ΔW H ΔWᵀ), which then is
+the least for that rank. It is found by the eigenvectors of the smaller of both products of Aᵀ W S with itself, in
+float64: on the side of the outputs no root of H is needed, on that of the inputs none of G. Some of the mean is added
+to both diagonals, so that what the text does not show is not taken for nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.factored import Factored
+from models.plain import saturated
+from models.quantize.feedback import DAMPING_FACTOR, MOST_DAMPING
+from models.quantize.problem import Problem, Solution
+from models.statistics import Hessian
+from squeeze.errors import FactorisationFailed
+from squeeze.factoring import SVD
+
+TILE = 1024  # columns of a second moment that are widened at once
+GRADIENT_DAMPING = 0.1  # a sketch of so many sums knows no more directions than that
+LEAST = 1e-30
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Of Aᵀ W S. losses: its squared singular values, the largest first, float64. left, right: (out, n), (n, in)
+    float64: their product is W, that of the first r columns and rows the best of rank r. damping: of H, as a share of
+    its mean diagonal, and how often that had to be raised.
+    """
+
+    losses: Tensor
+    left: Tensor
+    right: Tensor
+    damping: float
+    escalations: int
+
+
+def prune(problem: Problem, step: SVD) -> Solution:
+    """The factors of linears with one input, the second shared where they are several.
+
+    Raises FactorisationFailed where no damping makes the second moment of the inputs positive definite.
+    """
+    if problem.statistics is None or problem.statistics.hessian is None:
+        raise ValueError("a decomposition needs the second moment of the layer's inputs")
+    rank = problem.scheme.rank
+    found = decomposed(problem.W, problem.statistics.hessian, step.damping, problem.gradients)
+    left, right = found.left[:, :rank], found.right[:rank]
+    # Of one size, so that neither leaves the range of a 16-bit type.
+    balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(LEAST)).sqrt().clamp_min(LEAST)
+    factored = Factored(
+        saturated((left * balance).float(), problem.dtype).contiguous(),
+        saturated((right / balance.unsqueeze(1)).float(), problem.dtype).contiguous(),
+        problem.scheme,
+    )
+    return Solution(factored, found.damping, found.escalations)
+
+
+def decomposed(W: Tensor, hessian: Hessian, damping: float, gradients: Tensor | None) -> Decomposition:
+    """W: (out, in) float32. gradients: (n, out) float32, whose second moment, summed, is that of the outputs; None:
+    outputs count alike. H is the mean over tokens.
+    """
+    mean = float(hessian.diagonal.double().mean()) / max(hessian.count, 1)
+    decompose = _by_outputs if len(W) <= W.shape[1] else _by_inputs
+    escalations = 0
+    while damping <= MOST_DAMPING:
+        found = decompose(W.double(), hessian, (damping * mean) if mean > 0 else 1.0, gradients)
+        if found is not None:
+            return Decomposition(*found, damping, escalations)
+        damping, escalations = damping * DAMPING_FACTOR, escalations + 1
+    raise FactorisationFailed(
+        f"the second moment of the inputs of a layer with {W.shape[1]} of them is not positive definite even with "
+        f"damping {MOST_DAMPING:g}; its activations are degenerate: give other or more calibration text"
+    )
+
+
+Found = tuple[Tensor, Tensor, Tensor]
+
+
+def _by_outputs(W: Tensor, hessian: Hessian, added: float, gradients: Tensor | None) -> Found | None:
+    """Of Aᵀ W H Wᵀ A, (out, out)."""
+    A: Tensor | None = None
+    B = W
+    if gradients is not None:
+        S = gradients.double()
+        G = S.T @ S
+        G.diagonal().add_(_share(G.diagonal().mean()))
+        A = torch.linalg.cholesky(G)
+        B = A.T @ W
+    gram = added * (B @ B.T)
+    for start in range(0, W.shape[1], TILE):
+        columns = slice(start, start + TILE)
+        gram += (B @ hessian.sum[:, columns].double() / max(hessian.count, 1)) @ B[:, columns].T
+    if not bool(torch.isfinite(gram).all()):
+        return None
+    losses, P = _eigen(gram)
+    left = P if A is None else torch.linalg.solve_triangular(A.T, P, upper=True)
+    return losses, left, P.T @ B
+
+
+def _by_inputs(W: Tensor, hessian: Hessian, added: float, gradients: Tensor | None) -> Found | None:
+    """Of Sᵀ Wᵀ G W S, (in, in)."""
+    H = hessian.sum.double() / max(hessian.count, 1)
+    H.diagonal().add_(added)
+    S, failed = torch.linalg.cholesky_ex(H)
+    if failed or not bool(torch.isfinite(S.diagonal()).all()):
+        return None
+    B = W @ S
+    gram = B.T @ B
+    if gradients is not None:
+        seen = gradients.double()
+        gram *= _share(seen.square().sum() / seen.shape[1])
+        seen = seen @ B
+        gram += seen.T @ seen
+    losses, Q = _eigen(gram)
+    return losses, B @ Q, torch.linalg.solve_triangular(S.T, Q, upper=True).T
+
+
+def _share(mean: Tensor) -> float:
+    """What is added to the diagonal of G, by its mean."""
+    return max(GRADIENT_DAMPING * float(mean), LEAST)
+
+
+def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """(eigenvalues, the largest first, none negative; eigenvectors in that order as columns)"""
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    return values.clamp_min(0).flip(0), vectors.flip(1)
