@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
@@ -13,7 +14,15 @@ from api.tables import Table
 from api.tensors import has_chat_template
 from jobs import files
 from jobs.records import FileRecord
-from squeeze.documents import PARQUET, Row, grain_for, rows_in
+from squeeze.documents import PARQUET, Row, Wrong, grain_for, rows_in
+from squeeze.domains import (
+    Domained,
+    domained_in,
+    refuse_few_domains,
+    refuse_many_domains,
+    refuse_missing_domains,
+    refuse_unknown_domains,
+)
 from squeeze.errors import ArtifactNotFound, DataUnusable, FileNotFound
 from squeeze.labels import Labelled, labelled_in, name_of, refuse_one_label, refuse_unknown
 from squeeze.names import OWN_ID
@@ -55,16 +64,21 @@ def refuse_unusable(service: Service, project: str, spec: JobSpec) -> Seen:
     if not any(isinstance(step, Train) for step in spec.steps):
         return Seen()
     apart = spec.evaluation.source is not None
-    label = spec.label_column
-    data = _Look(service, project, DATA, spec.data.source, spec.data.column, label)
-    held_out = _Look(service, project, EVALUATION, spec.evaluation.source, spec.evaluation.column, label)
+    label, domain = spec.label_column, spec.domain_column
+    data = _Look(service, project, DATA, spec.data.source, spec.data.column, label, domain)
+    held_out = _Look(service, project, EVALUATION, spec.evaluation.source, spec.evaluation.column, label, domain)
     if data.count is not None:
         refuse_too_few(data.count, apart=apart)
         if label is not None:
             refuse_one_label(sorted(data.labels))
             refuse_unknown(held_out.labels, data.labels)
+        if domain is not None:
+            refuse_few_domains(data.domains, domain, apart=apart)
+            refuse_unknown_domains(held_out.domains, data.domains)
     if held_out.count is not None:
         refuse_nothing_held_out(held_out.count)
+        if domain is not None:
+            refuse_missing_domains(held_out.domains, data.domains)
     return Seen(data.chat or held_out.chat, data.records)
 
 
@@ -95,7 +109,7 @@ class _Enough(Exception):
 class _Look:
     """One file's records, as far as they are looked at. count: of them; None where there may be more. records: what
     that comes to for the whole file. labels: the names of those that were seen, where each record is to have one, in
-    the field `label`.
+    the field `label`. domains: records of each that was seen, where each is to name one in the field `domain`.
     """
 
     def __init__(
@@ -106,8 +120,10 @@ class _Look:
         source: str | None,
         column: str | None,
         label: str | None,
+        domain: str | None,
     ) -> None:
         self.labels: set[str] = set()
+        self.domains: Counter[str] = Counter()
         self.count: int | None = None
         self.records: int | None = None
         self.chat: str | None = None
@@ -123,16 +139,17 @@ class _Look:
         table = Table(service.storage, record.storage_key, CHECKED_BYTES) if first.startswith(PARQUET) else None
         with blamed(param):
             try:
-                rows = rows_in(beginning, column, faults) if table is None else _soon(table.rows(column, label))
-                found: Iterator[tuple[str, Record | Labelled]] = (
-                    records_in(rows, column, grain_for(record.bytes), faults)
-                    if label is None
-                    else labelled_in(rows, column, label, faults)
+                rows = (
+                    rows_in(beginning, column, faults) if table is None else _soon(table.rows(column, label or domain))
                 )
-                for where, one in found:
+                for where, one in _found_in(rows, column, grain_for(record.bytes), (label, domain), faults):
                     count += 1
                     if isinstance(one, Labelled):
                         self.labels.add(name_of(one.label))
+                    if isinstance(one, Domained):
+                        self.domains[one.domain] += 1
+                        refuse_many_domains(self.domains, str(domain))
+                        one = one.record  # noqa: PLW2901 - which may be a chat
                     if self.chat is None and isinstance(one, Chat):
                         self.chat = where
                 self.count = count if table is None or table.whole else None
@@ -143,6 +160,18 @@ class _Look:
             self.records = round(count * max(1.0, record.bytes / max(1, beginning.seen)))
         else:
             self.records = table.records
+
+
+def _found_in(
+    rows: Iterable[Row], column: str | None, grain: int, beside: tuple[str | None, str | None], wrong: Wrong
+) -> Iterator[tuple[str, Record | Labelled | Domained]]:
+    """beside: the fields of a label and of a domain, where records are to have one."""
+    label, domain = beside
+    if label is not None:
+        return labelled_in(rows, column, label, wrong)
+    if domain is not None:
+        return domained_in(rows, column, domain, wrong)
+    return records_in(rows, column, grain, wrong)
 
 
 def _found(service: Service, project: str, source: str | None) -> FileRecord | None:

@@ -52,7 +52,7 @@ class Inputs:
     digest: of the files of a model that has no revision and never changes. student: of the model that learns from this
     one, where the job names it; its name, revision and digest as the model's.
     original: what the result is compared with, where an earlier step changed the model. teacher: what it was before
-    anything was taken from it, where that was in an earlier round. goes_on: another round follows this one.
+    anything was taken from it; None: nothing was. goes_on: another round follows this one.
     consumers: Pythons of environments that results are loaded in, by the consumer's name. activation_bytes: see
     `engine.quantize`.
     """

@@ -19,12 +19,11 @@ from models.job import Inputs, Outcome, result_of
 from models.progress import Notify
 from models.work import summed
 from squeeze import __version__
-from squeeze.compressing import Compress
 from squeeze.distillation import Distill
+from squeeze.domains import takes_something
 from squeeze.errors import SqueezeError
 from squeeze.report import Report, Round
 from squeeze.rounds import Round as Part
-from squeeze.slimming import Slim
 
 MARK, REPORT = "mark", "report.json"
 Run = Callable[[Inputs, Notify], Outcome]
@@ -82,14 +81,9 @@ def _one(inputs: Inputs, part: Part, number: int, standing: _Standing, run: Run,
         notify.event("info", f"{notify.name} was done by an earlier attempt")
     report = Report.model_validate_json((out / REPORT).read_text(encoding="utf-8"))
     whole, teacher = out / "safetensors", standing.teacher
-    if teacher is None and any(_takes(step) for step in part.spec.steps):
+    if teacher is None and any(takes_something(step) for step in part.spec.steps):
         teacher = standing.model
     return _Standing(whole, mark, teacher, (*standing.told, report))
-
-
-def _takes(step: object) -> bool:
-    """Whether what it makes is to be as good as what it began with, and is less."""
-    return isinstance(step, Compress | Distill) or (isinstance(step, Slim) and not step.equivalent)
 
 
 def _inputs_of(inputs: Inputs, part: Part, number: int, standing: _Standing, out: Path) -> Inputs:

@@ -3,7 +3,7 @@
 `kind` and `method` are the folder and the file in `models/` (`distill`, `logits` -> `models/distill/logits.py`).
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -158,6 +158,9 @@ class Sequence(Distill):
     prompt_tokens: int = Field(16, ge=1, le=32768, description="Of a text, from which the teacher goes on.")
     temperature: float = Field(
         1.0, ge=0, le=100, description="Of the teacher's sampling. 0: always what it finds likeliest."
+    )
+    domainless: ClassVar[str | None] = (
+        "domains are weighed by what was lost of the text, and sequence learns what the teacher writes instead"
     )
 
 

@@ -255,6 +255,7 @@ class Head(Finetune):
         max_length=128,
         description="The column (or JSONL field) that holds the label: a string, a whole number or a bool.",
     )
+    domainless: ClassVar[str | None] = "domains are weighed by what a model lost of its text, and head learns labels"
 
     @property
     def whole(self) -> bool:

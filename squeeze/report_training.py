@@ -11,7 +11,8 @@ from squeeze.sharding import Way
 
 class TrainingData(Part):
     """What was learned from, and what the loss was measured on. sha256: of token ids (int32 little-endian), of what is
-    learned (a byte a token) and of where each example begins (int64 little-endian), one behind the other.
+    learned (a byte a token), of where each example begins and, where domains are weighed, of the number of each
+    example's (int64 little-endian), one behind the other.
     """
 
     origin: str
@@ -28,6 +29,10 @@ class TrainingData(Part):
         None, description="Records to learn from by label, in the order of the labels' numbers; of `head` alone."
     )
     held_out_labels: dict[str, int] | None = Field(None, description="Held-out records by label, in the same order.")
+    domains: dict[str, int] | None = Field(
+        None, description="Records to learn from by domain, where `domain_column` names these."
+    )
+    held_out_domains: dict[str, int] | None = Field(None, description="Held-out records by domain.")
 
 
 class TrainingStep(Part):
@@ -48,6 +53,27 @@ class HeldOutLoss(Part):
 
     step: int = Field(description="After so many steps.")
     loss: float = Field(description="Mean over the learned tokens of the held-out examples.")
+    domain_losses: dict[str, float] | None = Field(None, description="The same by domain, where domains are weighed.")
+    domain_weights: dict[str, float] | None = Field(
+        None, description="Shares of the sequences that are learned from, by domain, from here to the next look."
+    )
+
+
+class Domain(Part):
+    """A domain of what was learned from, where these were weighed by what was lost in them."""
+
+    name: str
+    tokens: int = Field(description="To learn from.")
+    sequences: int = Field(description="To learn from, packed where they are.")
+    drawn: int = Field(description="Sequences that were learned from, as often as they were.")
+    measured_tokens: int = Field(description="Held-out learned tokens that its loss was measured on.")
+    weight_before: float = Field(description="Its share of the sequences, at which it began.")
+    weight_after: float = Field(description="Share of the sequences that were drawn last; `held_out` has all others.")
+    loss_reference: float = Field(
+        description="Held-out, of the model before anything was taken from it; of a distillation, of the teacher."
+    )
+    loss_before: float = Field(description="Held-out, of the model as the training found it.")
+    loss_after: float = Field(description="Held-out, of what was kept.")
 
 
 class Distillation(Part):
@@ -118,6 +144,9 @@ class Training(Part):
     distillation: Distillation | None = Field(None, description="Of a step that distills alone.")
     processes: int = Field(1, description="That shared the batches.")
     sharding: Way | None = Field(None, description="Where they were several: what each of them held of the model.")
+    domains: list[Domain] = Field(
+        default_factory=list, description="Where `domain_column` names these; the loss counts as many tokens of each."
+    )
     chosen: list[Choice] = Field(default_factory=list, description="What each `auto` of the request came to, and why.")
 
 

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, f
 from squeeze.compressing import Compress
 from squeeze.descent import Auto, or_auto
 from squeeze.distillation import Distill, Hidden, OnPolicy
+from squeeze.domains import refuse_unweighable
 from squeeze.factoring import SVD
 from squeeze.finetuning import Adapters, Finetune, Head, QLoRA
 from squeeze.formats import holders
@@ -228,6 +229,11 @@ class JobSpec(Wire):
         """The field of a record that holds its label, where a step learns labels."""
         return next((step.label_column for step in self.steps if isinstance(step, Head)), None)
 
+    @property
+    def domain_column(self) -> str | None:
+        """The field of a record that names its domain, where a step weighs these."""
+        return next((step.domain_column for step in self.steps if isinstance(step, Train)), None)
+
     @field_validator("model")
     @classmethod
     def _names_a_model(cls, value: str) -> str:
@@ -391,6 +397,11 @@ class JobSpec(Wire):
                         f"steps.{number}: teacher and student would have other tokens, so that there is nothing to "
                         "compare: let vocabulary be the first step, and another model be no student"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _weighs_what_was_lost(self) -> Self:
+        refuse_unweighable(self.steps, named=self.data.source not in (None, SELF))
         return self
 
     @model_validator(mode="after")

@@ -64,6 +64,15 @@ class Train(Descent):
         ge=1,
         description="With `evaluate_every`: stop after so many looks in a row that found no lower held-out loss.",
     )
+    domain_column: str | None = Field(
+        None,
+        min_length=1,
+        max_length=128,
+        description="The column (or JSONL field) that names the domain of a record. Domains are then weighed by what "
+        "was lost in them (arXiv 2310.06694, section 2.2): at every look at the held-out loss the share of each in "
+        "the batches is multiplied by exp(its loss − that of the model before anything was taken from it), where that "
+        "is more. Needs `evaluate_every`, and a teacher or a step before that pruned.",
+    )
     sharding: Sharding = Field(
         "auto",
         description="With `limits.gpus` above 1, what each GPU holds. `ddp`: all weights. `full`: a part of the "
@@ -75,6 +84,7 @@ class Train(Descent):
         "`qlora`, `hidden` and `on_policy` take `ddp` alone: rounded weights and teachers are not taken apart.",
     )
     by_block: ClassVar[bool] = False
+    domainless: ClassVar[str | None] = None  # why domains can't be weighed, in words
 
     @model_validator(mode="after")
     def _says_once_how_long(self) -> Self:
@@ -87,6 +97,12 @@ class Train(Descent):
     def _fits_together(self) -> Self:
         if self.patience is not None and self.evaluate_every is None:
             raise ValueError("patience counts looks at the held-out loss: say `evaluate_every` too")
+        if self.domain_column is not None and self.domainless is not None:
+            raise ValueError(f"{self.domainless}: leave domain_column out")
+        if self.domain_column is not None and self.evaluate_every is None:
+            raise ValueError(
+                "domains are weighed at every look at the held-out loss: say `evaluate_every` beside domain_column"
+            )
         return self
 
     @property

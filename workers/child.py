@@ -20,7 +20,7 @@ from models.job import Inputs, Named, merging_step
 from models.snapshots import SNAPSHOT_SECONDS
 from models.team import Team
 from models.train.checkpoints import adopt
-from models.train.examples import check_records
+from models.train.division import check_records
 from squeeze.errors import ProcessKilled
 from squeeze.specs import JobSpec
 from squeeze.steps import QAT
@@ -165,7 +165,7 @@ def _merged(request: Request, spec: JobSpec, storage: Storage, teller: Teller, b
 
 def _check_examples(spec: JobSpec, data: Located, held_out: Located | None) -> None:
     columns = spec.data.column, spec.evaluation.column
-    check_records(data.path, held_out.path if held_out else None, columns, spec.label_column)
+    check_records(data.path, held_out.path if held_out else None, columns, spec.label_column, spec.domain_column)
 
 
 def _settle(spec: JobSpec, request: Request) -> None:

@@ -64,6 +64,22 @@ def read_held_out(
 
 
 @torch.no_grad()
+def losses_said(frame: Frame, hidden: Tensor, examples: Examples) -> tuple[Tensor, Tensor]:
+    """(negative log-likelihood, number) of the learned tokens of each example, both (n,) float64, by the teacher.
+    hidden: of `read_held_out`.
+    """
+    owners = torch.arange(len(examples)).repeat_interleave(examples.starts.diff())[examples.scored]
+    targets = examples.ids[examples.scored].long()
+    sums, counts = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(2))
+    with frame.surroundings():
+        for part, logits in logits_in_slices(frame, hidden):
+            each = F.cross_entropy(logits, targets[part].to(logits.device), reduction="none").double().cpu()
+            sums.index_add_(0, owners[part], each)
+            counts.index_add_(0, owners[part], torch.ones_like(each))
+    return sums, counts
+
+
+@torch.no_grad()
 def apart(task: Task, accelerator: Accelerator, frame: Frame, hidden: Tensor, vocabulary: int) -> Apart:
     """How far the task's model is from the teacher. hidden: of `read_held_out`. vocabulary: ids that both
     know; the rest are what fills a table of embeddings up.

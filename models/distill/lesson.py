@@ -6,7 +6,7 @@ from importlib import import_module
 from accelerate import Accelerator
 from torch import Tensor
 
-from models.distill.held_out import Apart, apart, read_held_out
+from models.distill.held_out import Apart, apart, losses_said, read_held_out
 from models.distill.teaching import Taught, Teaching
 from models.distill.writing import ends_of
 from models.frame import Frame
@@ -63,6 +63,11 @@ class Lesson:
         if self._hidden is None:
             return None
         return apart(task, accelerator, self._frame, self._hidden, self._vocabulary)
+
+    def teacher_losses(self) -> tuple[Tensor, Tensor]:
+        """As `losses_said`, of the held-out examples. They have a vocabulary in common."""
+        assert self._hidden is not None, "the teacher read them"
+        return losses_said(self._frame, self._hidden, self._prepared.held_out)
 
     def told(self, before: Apart | None, after: Apart | None) -> Distillation:
         """before, after: of the student, on the held-out examples."""

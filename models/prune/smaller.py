@@ -20,7 +20,7 @@ from models.evaluation import Measured, measure
 from models.fingerprint import fingerprint
 from models.formats.directory import linked, refuse_broken_companions, without_private, write_json
 from models.frame import Frame
-from models.job import Inputs, Outcome, libraries, params_named, size_part, source_part
+from models.job import Inputs, Outcome, libraries, params_named, size_part, slimming_step, source_part
 from models.material import Material, read_tokenizer
 from models.progress import Notify
 from models.prune import pacing
@@ -163,7 +163,9 @@ def for_what_follows(inputs: Inputs, done: Done) -> Inputs:
         digest = done.mark if inputs.identity is not None else None
         taught = replace(inputs, student=done.whole, student_name=name, student_digest=digest)
         return taught if inputs.teacher is None else replace(taught, model=inputs.teacher)
-    return replace(inputs, model=done.whole)
+    step = slimming_step(inputs.spec)
+    taken = inputs.teacher is None and step is not None and not step.equivalent
+    return replace(inputs, model=done.whole, teacher=inputs.model if taken else inputs.teacher)
 
 
 def added(report: Report, inputs: Inputs, done: Done) -> Report:

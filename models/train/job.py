@@ -39,6 +39,7 @@ from models.train.leading import lead, told
 from models.train.loop import accelerator_of, train
 from models.train.merging import stored_dtype, write_merged
 from models.train.prepare import TRAINING, Prepared, begun, method_of, prepare
+from models.train.reference import reference_losses, weighed
 from models.train.telling import doubts_of, mean, sample_of, training_part
 from models.train.whole import write_trained
 from models.work import ahead, summed
@@ -128,6 +129,11 @@ def _trained(
         with clock.stage("teaching"), processes.leader_first():
             lesson = Lesson(prepared, inputs, notify)
         notify.stage(Stage.loading)
+    reference = None
+    if step.domain_column is not None:
+        with clock.stage("training"), processes.leader_first():
+            reference = reference_losses(prepared, inputs, lesson, notify)
+        notify.stage(Stage.loading)
     base = rounded_base(prepared, inputs, clock, notify)
     with clock.stage("loading"):
         task, initial, warnings = begun(prepared, None if base is None else base.codes)
@@ -141,6 +147,8 @@ def _trained(
         notify.expect(ahead(work, prepared.source, prepared.spec))
         if lesson is not None:
             task, before = lesson.given(task), lesson.apart(task, accelerator)
+        if reference is not None:
+            task = weighed(prepared, task, reference)
     with clock.stage("training"):
         notify.stage(Stage.training)
         accuracy = task.held_out_accuracy(accelerator) if isinstance(step, Head) else None
@@ -154,7 +162,7 @@ def _trained(
         right = None if accuracy is None else (accuracy, task.held_out_accuracy(accelerator))
     with clock.stage("exporting"):
         notify.stage(Stage.exporting)
-        training = training_part(prepared, task, story, mean(losses))
+        training = training_part(prepared, task, story, losses)
         if right is not None:
             training = training.model_copy(update=accuracies(right, task.held_out))
         if lesson is not None:

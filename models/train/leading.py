@@ -31,7 +31,7 @@ WORDS: dict[Way, str] = {
     "zero2": "each of them holds all weights, and a part of their gradients and of the optimizer's state",
     "zero3": "each of them holds a part of the weights, by DeepSpeed",
 }
-PATHS = ("model", "student", "calibration_text", "evaluation_text", "work", "out")
+PATHS = ("model", "student", "teacher", "calibration_text", "evaluation_text", "work", "out")
 TEXTS = (
     "model_name",
     "student_name",

@@ -28,6 +28,7 @@ from models.train.checkpoints import (
     random_tensors,
     restore_random,
 )
+from models.train.domains import Domains, weights_told
 from models.train.examples import Examples
 from models.train.optimizers import BAdam, optimizer_of, optimizer_tensors, restore_optimizer
 from models.train.packing import Batch, Plan, Row
@@ -48,7 +49,8 @@ SMALLEST_SCALE = 1.0  # of a loss in fp16; a gradient that is too large even so 
 class Task:
     """model: on its device, with what is to learn in float32. held_out: empty where nobody looks at their loss.
     packed: rows hold several examples each. objective: what falls; the held-out loss is the negative log-likelihood
-    whatever it is. beside: learns too, and is worth nothing once the training is over. processes: that share the work.
+    whatever it is. domains: of which batches are made, where these are weighed. beside: learns too, and is worth
+    nothing once the training is over. processes: that share the work.
     """
 
     model: Any
@@ -60,6 +62,7 @@ class Task:
     packed: bool
     device: torch.device
     objective: Objective = learned_losses
+    domains: Domains | None = None
     beside: nn.Module | None = None
     processes: Processes = ALONE
 
@@ -191,7 +194,8 @@ class _Run:
         processes.draw(task.plan.seed, number)
         if isinstance(task.objective, Turning):
             task.objective.turn_to(task.plan.seed, number)
-        parts = processes.batches(task.examples, task.plan.batch(number), task.step.micro)
+        rows = task.plan.batch(number) if task.domains is None else task.domains.batch(number, self.story.held_out)
+        parts = processes.batches(task.examples, rows, task.step.micro)
         learned, tokens = processes.total(sum(one.learned for one in parts), sum(one.tokens for one in parts))
         if isinstance(self._optimizer, BAdam):
             self._optimizer.turn_to(number)
@@ -293,13 +297,18 @@ class _Run:
         came = nullcontext() if self.story.done else without_virtual_tokens(self._task.model)
         with self._averages.in_place(), came:
             sums, counts = self._task.held_out_losses(self._accelerator)
-        found = HeldOutLoss(step=self.story.done, loss=float(sums.sum() / counts.sum()))
+        if (domains := self._task.domains) is None:
+            found = HeldOutLoss(step=self.story.done, loss=float(sums.sum() / counts.sum()))
+        else:
+            found = domains.look(self.story.done, self._task.held_out, (sums, counts), self.story.held_out)
         best = self.story.best
         self.story.held_out.append(found)
         if self._task.step.evaluate_every is not None and found.step and (best is None or found.loss < best.loss):
             self._best = copied(self._held if not self._averages.tensors else self._averages.tensors)
         self._notify.event(
-            "info", f"held-out loss after {found.step} steps: {found.loss:.4f}", step=found.step, loss=found.loss
+            "info",
+            f"held-out loss after {found.step} steps: {found.loss:.4f}{weights_told(found)}",
+            **found.model_dump(exclude_none=True),
         )
 
     def _stop_where_it_falls_no_more(self) -> None:

@@ -69,6 +69,19 @@ def rows_of(lengths: Sequence[int], length: int, *, packed: bool) -> list[Row]:
     return [tuple(row) for row in rows]
 
 
+def rows_apart(examples: Examples, length: int, *, packed: bool) -> list[Row]:
+    """As `rows_of`; where their domains are told apart, those of one sequence are of one."""
+    lengths = examples.lengths
+    if examples.domains is None:
+        return rows_of(lengths, length, packed=packed)
+    found: list[Row] = []
+    for domain in sorted(set(examples.domains.tolist())):
+        own = (examples.domains == domain).nonzero()[:, 0].tolist()
+        rows = rows_of([lengths[number] for number in own], length, packed=packed)
+        found += [tuple(own[place] for place in row) for row in rows]
+    return found
+
+
 def batch_of(examples: Examples, rows: Sequence[Row], filler: int = 0) -> Batch:
     """The sequences side by side, as long as the longest. filler: the token behind the shorter ones."""
     length = max(sum(len(examples.one(number)[0]) for number in row) for row in rows)
@@ -128,6 +141,12 @@ def steps_for(
     return max(1, math.ceil(places / batch_size))
 
 
+def order_of(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """In which so many sequences are gone through for the time `epoch`, the first being 0."""
+    dice = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return tuple(torch.randperm(count, generator=dice).tolist())
+
+
 def micro_batches(rows: Sequence[Row], size: int | None) -> Iterator[Sequence[Row]]:
     """The parts of a batch that go through the model together."""
     size = size or len(rows)
@@ -135,7 +154,4 @@ def micro_batches(rows: Sequence[Row], size: int | None) -> Iterator[Sequence[Ro
         yield rows[start : start + size]
 
 
-@lru_cache(maxsize=2)
-def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    dice = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return tuple(torch.randperm(count, generator=dice).tolist())
+_order = lru_cache(maxsize=2)(order_of)

@@ -24,9 +24,10 @@ from models.progress import Notify, Silent
 from models.quantized import QuantizedModel, Site
 from models.resources import Clock
 from models.train.choices import Choices, choose_length, choose_rest
+from models.train.domains import evenly
 from models.train.examples import Examples, Split
 from models.train.loop import Task
-from models.train.packing import Plan, rows_of, steps_for
+from models.train.packing import Plan, rows_apart, rows_of, steps_for
 from models.train.processes import ALONE, Processes
 from models.train.scoring import own, packs
 from models.train.texts import examples_of
@@ -107,7 +108,7 @@ class Prepared:
 
     def plan(self, *, packed: bool) -> Plan:
         step, lengths = self.step, self.split.train.lengths
-        rows = rows_of(lengths, self.length, packed=packed)
+        rows = rows_apart(self.split.train, self.length, packed=packed)
         steps = step.steps or steps_for(
             rows, lengths, step.sequences, self.seed, epochs=step.epochs, tokens=step.tokens
         )
@@ -198,7 +199,7 @@ def prepare(
         source=source,
         sites=method_of(step).sites_of(frame, step),
         split=split,
-        held_out=_first(_mixed(split, spec.seed), spec.evaluation.samples * length),
+        held_out=_measured(split, spec.seed, spec.evaluation.samples * length),
         length=length,
         precision=precision,
         device=device,
@@ -282,15 +283,22 @@ def resolved(precision: Precision, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
+def _measured(split: Split, seed: int, tokens: int) -> Examples:
+    """What of the held-out examples the loss is measured on, of so many tokens together: the first of them, or as many
+    of each domain.
+    """
+    if split.held_out.domains is not None:
+        return evenly(split.held_out, tokens)
+    return _first(_mixed(split, seed), tokens)
+
+
 def _mixed(split: Split, seed: int) -> Examples:
     """What is held out; with labels in an order that the seed draws, since files are often sorted by label."""
     examples = split.held_out
     if split.data.labels is None:
         return examples
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
-    pairs = [examples.one(number) for number in order]
-    lengths = torch.tensor([0, *(len(ids) for ids, _ in pairs)])
-    return Examples(torch.cat([ids for ids, _ in pairs]), torch.cat([one for _, one in pairs]), lengths.cumsum(0))
+    dice = torch.Generator().manual_seed(seed % 2**63)
+    return examples.chosen(torch.randperm(len(examples), generator=dice).tolist())
 
 
 def _first(examples: Examples, tokens: int) -> Examples:

@@ -6,6 +6,7 @@ from typing import Literal, cast
 from torch import Tensor
 
 from models.certify_run import MAX_TOKENS, MAX_WINDOWS, Sample
+from models.train import domains
 from models.train.accuracy import doubts
 from models.train.checkpoints import Story
 from models.train.examples import Examples
@@ -15,8 +16,8 @@ from models.train.zero import numel
 from squeeze.report_training import Training
 
 
-def training_part(prepared: Prepared, task: Task, story: Story, after: float) -> Training:
-    """after: the held-out loss of what was learned, in nats per token."""
+def training_part(prepared: Prepared, task: Task, story: Story, after: tuple[Tensor, Tensor]) -> Training:
+    """after: held-out losses of what was learned, as `mean` has them."""
     rows, step, best = task.plan.rows, prepared.step, story.best
     places = sum(one.tokens for one in story.curve)
     seconds = sum(one.seconds for one in story.curve)
@@ -38,20 +39,23 @@ def training_part(prepared: Prepared, task: Task, story: Story, after: float) ->
         stopped=story.stopped,
         best_step=best.step if best is not None and step.evaluate_every is not None else story.done,
         loss_before=story.held_out[0].loss,
-        loss_after=after,
+        loss_after=mean(after),
         curve=story.curve,
         held_out=story.held_out,
         tokens_per_second=round(places / max(seconds, 1e-9), 1),
         resumed=story.resumed,
         processes=prepared.processes.size,
         sharding=prepared.processes.way if prepared.processes.size > 1 else None,
+        domains=[]
+        if task.domains is None
+        else task.domains.told((task.examples, held_out), story.held_out, story.done, after),
         chosen=prepared.choices.made if prepared.choices else [],
     )
 
 
 def doubts_of(training: Training) -> list[str]:
     """Warnings for who reads the report."""
-    found = []
+    found = domains.doubts(training.domains)
     if training.loss_after >= training.loss_before:
         found.append(
             f"the held-out loss rose from {training.loss_before:.4f} to {training.loss_after:.4f}: nothing was learned "

@@ -16,11 +16,13 @@ from models.material import read_tokenizer
 from models.progress import Notify
 from models.resources import Clock
 from models.text import Split as Side
-from models.train.examples import Split, divided, read_examples
+from models.train.division import divided
+from models.train.examples import Split, read_examples
 from models.train.whole import load_whole
 from models.work import ahead, work_of_distilling
 from squeeze.distillation import Sequence
 from squeeze.distillation_work import lessons_written
+from squeeze.domains import Domained
 from squeeze.finetuning import Head
 from squeeze.labels import Labelled
 from squeeze.objects import Stage
@@ -70,6 +72,7 @@ def examples_of(
         origins=(origin, held_out_origin),
         columns=columns,
         label=label,
+        domain=step.domain_column,
     )
     if generic:
         split.warnings.append(
@@ -95,7 +98,7 @@ def _taught(
     records = [
         (is_apart, where, record)
         for is_apart, where, record in divided(*files, columns)
-        if not isinstance(record, Labelled)
+        if not isinstance(record, Labelled | Domained)
     ]
     rows = [json.dumps(row_of(record)) for _, _, record in records]
     digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()

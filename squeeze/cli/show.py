@@ -12,7 +12,7 @@ from rich.table import Table
 
 from squeeze.objects import Duration, Event, File, Job, Method, Plan
 from squeeze.report import Report, Round, Slimming
-from squeeze.report_training import Training
+from squeeze.report_training import Domain, Training
 
 WIDTH_WITHOUT_TERMINAL = 160
 TASKS = {"prompt": "reading a prompt", "writing": "writing"}
@@ -277,8 +277,15 @@ def _training_lines(one: Training) -> list[tuple[str, str]]:
         ),
         ("held-out loss", change_text(one.loss_before, one.loss_after)),
         *_accuracy_lines(one),
+        *(_domain_line(domain) for domain in one.domains),
         ("learned from", f"{one.data.records:,} records of {one.data.origin}, {one.data.held_out_records:,} held out"),
     ]
+
+
+def _domain_line(one: Domain) -> tuple[str, str]:
+    told = f"held-out loss {change_text(one.loss_before, one.loss_after)}, of the original {one.loss_reference:.3f}"
+    shares = f"share {one.weight_before:.1%} -> {one.weight_after:.1%}"
+    return f"domain {one.name}", f"{told}; {shares}, {one.drawn:,} sequences drawn of {one.sequences:,}"
 
 
 def _accuracy_lines(one: Training) -> list[tuple[str, str]]:

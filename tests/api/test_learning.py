@@ -234,3 +234,51 @@ def test_a_plan_tells_of_chats_without_a_template_and_of_a_model_without_room(
     assert obstacles(tokenizer_config={"chat_template": "{{ messages }}"}) == []
     ((param, message),) = obstacles(config={"model_type": "llama", "max_position_embeddings": 8})
     assert param == "model" and "8 positions; at least 16" in message
+
+
+PRUNE = {"kind": "prune", "method": "depth", "params_target": 0.9}
+WEIGHED = [PRUNE, LORA | {"merge": True, "domain_column": "kind", "evaluate_every": 5}]
+KINDS = [{"text": f"{n}", "kind": "xy"[n % 2]} for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", [*KINDS, {"text": "b"}], "line 5 has no `kind`, so that nobody knows which domain it is of"),
+        ("a.jsonl", [*KINDS, {"text": "b", "kind": None}], "line 5 has no `kind`"),
+        ("a.jsonl", [*KINDS, {"text": "b", "kind": 0.5}], "line 5: `kind` is to be a string, a whole number or a bool"),
+        ("a.jsonl", [*KINDS, {"text": "b", "kind": " "}], "line 5: `kind` is empty"),
+        ("a.jsonl", [*KINDS, {"words": "b", "kind": "x"}], "line 5 of the file has none of `text`"),
+        ("a.jsonl", KINDS[::2], "all records have the kind `x`, so that there is nothing to weigh"),
+        ("a.jsonl", KINDS[:3], "at least 2 records are needed"),
+        ("a.jsonl", [{"text": "b", "kind": n} for n in range(90)], "`kind` names more than 64 domains"),
+        ("a.txt", b"many words " * 100, "plain text, which names no domains"),
+        ("a.parquet", {"text": ["a", "b"]}, "the file has no `kind` among its columns (text)"),
+        ("a.parquet", {"text": ["a", "b", "c"], "kind": ["x", None, "y"]}, "row 2 has no `kind`"),
+    ],
+)
+def test_domains_are_looked_at_before_they_are_weighed(
+    shared: Running, name: str, content: bytes | list[Any] | dict[str, Any], words: str
+) -> None:
+    made = parquet(**content) if isinstance(content, dict) else content
+    assert words in refused(submitted(shared, uploaded(shared, made, name), steps=WEIGHED))
+
+
+def test_records_that_name_their_domain_are_taken_and_those_held_out_apart_must_have_each(shared: Running) -> None:
+    good, chats = uploaded(shared, KINDS), [{"messages": [{"role": "assistant", "content": "hi"}]}] * 4
+    assert submitted(shared, good, steps=WEIGHED).status_code == 202
+    named = [one | {"kind": n % 2 == 0} for n, one in enumerate(chats)]
+    assert submitted(shared, uploaded(shared, named), steps=WEIGHED).status_code == 202
+    two = parquet(text=["a", "b", "c", "d"], kind=[1, 1, 2, 2])
+    assert submitted(shared, uploaded(shared, two, "a.parquet"), steps=WEIGHED).status_code == 202
+    once = uploaded(shared, KINDS[:2])
+    assert submitted(shared, once, steps=WEIGHED, evaluation={"source": good}).status_code == 202
+    for rows, words in ((KINDS[:1], "has no records of `y`"), ([*KINDS, {"text": "c", "kind": "z"}], "is of: `z`")):
+        other = uploaded(shared, rows)
+        told = refused(submitted(shared, good, steps=WEIGHED, evaluation={"source": other}), "evaluation.source")
+        assert words in told
+
+
+def test_domains_that_nothing_was_lost_of_are_refused_before_the_file_is_looked_at(shared: Running) -> None:
+    answer = submitted(shared, uploaded(shared, KINDS), steps=WEIGHED[1:])
+    assert answer.status_code == 422 and "nothing was taken from the model" in answer.json()["detail"]

@@ -74,16 +74,30 @@ def test_a_student_of_another_tokenizer_is_not_compared_and_what_was_asked_anew_
         assert absent not in text, absent
 
 
+def test_domains_are_shown_with_what_they_weighed_and_lost() -> None:
+    prose = {
+        **{"name": "prose <i>", "tokens": 12_345, "sequences": 25, "drawn": 40, "measured_tokens": 900},
+        **{"weight_before": 0.25, "weight_after": 0.4321, "loss_reference": 2.125, "loss_before": 3.5},
+    }
+    known = {"domains": {"prose <i>": 77}, "held_out_domains": {"prose <i>": 8}}
+    text = _trained(domains=[prose | {"loss_after": 2.5}], data=DATA | known)
+    for shown in ("prose &lt;i&gt;", "77", "12,345", "25.0 %", "43.2 %", "40 of 25", "2.125", "3.5", "2.5", "0.375"):
+        assert shown in text, shown
+    assert "Domains" not in _trained()
+
+
+DATA = {
+    **{"origin": "file-<i>", "held_out_origin": "file-<i>", "records": 90, "held_out_records": 10, "examples": 90},
+    **{"held_out_examples": 10, "tokens": 900, "learned_tokens": 800, "sha256": "a", "held_out_sha256": "b"},
+}
+
+
 def _trained(**more: Any) -> str:
     """The page of a job that trained."""
     steps = [{"step": n, "loss": 3.0 - n, "learning_rate": 0.1, "gradient_norm": 1.0, "tokens": 9, "seconds": 0.1,
               "peak_host_bytes": 1, "peak_gpu_bytes": 0} for n in (1, 2)]  # fmt: skip
-    data = {
-        **{"origin": "file-<i>", "held_out_origin": "file-<i>", "records": 90, "held_out_records": 10, "examples": 90},
-        **{"held_out_examples": 10, "tokens": 900, "learned_tokens": 800, "sha256": "a", "held_out_sha256": "b"},
-    }
     training = {
-        **{"method": "lora", "precision": "fp32", "trainable_parameters": 1234, "trained_modules": 3, "data": data},
+        **{"method": "lora", "precision": "fp32", "trainable_parameters": 1234, "trained_modules": 3, "data": DATA},
         **{"sequence_length": 64, "packed": True, "sequences": 15, "filled": 0.9, "measured_examples": 10},
         **{"measured_tokens": 80, "steps": 2, "planned_steps": 2, "best_step": 2, "loss_before": 3.1},
         **{"loss_after": 1.0, "curve": steps, "tokens_per_second": 90.0},

@@ -18,7 +18,8 @@ from models.checkpoint import open_model
 from models.finetune import head
 from models.job import Inputs
 from models.pipeline import check, run
-from models.train.examples import check_records, divided, read_examples
+from models.train.division import check_records, divided
+from models.train.examples import read_examples
 from models.train.loop import accelerator_of
 from models.train.scoring import example_losses
 from models.train.turns import labelled_tokens

@@ -15,7 +15,7 @@ from models.job import Inputs
 from models.pipeline import run
 from squeeze.specs import JobSpec
 from tests.models.train.killed import Suicidal
-from tests.models.train.parts import inputs_for, spec_of
+from tests.models.train.parts import inputs_for, kinds, spec_of
 
 STEPS = 8
 _FULL = {"method": "full", "learning_rate": 1e-3}
@@ -33,6 +33,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "head": {"method": "head", "layers": 1},
     "prefix": {"method": "prefix", "virtual_tokens": 4},
     "logits": _DISTILL | {"method": "logits", "top_k": 8},
+    "domains": _DISTILL | {"method": "logits", "top_k": 8, "domain_column": "kind", "evaluate_every": 3},
     "hidden": _DISTILL | {"method": "hidden"},
     "on_policy": _DISTILL | {"method": "on_policy", "new_tokens": 6},
     "qat scales": _ROUNDED | {"train": "scales"},
@@ -53,7 +54,8 @@ def asked(way: str) -> JobSpec:
 
 def inputs_of(way: str, model: Path, room: Path) -> Inputs:
     rows = [{"text": f"my day {n} was {('bad', 'fine', 'flat')[n % 3]} then", "label": n % 3} for n in range(60)]
-    inputs = inputs_for(asked(way), model, room, rows if way == "head" else None)
+    own = {"head": rows, "domains": kinds()}
+    inputs = inputs_for(asked(way), model, room, own.get(way))
     return dataclasses.replace(inputs, snapshot_seconds=0.0)
 
 

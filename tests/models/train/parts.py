@@ -34,6 +34,15 @@ def sums(count: int = 60, seed: int = 0) -> list[dict[str, str]]:
     return [{"prompt": f"{a} + {b} = ", "completion": f"{a + b}, no more"} for a, b in pairs]
 
 
+def kinds(count: int = 30) -> list[dict[str, Any]]:
+    """Texts of three unlike kinds, half of them sums."""
+    dice = random.Random(1)
+    words = [" ".join(f"word{dice.randrange(300)}" for _ in range(30)) for _ in range(count // 2)]
+    lists = [json.dumps([dice.randrange(1000) for _ in range(20)]) for _ in range(count // 2)]
+    named = [{"text": text, "kind": kind} for kind, texts in (("words", words), ("lists", lists)) for text in texts]
+    return [one | {"kind": "sums"} for one in sums(count)] + named
+
+
 def written(path: Path, rows: list[Any]) -> Path:
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path

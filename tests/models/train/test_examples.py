@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from models.material import read_tokenizer
-from models.train.examples import Examples, Split, check_records, read_examples
+from models.train.division import check_records
+from models.train.examples import Examples, Split, read_examples
 from squeeze.errors import DataUnusable
 from tests.models.tiny import FAMILIES
 from tests.models.train.parts import sums, written
