@@ -87,7 +87,7 @@ CAPACITIES: dict[Format, Capacity] = {
         consumers=("llama.cpp",),
     ),
     "onnx": Capacity(
-        held=(Held("int", (4, 8), GROUPS, asymmetric=True),),
+        held=(Held("int", (4, 8), GROUPS, asymmetric=True), Held("factored", (16, 32, 64), ("channel",))),
         consumers=("onnxruntime",),
     ),
     "peft": Capacity(held=(), consumers=("peft",)),

@@ -1,9 +1,11 @@
-"""ONNX with weights of 2, 4 or 8 bits, for ONNX Runtime: `model.onnx`, its weights in `model.onnx_data`, the tokenizer.
+"""ONNX with weights of 4 or 8 bits, or as factors, for ONNX Runtime: `model.onnx`, `model.onnx_data`, the tokenizer.
 
 A linear is a `MatMulNBits`: `<name>.codes` uint8 (out, blocks, block·bits/8), the first code in the lowest bits;
 `<name>.scale` float32 (out, blocks); where asymmetric, `<name>.zero` uint8 (out, ⌈blocks·bits/8⌉). One scale a row is
-written once for each block of 128. Everything is computed in float32, activations too, so that a token costs the same
-alone and among others; weights that are not quantized stay in the source's type on disk.
+written once for each block of 128. A linear that was factored is two `MatMul`s, by `<name>.right` (in, rank) and
+`<name>.left` (rank, out) in the source's type; of linears that share the first, one has it. Everything is computed in
+float32, activations too, so that a token costs the same alone and among others; weights that are not quantized stay in
+the source's type on disk.
 
 Keys and values go in and out (`past_key_values.0.key`, `present.0.key` and so on), named as optimum names them.
 """
@@ -18,9 +20,10 @@ from torch import Tensor
 
 from models.checkpoint import SourceModel
 from models.codes import Codes
+from models.factored import Factored
 from models.formats.directory import without_private, write_companions, write_json, written_whole
 from models.formats.fitness import refuse_torn_groups
-from models.formats.onnx_graph import Blocks, graph_of, narrow
+from models.formats.onnx_graph import Blocks, Thin, graph_of, narrow
 from models.formats.packing import pack, unpack
 from models.frame import weightless
 from models.progress import Notify
@@ -43,9 +46,11 @@ def refuse(sites: Iterable[Site], schemes: Mapping[str, Scheme]) -> None:
 def write(source: SourceModel, quantized: QuantizedModel, out: Path, notify: Notify) -> None:
     """Writes a directory that ONNX Runtime runs. The graph is exported without weights, which are then streamed in."""
     refuse(quantized.sites.values(), quantized.schemes)
-    linears = {name: _blocks(site, quantized.schemes[name]) for name, site in quantized.sites.items()}
+    linears = {name: _written(site, quantized.schemes[name]) for name, site in quantized.sites.items()}
     plain = weightless(source.path, torch.float32)
-    model = graph_of(source.path, linears, _ties(source, plain.all_tied_weights_keys))
+    shared = {f"{name}.right": f"{one.basis}.right" for name, one in linears.items() if isinstance(one, Thin)}
+    shared = {name: basis for name, basis in shared.items() if name != basis}
+    model = graph_of(source.path, linears, _ties(source, plain.all_tied_weights_keys) | shared)
     contents = _Contents(source, quantized, linears, frozenset(name for name, _ in plain.named_parameters()))
     for name in tuple(model.graph.initializers):
         contents.fill(model.graph, name)
@@ -62,9 +67,12 @@ def write(source: SourceModel, quantized: QuantizedModel, out: Path, notify: Not
         ir.save(model, partial / FILE, external_data=DATA, callback=advance)
 
 
-def read(out: Path, module: str) -> Codes:
-    """The codes of one layer, from what `write` wrote."""
+def read(out: Path, module: str) -> Codes | Factored:
+    """The codes or factors of one layer, from what `write` wrote."""
     graph = ir.load(out / FILE).graph
+    left = graph.initializers.get(f"{module}.left.stored") or graph.initializers.get(f"{module}.left")
+    if left is not None:
+        return _factors(left)
     ((node, _),) = graph.initializers[f"{module}.codes"].uses()
     bits, size, columns = (node.attributes[name].as_int() for name in ("bits", "block_size", "K"))
     group = node.metadata_props["group"]
@@ -85,6 +93,30 @@ def read(out: Path, module: str) -> Codes:
     if group == "channel":
         return Codes(codes, scale[:, :1], zeros[:, :1], Scheme("int", bits, "channel", zero is None))
     return Codes(codes, scale, zeros, Scheme("int", bits, int(group), zero is None))
+
+
+def _factors(left: ir.Value) -> Factored:
+    """Of a linear whose second factor that is."""
+    ((node, _),) = left.uses()
+    if node.op_type == "Cast":
+        ((node, _),) = node.outputs[0].uses()
+    given = node.inputs[0]
+    right = None if given is None else (given.producer() or node).inputs[1]
+    if right is not None and right.const_value is None:
+        right = (right.producer() or node).inputs[0]  # that was widened
+    if right is None or right.const_value is None or left.const_value is None:
+        raise ModelMalformed(f"{FILE} holds no two factors at {left.name}")
+    first, second = (_tensor(one).T.contiguous() for one in (left.const_value, right.const_value))
+    basis = str(right.name).removesuffix(".stored").removesuffix(".right")
+    scheme = Scheme("factored", 8 * first.dtype.itemsize, "channel", rank=first.shape[1], basis=basis)
+    return Factored(first, second, scheme)
+
+
+def _tensor(value: ir.TensorProtocol) -> Tensor:
+    """numpy has no bfloat16 of its own."""
+    if value.dtype == ir.DataType.BFLOAT16:
+        return torch.tensor(value.numpy().view("int16")).view(torch.bfloat16)
+    return torch.tensor(value.numpy())
 
 
 def _genai_config(graph: ir.Graph, config: Any) -> dict[str, Any]:
@@ -132,7 +164,7 @@ class _Contents:
         self,
         source: SourceModel,
         quantized: QuantizedModel,
-        linears: Mapping[str, Blocks],
+        linears: Mapping[str, Blocks | Thin],
         parameters: frozenset[str],
     ) -> None:
         self.source, self.quantized, self.linears, self.parameters = source, quantized, linears, parameters
@@ -143,6 +175,9 @@ class _Contents:
         value = graph.initializers[name]
         if module in self.linears and leaf in ("codes", "scale", "zero"):
             _lazy(value, lambda: self._part(module, leaf))
+            return
+        if module in self.linears and leaf in ("left", "right"):
+            self._fill_factor(graph, module, leaf)
             return
         if name not in self.parameters:
             return  # what the model computes, which the exporter filled in
@@ -158,8 +193,18 @@ class _Contents:
         else:
             _lazy(value, lambda: self.source.tensor(key).to(torch.float32))
 
+    def _fill_factor(self, graph: ir.Graph, module: str, leaf: str) -> None:
+        name, stored = f"{module}.{leaf}", TYPES.get(self.quantized.dtype)
+        value = graph.initializers[name] if stored is None else narrow(graph, name, stored)
+
+        def make() -> Tensor:
+            return self.quantized.part(module, leaf).T.contiguous()
+
+        _lazy(value, make)
+
     def _part(self, module: str, leaf: str) -> Tensor:
         blocks = self.linears[module]
+        assert isinstance(blocks, Blocks), "it has codes"
         part = self.quantized.part(module, leaf)
         if leaf == "codes":
             padding = blocks.count * blocks.size - blocks.columns
@@ -179,7 +224,9 @@ def _lazy(value: ir.Value, make: Callable[[], Tensor]) -> None:
     value.const_value = ir.LazyTensor(lambda: ir.tensor(make(), name=name), dtype, shape, name=name)
 
 
-def _blocks(site: Site, scheme: Scheme) -> Blocks:
+def _written(site: Site, scheme: Scheme) -> Blocks | Thin:
+    if scheme.element == "factored":
+        return Thin(site.rows, site.columns, scheme.rank, scheme.basis or site.name)
     size = scheme.group_size if isinstance(scheme.group_size, int) else CHANNEL_BLOCK
     return Blocks(site.rows, site.columns, scheme.bits, size, not scheme.symmetric, str(scheme.group_size))
 

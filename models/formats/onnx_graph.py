@@ -1,8 +1,8 @@
 """The graph of a model for ONNX, its weights announced but not there: a model may be larger than memory.
 
-Linears to quantize become `MatMulNBits` of ONNX Runtime's own operators (domain `com.microsoft`). The others, and
-everything else, are what torch's exporter makes of the transformers model. Keys and values of earlier tokens go in and
-out, under the names that optimum gives them.
+Linears to quantize become `MatMulNBits` of ONNX Runtime's own operators (domain `com.microsoft`), those that were
+factored two `MatMul`s. The others, and everything else, are what torch's exporter makes of the transformers model. Keys
+and values of earlier tokens go in and out, under the names that optimum gives them.
 """
 
 import inspect
@@ -44,6 +44,30 @@ class Blocks:
     @property
     def count(self) -> int:
         return -(-self.columns // self.size)
+
+
+@dataclass(frozen=True)
+class Thin:
+    """A linear as two factors. basis: under whose name the one that the inputs meet first stands."""
+
+    rows: int
+    columns: int
+    rank: int
+    basis: str
+
+
+class ThinLinear(nn.Module):
+    """Takes the place of a linear: announces its factors, transposed, so that each is multiplied as it lies."""
+
+    def __init__(self, thin: Thin, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.right = nn.Parameter(torch.empty(thin.columns, thin.rank), requires_grad=False)
+        self.left = nn.Parameter(torch.empty(thin.rank, thin.rows), requires_grad=False)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x @ self.right @ self.left
+        return out if self.bias is None else out + self.bias
 
 
 class BlockLinear(nn.Module):
@@ -99,16 +123,17 @@ class _Cached(nn.Module):
         return out.logits, [(layer.keys, layer.values) for layer in out.past_key_values.layers]
 
 
-def graph_of(path: Path, linears: Mapping[str, Blocks], ties: Mapping[str, str]) -> ir.Model:
+def graph_of(path: Path, linears: Mapping[str, Blocks | Thin], ties: Mapping[str, str]) -> ir.Model:
     """The model that `config.json` describes, computing in float32.
 
-    linears: by name, those to quantize. ties: parameters that are another one's, by name. Initializers have the names
-    of the model's parameters; of a linear, `<name>.codes`, `.scale` and `.zero`. What they hold is undefined, but for
-    buffers.
+    linears: by name, those to quantize or to write as factors. ties: parameters that are another one's, by name.
+    Initializers have the names of the model's parameters; of a linear, `<name>.codes`, `.scale` and `.zero`, or `.left`
+    and `.right`. What they hold is undefined, but for buffers.
     """
     model = weightless(path, torch.float32)
-    for name, blocks in linears.items():
-        model.set_submodule(name, BlockLinear(blocks, model.get_submodule(name).bias))
+    for name, one in linears.items():
+        bias = model.get_submodule(name).bias
+        model.set_submodule(name, BlockLinear(one, bias) if isinstance(one, Blocks) else ThinLinear(one, bias))
     _announce(model)
     for target, source in ties.items():
         owner, _, leaf = target.rpartition(".")

@@ -132,16 +132,12 @@ def told(
 
 def saved_by_factors(told: Factoring, formats: Collection[Format]) -> str:
     """What the user should know first: where the factors save something, and where they don't."""
-    quicker = told.speed_factored.prompt / told.speed_before.prompt
     said = [
         f"with factors of {told.factored} of {told.linears} linears the model has {told.parameters_after:,} parameters"
         f", {told.parameters_after / told.parameters_before:.1%} of {told.parameters_before:,}"
     ]
     if "onnx" in formats:
-        said.append(
-            f"onnx holds the factors: smaller, and reads a prompt at {quicker:.2f} times the speed where PyTorch "
-            "multiplies by them"
-        )
+        said.append("onnx holds the factors, and is smaller for it")
     if "safetensors" in formats:
         said.append(
             "safetensors holds them multiplied out, which every loader takes: as many parameters and bytes as before, "

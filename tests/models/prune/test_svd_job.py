@@ -17,49 +17,48 @@ from models.formats import layout
 from models.pipeline import check, run
 from models.progress import Silent
 from models.prune.factored_frame import FactoredFrame
-from models.prune.factoring import ranked, saved_by_factors
-from models.team import SOLO
-from models.teamwork import frames_of, lead
+from models.prune.factoring import saved_by_factors
 from squeeze.errors import ModelMalformed, SpecInvalid
 from squeeze.factoring import SVD
 from squeeze.report import Report
-from tests.models.engine_parts import CPU, frame_of, perplexity_in_transformers, thrown
+from tests.models.engine_parts import frame_of, perplexity_in_transformers, thrown
 from tests.models.job_parts import Heard, digests, inputs_of
 from tests.models.prune.parts import spec_of, zeroing
 from tests.models.prune.svd_killed import STEP
+from tests.models.prune.svd_parts import factored
 from tests.models.tiny import FAMILIES, KINDS
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.parametrize("family", KINDS)
+USUAL = ("gpt2", "mixtral")  # (in, out) weights; experts
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in USUAL else pytest.param(family, marks=pytest.mark.slow) for family in KINDS]
+)
 def test_factors_of_every_kind_of_model_are_multiplied_out_into_a_plain_one(tmp_path: Path, family: str) -> None:
     model = FAMILIES[family](tmp_path / "model")
-    step, source, windows = SVD(method="svd", params_target=0.8), open_model(model), thrown()
-    frames = frames_of(source, step, CPU)
-    made = ranked(frames.result, step, windows.ids, tmp_path / "spectra", "", Silent())
-    assert any(len(group.names) > 1 for group in made.groups) or family not in ("llama", "mixtral", "deepseek_v3")
-    done = lead(
-        SOLO, frames, step, windows.ids, None, tmp_path / "work", "", Silent(), schemes=made.schemes, method=made
-    )
-    layout("safetensors").write(source, done.model, tmp_path / "out", Silent())
+    made, told = factored(model, tmp_path, SVD(method="svd", params_target=0.8))
+    assert any(len(group.names) > 1 for group in told.groups) or family not in ("llama", "mixtral", "deepseek_v3")
+    layout("safetensors").write(open_model(model), made, tmp_path / "out", Silent())
     before, after = open_model(model), open_model(tmp_path / "out")
     assert {n: (e.dtype, e.shape) for n, e in after.entries.items()} == {
         n: (e.dtype, e.shape) for n, e in before.entries.items()
     }
     frame = frame_of(model)
     for name, scheme in made.schemes.items():
-        factors = done.model.codes(name)
+        factors = made.codes(name)
         assert isinstance(factors, Factored) and factors.left.shape[1] == scheme.rank
         read = layout("safetensors").read(tmp_path / "out", name).dequantize(torch.float32)
         assert torch.equal(read, factors.dequantize(torch.float32))
-        basis = done.model.codes(scheme.basis or "")
+        basis = made.codes(scheme.basis or "")
         assert isinstance(basis, Factored) and torch.equal(basis.right, factors.right)
-    merged, split = (FactoredFrame(frame, done.model, merged=one) for one in (True, False))
-    with merged.block(0) as whole, split.block(0) as factored, frame.surroundings(), torch.no_grad():
-        hidden, calls = frame.enter(windows.ids[:1])
+    merged, split = (FactoredFrame(frame, made, merged=one) for one in (True, False))
+    with merged.block(0) as whole, split.block(0) as thin, frame.surroundings(), torch.no_grad():
+        hidden, calls = frame.enter(thrown().ids[:1])
         args, kwargs = calls[0]
-        outputs = [block(hidden.clone(), *args, **kwargs) for block in (whole, factored)]
+        outputs = [block(hidden.clone(), *args, **kwargs) for block in (whole, thin)]
         one, other = (each[0] if isinstance(each, tuple) else each for each in outputs)
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
@@ -92,16 +91,12 @@ def test_a_job_ends_with_a_model_that_loads_and_a_report_that_says_what_factors_
 def test_ignored_linears_keep_their_bits(tmp_path: Path) -> None:
     model = FAMILIES["llama"](tmp_path / "model")
     step = SVD(method="svd", params_target=0.9, ignore=("*.1.*",), ranks="uniform", gradients=False)
-    frames, windows = frames_of(open_model(model), step, CPU), thrown()
-    made = ranked(frames.result, step, windows.ids, tmp_path / "spectra", "", Silent())
-    done = lead(
-        SOLO, frames, step, windows.ids, None, tmp_path / "work", "", Silent(), schemes=made.schemes, method=made
-    )
-    layout("safetensors").write(open_model(model), done.model, tmp_path / "out", Silent())
+    made, told = factored(model, tmp_path, step)
+    layout("safetensors").write(open_model(model), made, tmp_path / "out", Silent())
     before, after = (load_file(directory / "model.safetensors") for directory in (model, tmp_path / "out"))
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert {name.removesuffix(".weight") for name in set(before) - same} == set(made.schemes)
-    assert set(made.cuts) == {site.name for site in frame_of(model).sites(0)}
+    assert set(told.cuts) == {site.name for site in frame_of(model).sites(0)}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,20 @@
+"""A model whose linears were factored, without the rest of the pipeline."""
+
+from pathlib import Path
+
+from models.checkpoint import open_model
+from models.progress import Silent
+from models.prune.factoring import Ranked, ranked
+from models.quantized import QuantizedModel
+from models.team import SOLO
+from models.teamwork import frames_of, lead
+from squeeze.factoring import SVD
+from tests.models.engine_parts import CPU, thrown
+
+
+def factored(model: Path, work: Path, step: SVD) -> tuple[QuantizedModel, Ranked]:
+    """On three short windows of dice."""
+    frames, ids = frames_of(open_model(model), step, CPU), thrown().ids
+    made = ranked(frames.result, step, ids, work / "spectra", "", Silent())
+    done = lead(SOLO, frames, step, ids, None, work / "factors", "", Silent(), schemes=made.schemes, method=made)
+    return done.model, made
