@@ -46,8 +46,12 @@ class Words:
     @property
     def numbers(self) -> dict[str, int]:
         """Of each token, added ones among them."""
-        found: dict[str, int] = self.readers[0].get_vocab(with_added_tokens=True)
-        return found
+        return {token: number for one in self.readers for token, number in one.get_vocab().items()}
+
+    @property
+    def end(self) -> int:
+        """The first number behind all of them."""
+        return 1 + max(self.numbers.values())
 
 
 def words_of(directory: Path) -> Words:
@@ -64,6 +68,13 @@ def words_of(directory: Path) -> Words:
         return Words(whole, json.loads(backend.to_str()), (backend,))
     own = _bare(Tokenizer.from_file(str(file)))
     readers = (backend,) if own.to_str() == backend.to_str() else (backend, own)
+    numbers = backend.get_vocab()
+    if any(numbers.get(token, number) != number for token, number in own.get_vocab().items()):
+        raise ArchitectureUnsupported(
+            "transformers gives the tokens of this model other numbers than its tokenizer.json, so that it can't be "
+            "trimmed",
+            param="method",
+        )
     return Words(whole, json.loads(file.read_text(encoding="utf-8")), readers)
 
 
