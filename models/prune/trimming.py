@@ -97,9 +97,9 @@ def write_beside(
     return _rewrite_others(out, new)
 
 
-def weights(source: SourceModel, sides: Sides, kept: Tensor) -> list[Piece]:
+def weights(source: SourceModel, sides: Sides, kept: Tensor, band_bytes: int = BAND_BYTES) -> list[Piece]:
     """Of the trimmed model; of what has a row for each token a band is read at a time. kept: old numbers, rising."""
-    return [_rows(source, name, kept) if ROWS.search(name) else _whole(source, name) for name in sides]
+    return [_rows(source, name, kept, band_bytes) if ROWS.search(name) else _whole(source, name) for name in sides]
 
 
 def trimmed_config(source: SourceModel, new: Mapping[int, int], rows: int) -> dict[str, Any]:
@@ -160,13 +160,13 @@ def _line_stays(line: str, left: Mapping[str, int]) -> bool:
     return len(pair) == 2 and merge_stays((pair[0], pair[1]), left)
 
 
-def _rows(source: SourceModel, name: str, kept: Tensor) -> Piece:
+def _rows(source: SourceModel, name: str, kept: Tensor, band_bytes: int) -> Piece:
     entry = source.entries[name]
     shape = (len(kept), *entry.shape[1:])
 
     def make() -> dict[str, Tensor]:
         made = torch.empty(shape, dtype=entry.dtype)
-        for start, stop in _bands(kept.tolist(), max(1, BAND_BYTES // (_row_bytes(entry)))):
+        for start, stop in _bands(kept.tolist(), max(1, band_bytes // _row_bytes(entry))):
             first = int(kept[start])
             band = read(_band(entry, first, int(kept[stop - 1]) + 1))
             made[start:stop] = band[kept[start:stop] - first]
