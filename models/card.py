@@ -9,6 +9,7 @@ from squeeze.finetuning import QLoRA
 from squeeze.report import Report
 from squeeze.report_parts import Quality, Text
 from squeeze.report_training import Training
+from squeeze.report_vocabulary import Trimming
 from squeeze.steps import Format
 
 LOADING = {
@@ -102,6 +103,7 @@ def _recipe(format_name: Format, report: Report) -> str:
         which = f", without the blocks {', '.join(map(str, made.removed))}" if made.removed else ""
         share = f"{made.parameters_after / made.parameters_before:.1%}".replace("%", " %")
         lines += [f"Made smaller: {made.parameters_after:,} parameters, {share} of the original's{which}.", ""]
+        lines += _trimmed(made.trimming)
     if report.training is not None and not _is_base(format_name, report):
         data = report.training.data
         what = "labels" if _labels(report) else "tokens"
@@ -117,6 +119,16 @@ def _recipe(format_name: Format, report: Report) -> str:
     if report.damping_escalations:
         lines += [f"{report.damping_escalations} factorisations needed more damping than asked for.", ""]
     return "\n".join(lines)
+
+
+def _trimmed(cut: Trimming | None) -> list[str]:
+    if cut is None:
+        return []
+    return [
+        f"Vocabulary trimmed to {cut.rows_after:,} of {cut.rows_before:,} tokens, among them all that the "
+        f"{cut.corpus.texts:,} texts of {cut.corpus.origin} have. Other text is told in smaller tokens.",
+        "",
+    ]
 
 
 def _figures(format_name: Format, report: Report) -> str:

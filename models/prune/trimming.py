@@ -46,8 +46,12 @@ class Words:
     @property
     def numbers(self) -> dict[str, int]:
         """Of each token, added ones among them."""
-        found: dict[str, int] = self.readers[0].get_vocab(with_added_tokens=True)
-        return found
+        return {token: number for one in self.readers for token, number in one.get_vocab().items()}
+
+    @property
+    def end(self) -> int:
+        """The first number behind all of them."""
+        return 1 + max(self.numbers.values())
 
 
 def words_of(directory: Path) -> Words:
@@ -64,6 +68,13 @@ def words_of(directory: Path) -> Words:
         return Words(whole, json.loads(backend.to_str()), (backend,))
     own = _bare(Tokenizer.from_file(str(file)))
     readers = (backend,) if own.to_str() == backend.to_str() else (backend, own)
+    numbers = backend.get_vocab()
+    if any(numbers.get(token, number) != number for token, number in own.get_vocab().items()):
+        raise ArchitectureUnsupported(
+            "transformers gives the tokens of this model other numbers than its tokenizer.json, so that it can't be "
+            "trimmed",
+            param="method",
+        )
     return Words(whole, json.loads(file.read_text(encoding="utf-8")), readers)
 
 
@@ -86,9 +97,9 @@ def write_beside(
     return _rewrite_others(out, new)
 
 
-def weights(source: SourceModel, sides: Sides, kept: Tensor) -> list[Piece]:
+def weights(source: SourceModel, sides: Sides, kept: Tensor, band_bytes: int = BAND_BYTES) -> list[Piece]:
     """Of the trimmed model; of what has a row for each token a band is read at a time. kept: old numbers, rising."""
-    return [_rows(source, name, kept) if ROWS.search(name) else _whole(source, name) for name in sides]
+    return [_rows(source, name, kept, band_bytes) if ROWS.search(name) else _whole(source, name) for name in sides]
 
 
 def trimmed_config(source: SourceModel, new: Mapping[int, int], rows: int) -> dict[str, Any]:
@@ -149,13 +160,13 @@ def _line_stays(line: str, left: Mapping[str, int]) -> bool:
     return len(pair) == 2 and merge_stays((pair[0], pair[1]), left)
 
 
-def _rows(source: SourceModel, name: str, kept: Tensor) -> Piece:
+def _rows(source: SourceModel, name: str, kept: Tensor, band_bytes: int) -> Piece:
     entry = source.entries[name]
     shape = (len(kept), *entry.shape[1:])
 
     def make() -> dict[str, Tensor]:
         made = torch.empty(shape, dtype=entry.dtype)
-        for start, stop in _bands(kept.tolist(), max(1, BAND_BYTES // (_row_bytes(entry)))):
+        for start, stop in _bands(kept.tolist(), max(1, band_bytes // _row_bytes(entry))):
             first = int(kept[start])
             band = read(_band(entry, first, int(kept[stop - 1]) + 1))
             made[start:stop] = band[kept[start:stop] - first]

@@ -9,6 +9,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
+from tokenizers import Tokenizer
 
 from models.checkpoint import SourceModel, open_or_convert
 from models.data import Windows, bytes_of, evaluation_passages
@@ -98,7 +99,7 @@ def slimmed(inputs: Inputs, step: Vocabulary, clock: Clock, notify: Notify) -> D
         size = corpus.survey(read)
         mark = f"{fingerprint(inputs.spec, inputs.identity, inputs.device, base, texts)} {size.sha256}"
         way = Pass(inputs.work / "counted", mark, size, notify, inputs.snapshot_seconds)
-        found = corpus.count(read, words.readers, 1 + max(words.numbers.values()), way)
+        found = corpus.count(read, words.readers, words.end, way)
         rows = int(frame.model.config.vocab_size)
         always = _always(step, base, words, pieces, rows)
         kept = prune(found.numbers | _looked_at(inputs, texts), always, pieces, rows, asked, step.multiple)
@@ -171,11 +172,9 @@ def _trimmed(
     settings, beside = trimmed_config(base, kept.new, kept.rows), inputs.work / "beside"
     left_out = write_beside(base, words, settings, kept.new, beside)
     trimmed = words_of(beside)
-    for old, new in zip(words.readers, trimmed.readers, strict=True):
-        was, numbers = old.get_vocab(with_added_tokens=True), kept.new
-        if new.get_vocab(with_added_tokens=True) != {
-            token: numbers[number] for token, number in was.items() if number in numbers
-        }:
+    for old, new in _pairs(words, trimmed):
+        was, numbers = old.get_vocab(), kept.new
+        if new.get_vocab() != {token: numbers[number] for token, number in was.items() if number in numbers}:
             raise ArchitectureUnsupported(
                 "the tokenizer of this model gives its tokens numbers by rules of its own, so that it can't be trimmed",
                 param="method",
@@ -188,8 +187,15 @@ def _compared(
     inputs: Inputs, words: Words, trimmed: Words, kept: Kept, read: Texts, size: Survey, mark: str, notify: Notify
 ) -> int:
     way = Pass(inputs.work / "compared", mark, size, notify, inputs.snapshot_seconds)
-    renumber = kept.renumber(1 + max(words.numbers.values()))
-    return corpus.compare(read, list(zip(words.readers, trimmed.readers, strict=True)), renumber, way)
+    renumber = kept.renumber(words.end)
+    return corpus.compare(read, _pairs(words, trimmed), renumber, way)
+
+
+def _pairs(words: Words, trimmed: Words) -> list[tuple[Tokenizer, Tokenizer]]:
+    """Of tokenizers, each at least once."""
+    count = max(len(words.readers), len(trimmed.readers))
+    before, after = ([one.readers[min(n, len(one.readers) - 1)] for n in range(count)] for one in (words, trimmed))
+    return list(zip(before, after, strict=True))
 
 
 def _judged(
@@ -262,7 +268,7 @@ def _unseen(inputs: Inputs, words: tuple[Words, Words], kept: Kept, told: Judged
         return None
     (before, after), measured_bytes = told.passages
     evaluation = inputs.spec.evaluation
-    stays = kept.renumber(1 + max(words[0].numbers.values())) >= 0
+    stays = kept.renumber(words[0].end) >= 0
     texts = documents_of(inputs.evaluation_text, "evaluation.source", evaluation.column)
     totals, covered, size_bytes = corpus.lengths(texts, [each.readers[0] for each in words], stays)
     return Unseen(

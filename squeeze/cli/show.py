@@ -13,6 +13,7 @@ from rich.table import Table
 from squeeze.objects import Duration, Event, File, Job, Method, Plan
 from squeeze.report import Report, Round, Slimming
 from squeeze.report_training import Domain, Training
+from squeeze.report_vocabulary import Trimming
 
 WIDTH_WITHOUT_TERMINAL = 160
 TASKS = {"prompt": "reading a prompt", "writing": "writing"}
@@ -266,7 +267,23 @@ def _slimming_lines(slimming: Slimming) -> list[tuple[str, str]]:
         ("tokens a second", f"{before.prompt:,.0f} -> {after.prompt:,.0f} of a prompt"),
         ("", f"{before.writing:,.1f} -> {after.writing:,.1f} writing"),
         *asked,
+        *_trimming_lines(slimming.trimming),
     ]
+
+
+def _trimming_lines(cut: Trimming | None) -> list[tuple[str, str]]:
+    if cut is None:
+        return []
+    lines = [
+        ("vocabulary", f"{cut.rows_before:,} -> {cut.rows_after:,} tokens, of which the text has {cut.found:,}"),
+        ("bits a byte", f"{cut.bits_per_byte_before:.3f} -> {cut.bits_per_byte_after:.3f} of the text"),
+    ]
+    if (other := cut.unseen) is not None:
+        lines += [
+            ("other text", f"{other.tokens_before:,} -> {other.tokens_after:,} tokens of {other.origin}"),
+            ("", f"{other.bits_per_byte_before:.3f} -> {other.bits_per_byte_after:.3f} bits a byte"),
+        ]
+    return lines
 
 
 def _training_lines(one: Training) -> list[tuple[str, str]]:
