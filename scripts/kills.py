@@ -32,6 +32,12 @@ STEPS: dict[str, dict[str, Any]] = {
     "autoround": {"method": "autoround", "bits": 4, "iterations": 8},
     "smoothquant": {"method": "smoothquant"},
     "kquant": {"method": "kquant"},
+    "magnitude": {"kind": "prune", "method": "magnitude"},
+    "wanda": {"kind": "prune", "method": "wanda"},
+    "sparsegpt": {"kind": "prune", "method": "sparsegpt", "pattern": "2:4"},
+    "svd": {"kind": "prune", "method": "svd", "params_target": 0.75},
+    "depth": {"kind": "prune", "method": "depth", "blocks": 12},
+    "width": {"kind": "prune", "method": "width", "params_target": 0.75},
 }
 
 
@@ -136,7 +142,7 @@ def work(model: Path, room: Path, step: dict[str, Any]) -> None:
 
     class Says(Silent):
         def stage(self, stage: Any) -> None:
-            if stage == "compressing":
+            if stage == ("calibrating" if step["method"] in ("depth", "width") else "compressing"):
                 print(f"start {finished(room)}", flush=True)
 
         def advance(self, done: int, total: int, unit: str) -> None:  # noqa: ARG002
@@ -146,7 +152,7 @@ def work(model: Path, room: Path, step: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     asked = {
         "model": "random",
-        "steps": [{"kind": "quantize", **step}],
+        "steps": [{"kind": "quantize"} | step],
         "data": {"samples": 16, "sequence_length": 128},
         "evaluation": {"samples": 4},
     }
