@@ -34,6 +34,7 @@ from squeeze.factoring import SVD
 from squeeze.finetuning import Adapters, Head, LoRA, QLoRA
 from squeeze.formats import OF_ANY_FAMILY, refuse_unfit
 from squeeze.objects import Obstacle, Plan
+from squeeze.saving import savings
 from squeeze.slimming import Paced, Slim
 from squeeze.specs import SELF, JobSpec, hub_text
 from squeeze.steps import Format, Grouped, Quantize
@@ -55,7 +56,7 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
         config = config_of(files)
         tensors = tensors_of(files)
     except SqueezeError as error:
-        return _answer([*obstacles, _obstacle(error)])
+        return _answer([*obstacles, _obstacle(error)], saves=savings(spec.steps, spec.formats))
     legs = legs_of(service, project, spec, config, tensors)
     made = legs[-1].made
     obstacles += [_obstacle(error) for leg in legs for error in leg.made.obstacles]
@@ -76,6 +77,7 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
     costs = Costs(service, project, spec, legs, seen.records)
     return _answer(
         obstacles,
+        saves=savings(spec.steps, spec.formats),
         model_revision=files.revision,
         parameters=sum(tensor.elements for tensor in tensors.values()) or None,
         source_bytes=source_bytes,

@@ -5,9 +5,10 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from squeeze.choosing import Choice
+from squeeze.saving import savings
 from squeeze.specs import Data, Evaluation, Limits
 from squeeze.steps import Format, Step
 
@@ -120,6 +121,11 @@ class Job(Answer):
     result: Result | None = None
     usage: Usage | None = None
 
+    @computed_field(description="What the steps make smaller or faster, and what they don't.")  # type: ignore[prop-decorator]
+    @property
+    def saves(self) -> list[str]:
+        return savings(self.steps, self.formats)
+
 
 class Event(Answer):
     id: int = Field(description="Grows within the job; send the last one seen as `after` or `Last-Event-ID`.")
@@ -220,6 +226,9 @@ class Plan(Answer):
     )
     result_parameters_estimated: bool = Field(
         False, description="With a `speed_target`, by multiply-adds: what meets it is known once it is measured."
+    )
+    saves: list[str] = Field(
+        default_factory=list, description="What the steps make smaller or faster, and what they don't."
     )
     result_bytes: dict[str, int] = Field(default_factory=dict, description="Estimated bytes by format.")
     host_bytes: int | None = Field(

@@ -62,6 +62,8 @@ def job(one: Job) -> None:
         ("attempt", str(one.attempt)),
         ("created", f"{one.created_at:%Y-%m-%d %H:%M:%S} UTC"),
     ]
+    if one.result is None:
+        lines += [("saves" if number == 0 else "", told) for number, told in enumerate(one.saves)]
     if one.started_at and one.finished_at:
         lines.append(("took", seconds_text((one.finished_at - one.started_at).total_seconds())))
     if one.result:
@@ -138,6 +140,7 @@ def report(one: Report) -> None:
 def plan(one: Plan) -> None:
     lines = [("can run", "yes, as far as can be seen" if one.feasible else "no")]
     lines += [(obstacle.param or "obstacle", f"{obstacle.message} ({obstacle.code})") for obstacle in one.obstacles]
+    lines += [("saves" if number == 0 else "", told) for number, told in enumerate(one.saves)]
     if one.parameters is not None:
         lines.append(("weights", f"{one.parameters:,}"))
     if one.result_parameters is not None:
