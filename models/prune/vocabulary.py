@@ -24,7 +24,7 @@ from models.progress import Notify
 from models.prune import corpus
 from models.prune.corpus import Found, Pass, Survey, Texts
 from models.prune.keeping import Kept, keep
-from models.prune.pieces import Pieces, named_by
+from models.prune.pieces import Pieces, bytes_are_characters, named_by
 from models.prune.smaller import Done, material_of, sides_of
 from models.prune.token_ids import named_in
 from models.prune.trimmed_quality import Judged, judged
@@ -42,6 +42,10 @@ from squeeze.slimming import Vocabulary
 from squeeze.vocabularies import ROWS, rows_asked
 
 IMPORTANCE = "whether a token is in the text, all of it read, or one that is in it is merged from it"
+CONVERTER = (
+    "llama.cpp's own converter knows how a byte-level tokenizer splits text by the numbers that it gives, and refuses "
+    "this one; add a step that quantizes, with the format gguf, where llama.cpp is to run it"
+)
 FEW_WINDOWS = 4  # are compared where nothing is to be evaluated
 
 
@@ -139,7 +143,7 @@ def slimmed(inputs: Inputs, step: Vocabulary, clock: Clock, notify: Notify) -> D
     its = copy.copy(texts)
     its.tokenizer, its.windows = trimmed.whole, told.windows if quality is not None else None
     measured = Measured(quality, told.compared.nll_windows) if quality is not None else None
-    return Done(base, result.path, slimming, its, measured, warnings + _warnings(left_out), work, mark)
+    return Done(base, result.path, slimming, its, measured, warnings + _warnings(inputs, words, left_out), work, mark)
 
 
 def _always(step: Vocabulary, base: SourceModel, words: Words, pieces: Pieces, rows: int) -> set[int]:
@@ -283,10 +287,13 @@ def _unseen(inputs: Inputs, words: tuple[Words, Words], kept: Kept, told: Judged
     )
 
 
-def _warnings(left_out: list[str]) -> list[str]:
-    if not left_out:
-        return []
-    return [
-        f"{', '.join(left_out)} can't be written anew and {'is' if len(left_out) == 1 else 'are'} left out; "
-        "tokenizer.json says all that they do"
-    ]
+def _warnings(inputs: Inputs, words: Words, left_out: list[str]) -> list[str]:
+    found = []
+    if left_out:
+        found.append(
+            f"{', '.join(left_out)} can't be written anew and {'is' if len(left_out) == 1 else 'are'} left out; "
+            "tokenizer.json says all that they do"
+        )
+    if bytes_are_characters(words.rules) and isinstance(inputs.spec.steps[-1], Vocabulary):
+        found.append(CONVERTER)
+    return found

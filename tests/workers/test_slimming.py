@@ -14,7 +14,7 @@ from tests.models import tiny
 from workers.spawn import ForkServer
 from workers.worker import Worker
 
-from .conftest import PROJECT, Place, worker_here
+from .conftest import PROJECT, Place, upload, worker_here
 
 SMALL: dict[str, Any] = {
     "model": "tiny/deep",
@@ -58,3 +58,25 @@ def test_a_smaller_model_is_published_and_can_be_named_by_another_job(place: Pla
     with place.database.read() as session:
         report = listing.report(session, PROJECT, again)
     assert report["slimming"]["widths"]["intermediate_size"] == 128 and report["bits_per_weight"] == 4.5
+
+
+@pytest.mark.slow
+def test_a_vocabulary_is_trimmed_to_uploaded_texts_and_one_that_they_do_not_fit_ends_with_what_would(
+    place: Place, worker: Worker
+) -> None:
+    rows = "\n".join(json.dumps({"text": f"the {number} words of a line, and so on"}) for number in range(200))
+    fields = SMALL | {"data": {"source": upload(place, rows), "sequence_length": 64}}
+    job_id = place.submit(steps=[{"kind": "prune", "method": "vocabulary"}], **fields)
+    assert worker.run_job(job_id) == Status.succeeded, place.job(job_id).error
+    with place.database.read() as session:
+        report = listing.report(session, PROJECT, job_id)
+    told = report["slimming"]["trimming"]
+    assert told["rows_after"] < told["rows_before"] == 512 and told["largest_difference"] <= 1e-5
+    assert told["corpus"]["texts"] == told["corpus"]["decoded_to_themselves"] == 200
+    assert report["certificates"][0]["outcome"] == "passed"
+
+    small = place.submit(steps=[{"kind": "prune", "method": "vocabulary", "size": 64}], **fields)
+    assert worker.run_job(small) == Status.failed
+    error = place.job(small).error
+    assert error and error["code"] == "spec_invalid"
+    assert f"the least size is {told['rows_after']}, not 64" in error["message"]
