@@ -66,6 +66,7 @@ def counted_training(
     looks = 2 + (steps // step.evaluate_every if step.evaluate_every else 0)
     looks += 2 * isinstance(step, Head)  # for the accuracy
     looks += "gptq" in step.formats  # at the base alone
+    looks += step.domain_column is not None  # at the model that was pruned, or what its teacher read before
     forward = [of_token(block, shape, length) for block in shape.blocks]
     through = sum(forward[len(forward) - learned.blocks :])
     again = (1 if learned.apart else 2) + step.activation_checkpointing

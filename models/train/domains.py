@@ -44,8 +44,9 @@ class Domains:
         """plan: of sequences that hold examples of one domain each."""
         assert examples.domains is not None, "they are told apart"
         rows: list[list[Row]] = [[] for _ in names]
+        numbers = examples.domains.tolist()
         for row in plan.rows:
-            rows[int(examples.domains[row[0]])].append(row)
+            rows[numbers[row[0]]].append(row)
         return cls(tuple(names), tuple(map(tuple, rows)), tuple(reference), plan.batch_size, plan.seed)
 
     @property

@@ -16,6 +16,7 @@ from squeeze.specs import JobSpec
 from tests.models.job_parts import Heard, digests, inputs_of
 from tests.models.prune.slim_parts import text
 from tests.models.tiny import FAMILIES
+from tests.models.train.parts import kinds, written
 
 DEPTH = {"kind": "prune", "method": "depth"}
 LOGITS = {"kind": "distill", "method": "logits", "steps": 2, "batch_size": 2}
@@ -79,6 +80,22 @@ def test_pruning_and_distilling_in_turn_ends_in_one_model_that_the_original_taug
     config = AutoModelForCausalLM.from_pretrained(outcome.directories["compressed-tensors"]).config
     assert config.num_hidden_layers == 2
     assert all(one.outcome != "failed" for one in report.certificates) and report.certificates
+
+
+@pytest.mark.slow
+def test_domains_of_every_round_are_held_against_the_model_before_the_first(tmp_path: Path) -> None:
+    model = FAMILIES["llama"](tmp_path / "model", num_hidden_layers=4)
+    step = {"steps": 4, "batch_size": 2, "domain_column": "kind", "evaluate_every": 2, "learning_rate": 1e-3}
+    full, logits = step | {"kind": "finetune", "method": "full"}, step | {"kind": "distill", "method": "logits"}
+    spec = spec_of(DEPTH | {"blocks": 3}, full, DEPTH | {"blocks": 2}, logits, DEPTH | {"blocks": 1}, full)
+    inputs = inputs_of(spec, model, written(tmp_path / "rows", kinds()), tmp_path / "room")
+    inputs.work.mkdir()
+    report = run(inputs, Heard()).report
+    told = [one.training for one in (*report.rounds, report)]
+    references = [[one.loss_reference for one in each.domains] for each in told if each is not None]
+    assert len(references) == 3 and len(references[0]) == 3
+    for other in references[1:]:
+        assert other == pytest.approx(references[0], rel=1e-6)
 
 
 @pytest.mark.slow

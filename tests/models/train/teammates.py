@@ -26,7 +26,7 @@ from models.train import job
 from squeeze.training import Train
 from tests.models.job_parts import Heard
 from tests.models.teammates import serve
-from tests.models.train.parts import inputs_for, seen_in, spec_of, sums
+from tests.models.train.parts import inputs_for, kinds, seen_in, spec_of, sums
 
 
 class Disturbing(Heard):
@@ -57,7 +57,8 @@ def work(case: dict[str, Any], team: Team, pids: list[int]) -> dict[str, Any]:
     if not team.leads:
         job.follow(team, spec, step)
         return {"peak": peak_host_bytes()}
-    inputs = inputs_for(spec, Path(case["model"]), Path(case["work"]), sums(case.get("records", 60)))
+    rows = sums(case.get("records", 60)) if step.domain_column is None else kinds()
+    inputs = inputs_for(spec, Path(case["model"]), Path(case["work"]), rows)
     student = {"student": Path(case["student"]), "student_name": "org/n"} if "student" in case else {}
     inputs = dataclasses.replace(inputs, snapshot_seconds=case.get("snapshot_seconds", 0.0), **student)
     heard = Disturbing(case, pids)
@@ -67,6 +68,7 @@ def work(case: dict[str, Any], team: Team, pids: list[int]) -> dict[str, Any]:
     return {
         "curve": seen_in(done.training.curve),
         "held_out": [one.loss for one in done.training.held_out],
+        "weights": [one.domain_weights for one in done.training.held_out],
         "after": done.training.loss_after,
         "written": done.training.loss_written,
         "resumed": done.training.resumed,

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.prune import smaller
 from models.resources import Clock
 from models.train.domains import EVEN_SHARE, Domains, evenly
 from models.train.examples import Examples
 from models.train.job import trained
 from models.train.packing import Plan, Row, rows_apart
 from squeeze.report_training import HeldOutLoss, Training
+from squeeze.slimming import Slim
 from squeeze.specs import JobSpec
 from squeeze.training import Train
 from tests.models.job_parts import Heard
@@ -205,6 +207,17 @@ def test_a_training_of_weighed_domains_goes_on_to_the_same_bits_and_tells_of_eac
             assert later.domain_weights[name] == pytest.approx(one / sum(raised.values()), abs=2 * EVEN_SHARE)
     measured = {name: one.loss_after * one.measured_tokens for name, one in told.items()}
     assert sum(measured.values()) / before.measured_tokens == pytest.approx(before.loss_after, rel=1e-6)
+
+
+def test_what_follows_a_pruning_knows_the_model_from_before(tmp_path: Path, model: Path) -> None:
+    spec = asked({})
+    inputs, step = inputs_for(spec, model, tmp_path, kinds()), spec.steps[0]
+    assert isinstance(step, Slim)
+    done = smaller.slimmed(inputs, step, Clock(), Heard())
+    following = smaller.for_what_follows(inputs, done)
+    assert (following.model, following.teacher) == (done.whole, model)
+    later = smaller.for_what_follows(replace(inputs, teacher=tmp_path / "first"), done)
+    assert later.teacher == tmp_path / "first", "what was taken first counts"
 
 
 def test_domains_are_held_against_the_model_before_it_was_pruned_or_the_teacher(

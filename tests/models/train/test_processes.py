@@ -142,6 +142,21 @@ def test_students_beside_a_whole_teacher_learn_the_same_in_several_processes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("size", "way"), [(2, "ddp"), (3, "full")])
+def test_domains_weigh_the_same_in_several_processes(
+    ask: Ask, narrow: Path, tmp_path: Path, size: int, way: str
+) -> None:
+    step = {"kind": "distill", "method": "logits", "student": {"model": "org/n"}, "learning_rate": 3e-3, "steps": 6}
+    step |= {"domain_column": "kind", "evaluate_every": 2}
+    one = ask(tmp_path / "1", step, 1, student=str(narrow))[0]
+    team = ask(tmp_path / "team", step | {"sharding": way}, size, student=str(narrow))
+    assert_same(team, one, way)
+    for alone, shared in zip(one["weights"], team[0]["weights"], strict=True):
+        assert shared == pytest.approx(alone, rel=1e-3)
+    assert one["weights"][0] != one["weights"][-1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("way", ["ddp", "full", "hybrid", "offload"])
 @pytest.mark.parametrize(
