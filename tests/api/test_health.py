@@ -102,7 +102,7 @@ def test_what_a_method_lists_is_what_submit_takes(shared: Running) -> None:
             step |= {"merge": True}
         if each["method"] == "qlora":
             step |= {"base": "gptq"}
-        if each["method"] in ("depth", "width"):
+        if each["method"] in ("depth", "width", "experts"):
             step |= {"params_target": 0.75}
         if each["kind"] == "distill":
             step |= {"student": {"layers": 1}}
