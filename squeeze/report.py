@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from squeeze.report_experts import ExpertsLeft
 from squeeze.report_factoring import Ranks
 from squeeze.report_parts import Part, Quality, Text
 from squeeze.report_speed import SpeedTarget
@@ -218,6 +219,7 @@ class Slimming(Part):
     widths: dict[str, int] | None = Field(None, description="Of `width`: the sizes of the result, as in its config.")
     widths_before: dict[str, int] | None = Field(None, description="The same of the original.")
     trimming: Trimming | None = Field(None, description="Of `vocabulary`.")
+    experts: ExpertsLeft | None = Field(None, description="Of `experts`.")
     parameters_before: int
     parameters_after: int
     bytes_before: int = Field(description="Of the weights.")

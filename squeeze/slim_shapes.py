@@ -5,9 +5,10 @@ from math import ceil, prod
 from typing import Any, TypeVar
 
 from squeeze.errors import SpecInvalid
+from squeeze.mixtures import experts_left, with_experts
 from squeeze.shapes import BLOCK, COMPUTED, number_of, of_blocks, shape_of
 from squeeze.slim_speed import blocks_at_speed
-from squeeze.slimming import Depth, Slim, Vocabulary, Width
+from squeeze.slimming import Depth, Experts, Slim, Vocabulary, Width
 from squeeze.vocabularies import SIZE, rows_asked, rows_of, with_rows
 from squeeze.widths import sides_at, widths_left
 
@@ -40,6 +41,8 @@ def narrowed(step: Slim, config: Mapping[str, Any], sides: Sides) -> tuple[dict[
     if isinstance(step, Vocabulary):
         rows = rows_asked(step, config, sides) or rows_of(config, sides)
         return {**config, SIZE: rows}, with_rows(rows, sides)
+    if isinstance(step, Experts):
+        return with_experts(experts_left(step, config, sides), config, sides)
     assert isinstance(step, Depth), "there is no other method"
     left = blocks_left(step, config, sides)
     counts = {name: left for name in COUNTS if name in config}

@@ -186,4 +186,25 @@ class Vocabulary(Slim):
         return self
 
 
-SLIMMING_METHODS: tuple[type[Slim], ...] = (Depth, Width, Vocabulary)
+class Experts(Slim):
+    """Leaves out the experts of a mixture that add least to what their tokens become, as many of each layer (REAP,
+    arXiv 2510.13999): fewer bytes, the same work for every token. Nothing is merged; shared experts stay.
+    """
+
+    method: Literal["experts"]
+    experts: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 14,
+        description="Experts of each layer that stay; where routers choose among groups of them first, as many of each "
+        "group. A token goes to no more than are left.",
+    )
+
+    @model_validator(mode="after")
+    def _says_how_small(self) -> Self:
+        if (self.experts is None) == (self.params_target is None):
+            raise ValueError("say how small: either `experts`, as many as stay of a layer, or `params_target`, a share")
+        return self
+
+
+SLIMMING_METHODS: tuple[type[Slim], ...] = (Depth, Width, Experts, Vocabulary)

@@ -37,7 +37,7 @@ from squeeze.objects import Stage
 from squeeze.report import Certificate, Report, Slimming
 from squeeze.slim_shapes import Sides, carried, narrowed
 from squeeze.slim_work import counted_slimming
-from squeeze.slimming import Slim, Width
+from squeeze.slimming import Experts, Slim, Width
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
 from squeeze.training import Train
@@ -123,10 +123,10 @@ def refuse(step: Slim, frame: Frame) -> None:
 
 
 def judged(step: Slim, frame: Frame) -> Frame:
-    """The smaller model as the next step will find it, from configs alone: as wide as it will be; of blocks that are
-    left out it still has some.
+    """The smaller model as the next step will find it, from configs alone: as wide as it will be, with as many experts;
+    of blocks that are left out it still has some.
     """
-    if not isinstance(step, Width):
+    if not isinstance(step, Width | Experts):
         return frame
     source = frame.source
     settings, _ = narrowed(step, source.config, frame.sides())

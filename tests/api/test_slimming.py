@@ -1,5 +1,6 @@
 """What a model can be cut to is looked at when a job is posted, and by its plan, which says how much stays."""
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,10 +11,15 @@ from squeeze.objects import Plan
 from tests.api.serving import serve
 from tests.api.test_plan import LLAMA, _safetensors, _shapes
 from tests.hub import FaultyHub
+from tests.squeeze.test_mixtures import MIXTRAL, shapes
 
 EACH = 256 * 256 + 256 * 640 + 256
 MODELS = {
     "org/llama": {**LLAMA, "model.safetensors": _safetensors(_shapes(4))},
+    "org/mixture": {
+        "config.json": json.dumps(MIXTRAL | {"architectures": ["MixtralForCausalLM"]}).encode(),
+        "model.safetensors": _safetensors(shapes(8)),
+    },
     "org/rounded": {"config.json": b'{"model_type": "llama", "quantization_config": {"bits": 4}}'},
 }
 
@@ -54,6 +60,17 @@ def test_what_can_t_be_met_is_refused_at_submit_and_in_the_plan_with_what_can(
     answer = asked("jobs", step)
     assert answer.status_code == 422 and answer.json()["error"]["param"] == param
     assert words in answer.json()["error"]["message"]
+
+
+def test_experts_that_can_t_be_left_out_are_refused_and_a_plan_counts_the_others(asked: Callable[..., Any]) -> None:
+    experts = {"kind": "prune", "method": "experts", "experts": 6}
+    plan = Plan.model_validate(asked("plan", experts, model="org/mixture").json())
+    assert plan.parameters and plan.result_parameters == plan.parameters - 2 * (3 * 32 * 64 + 64 + 1)
+    answer = asked("jobs", experts | {"experts": 8}, model="org/mixture")
+    assert answer.status_code == 422 and "from 1 to 7, not 8" in answer.json()["error"]["message"]
+    answer = asked("jobs", experts)
+    assert answer.status_code == 422 and "a llama without experts" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == "steps.0.method"
 
 
 def test_a_quantized_model_is_refused_at_submit(asked: Callable[..., Any]) -> None:

@@ -21,10 +21,12 @@ from tests.models.prune.slim_parts import slim
         ({"method": "depth"}, 2),
         ({"method": "depth", "importance": "perplexity"}, 3),
         ({"method": "width"}, 2),
+        ({"method": "experts"}, 2),
     ],
 )
 def test_a_job_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path, step: dict[str, Any], done: int) -> None:
-    model, room = tiny.llama(tmp_path / "model", num_hidden_layers=5), tmp_path / "killed"
+    family = "olmoe" if step["method"] == "experts" else "llama"
+    model, room = tiny.FAMILIES[family](tmp_path / "model", num_hidden_layers=5), tmp_path / "killed"
     step = step | {"params_target": 0.7}
     command = [sys.executable, "-m", "tests.models.prune.slim_killed", json.dumps(step), str(model), str(room)]
     ended = subprocess.run(command, check=False, capture_output=True)
