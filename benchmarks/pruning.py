@@ -168,8 +168,13 @@ def _made_by_job(options: Any, asked: dict[str, Any], seed: int) -> Made:
         outcome = run(inputs, Silent())
         report, result = outcome.report, open_model(outcome.directories["safetensors"])
         assert report.quality is not None, "it was asked for"
-        slimming, zeros = report.slimming, report.sparsity
+        slimming, zeros, factoring = report.slimming, report.sparsity, report.factoring
         before, after = (slimming.speed_before, slimming.speed_after) if slimming is not None else (None, None)
+        if factoring is not None:  # as onnx holds it
+            before, after = factoring.speed_before, factoring.speed_factored
+            parameters = factoring.parameters_after
+            faster = (after.prompt / before.prompt, after.writing / before.writing)
+            return Made(report.quality, factoring.factor_bytes, parameters, parameters, faster=faster)
         return Made(
             report.quality,
             report.sizes[0].weight_bytes,

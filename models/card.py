@@ -104,6 +104,14 @@ def _recipe(format_name: Format, report: Report) -> str:
         share = f"{made.parameters_after / made.parameters_before:.1%}".replace("%", " %")
         lines += [f"Made smaller: {made.parameters_after:,} parameters, {share} of the original's{which}.", ""]
         lines += _trimmed(made.trimming)
+    if report.factoring is not None:
+        factors = report.factoring
+        how = (
+            "kept as two factors each"
+            if format_name == "onnx"
+            else "multiplied out again, so that any loader takes them"
+        )
+        lines += [f"Low rank: {factors.factored} of {factors.linears} linear layers, {how}.", ""]
     if report.training is not None and not _is_base(format_name, report):
         data = report.training.data
         what = "labels" if _labels(report) else "tokens"

@@ -130,7 +130,7 @@ def certify(
     if size_bytes >= source_bytes and format_name not in ("safetensors", "peft"):
         raise CertificationFailed(
             f"the {format_name} weights take {size_bytes:,} bytes, no fewer than the source's {source_bytes:,}: "
-            "use fewer bits or larger groups"
+            "use fewer bits, larger groups or a smaller share of the parameters"
         )
     sample = sample or Sample.of(windows, expected)
     limit = memory_limit_bytes if memory_limit_bytes is not None else max(peak_host_bytes(), LEAST_LIMIT_BYTES)

@@ -125,7 +125,7 @@ def size_part(name: Format, directory: Path, source_bytes: int) -> Size:
     if weights >= source_bytes and name not in ("safetensors", "safetensors-zst", "peft"):  # as the certifier has it
         raise CertificationFailed(
             f"the {name} weights take {weights:,} bytes, no fewer than the source's {source_bytes:,}: "
-            "use fewer bits or larger groups"
+            "use fewer bits, larger groups or a smaller share of the parameters"
         )
     whole = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     ratio = None if name == "peft" else source_bytes / weights
@@ -137,6 +137,7 @@ def result_of(report: Report, directories: Mapping[Format, Path]) -> Result:
     quality, training, quantized = report.quality, report.training, report.bits_per_weight is not None
     smaller = (
         quantized
+        or (report.factoring is not None and "onnx" in directories)
         or report.slimming is not None
         or bool(report.rounds)
         or (training is not None and training.distillation is not None)

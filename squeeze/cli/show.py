@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from squeeze.objects import Duration, Event, File, Job, Method, Plan
-from squeeze.report import Report, Round, Slimming
+from squeeze.report import Factoring, Report, Round, Slimming
 from squeeze.report_training import Domain, Training
 from squeeze.report_vocabulary import Trimming
 
@@ -111,6 +111,8 @@ def report(one: Report) -> None:
         lines += _round_lines(earlier, [str(one.recipe[step]["method"]) for step in earlier.steps])
     if one.slimming is not None:
         lines += _slimming_lines(one.slimming)
+    if one.factoring is not None:
+        lines += _factoring_lines(one.factoring)
     if one.training is not None:
         lines += _training_lines(one.training)
     quality = one.quality
@@ -287,6 +289,16 @@ def _trimming_lines(cut: Trimming | None) -> list[tuple[str, str]]:
             ("", f"{other.bits_per_byte_before:.3f} -> {other.bits_per_byte_after:.3f} bits a byte"),
         ]
     return lines
+
+
+def _factoring_lines(factoring: Factoring) -> list[tuple[str, str]]:
+    before, split = factoring.speed_before, factoring.speed_factored
+    return [
+        ("with factors", f"{factoring.parameters_before:,} -> {factoring.parameters_after:,} parameters"),
+        ("", f"{factoring.factored} of {factoring.linears} linears, {decimal(factoring.factor_bytes)} of weights"),
+        ("tokens a second", f"{before.prompt:,.0f} -> {split.prompt:,.0f} of a prompt, by factors"),
+        ("", f"{before.writing:,.1f} -> {split.writing:,.1f} writing"),
+    ]
 
 
 def _training_lines(one: Training) -> list[tuple[str, str]]:
