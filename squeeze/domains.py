@@ -10,7 +10,7 @@ from squeeze.documents import Row, Wrong, refuse
 from squeeze.errors import DataUnusable
 from squeeze.labels import KINDS, LONGEST_LABEL, listed, name_of
 from squeeze.records import DATA, EVALUATION, Record, record_of
-from squeeze.slimming import Slim
+from squeeze.slimming import Slim, Vocabulary
 from squeeze.training import Train
 
 MOST_DOMAINS = 64  # of which a look measures each by itself
@@ -44,10 +44,16 @@ def refuse_unweighable(steps: Sequence[object], *, named: bool) -> None:
             "divided otherwise: let all of them name the same domain_column"
         )
     for number, step in training:
-        if not isinstance(step, Distill) and not any(takes_something(one) for one in steps[:number]):
+        taken = next((first for first, one in enumerate(steps[:number]) if takes_something(one)), None)
+        if taken is None and not isinstance(step, Distill):
             raise ValueError(
                 f"steps.{number}.domain_column: domains are weighed by what was lost in each, and nothing was taken "
                 "from the model that could be missed: let a step before prune it, or leave domain_column out"
+            )
+        if taken is not None and any(isinstance(one, Vocabulary) for one in steps[taken:number]):
+            raise ValueError(
+                f"steps.{number}.domain_column: the model that was pruned has other tokens, so that losses can't be "
+                "compared: let vocabulary be the first step"
             )
     if not named:
         raise ValueError(

@@ -16,6 +16,7 @@ WEIGHED = {"domain_column": "kind", "evaluate_every": 5}
 WIDTH = {"kind": "prune", "method": "width", "params_target": 0.9}
 FULL = {"kind": "finetune", "method": "full"}
 LOGITS = {"kind": "distill", "method": "logits"}
+TRIM = {"kind": "prune", "method": "vocabulary"}
 WANDA = {"kind": "prune", "method": "wanda"}
 
 
@@ -28,6 +29,7 @@ def job(*steps: dict[str, Any], **fields: Any) -> JobSpec:
     [
         [WIDTH, FULL | WEIGHED],
         [WIDTH, {"kind": "finetune", "method": "lora", "merge": True} | WEIGHED],
+        [TRIM, WIDTH, FULL | WEIGHED],
         [WIDTH, LOGITS | WEIGHED],
         [LOGITS | WEIGHED | {"student": {"layers": 2}}],
         [WIDTH, LOGITS | WEIGHED, WIDTH, FULL | WEIGHED],
@@ -46,6 +48,8 @@ def test_a_job_that_lost_something_weighs_domains(steps: list[dict[str, Any]]) -
         ([WIDTH, LOGITS | WEIGHED, WIDTH, FULL], {}, "let all of them name the same domain_column"),
         ([WIDTH, {"kind": "finetune", "method": "head"} | WEIGHED], {}, "head learns labels: leave domain_column out"),
         ([WIDTH, {"kind": "distill", "method": "sequence"} | WEIGHED], {}, "sequence learns what the teacher writes"),
+        ([WIDTH, TRIM, FULL | WEIGHED], {}, "let vocabulary be the first step"),
+        ([TRIM, FULL | WEIGHED], {}, "nothing was taken from the model"),
         ([WIDTH, LOGITS | WEIGHED], {"data": {}}, "data.source names no file or dataset"),
     ],
 )
