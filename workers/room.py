@@ -12,6 +12,7 @@ from squeeze.specs import JobSpec
 from squeeze.training import Train
 
 _CODES_SHARE = 0.55  # of 16-bit weights: what the engine keeps between attempts, a byte a weight and scales
+_SKETCH_SHARE = 0.2  # of the weights: sums of gradients, 2 KB for each output of a linear of some thousand inputs
 _SOURCE_BITS = 16
 _OVERHEAD_SHARE = 0.1  # scales, embeddings and other tensors that stay as they are
 
@@ -54,6 +55,7 @@ def _made_bytes(spec: JobSpec, source_bytes: int) -> int:
     # Kept as they are, and whole for a next step.
     plain = [step for step in spec.steps if isinstance(step, Sparsify | SVD)]
     kept = sum(source_bytes * (1 if step is spec.steps[-1] else 2) for step in plain) + source_bytes * goes_on
+    kept += sum(int(source_bytes * _SKETCH_SHARE) for step in spec.steps if isinstance(step, SVD) and step.gradients)
     return int(source_bytes * _CODES_SHARE) + kept + _written_bytes(spec, source_bytes)
 
 
