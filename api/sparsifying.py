@@ -7,8 +7,9 @@ from typing import Any
 from api.service import Service
 from api.sources import files_of
 from api.tensors import Linear, config_of, linears_of, tensors_of
+from squeeze.compressing import Compress
 from squeeze.errors import ModelAlreadyCompressed, SpecInvalid, SqueezeError
-from squeeze.sparsifying import Sparsify, refuse_torn_pattern
+from squeeze.sparsifying import refuse_torn_pattern
 from squeeze.specs import JobSpec
 
 
@@ -17,7 +18,7 @@ def refuse_unprunable(service: Service, project: str, spec: JobSpec) -> None:
     pattern does not fit. What can't be looked at now, or is made by a step before, is the worker's to refuse.
     """
     step = spec.steps[0]
-    if not isinstance(step, Sparsify):
+    if not isinstance(step, Compress) or not step.zeroed:
         return
     try:
         files = files_of(service, project, spec.model)
@@ -34,7 +35,7 @@ def refuse_unprunable(service: Service, project: str, spec: JobSpec) -> None:
 def torn_patterns(spec: JobSpec, linears: Sequence[Linear]) -> Iterator[SqueezeError]:
     """Of each step whose pattern does not fit the layers."""
     for number, step in enumerate(spec.steps):
-        if not isinstance(step, Sparsify):
+        if not isinstance(step, Compress) or step.group is None:
             continue
         columns = {
             linear.name: linear.columns

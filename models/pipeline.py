@@ -62,7 +62,7 @@ from squeeze.rounds import rounds_of
 from squeeze.slimming import Slim
 from squeeze.sparsifying import Sparsify, refuse_torn_pattern
 from squeeze.specs import JobSpec
-from squeeze.steps import QAT, Grouped
+from squeeze.steps import QAT, Grouped, Quantize
 from squeeze.training import Train
 
 
@@ -126,7 +126,7 @@ def check_student(spec: JobSpec, model: Path) -> Facts:
 
 def _check_compressible(spec: JobSpec, config: dict[str, Any], frame: Frame) -> Facts:
     for pruning in spec.compressing:
-        if isinstance(pruning, Sparsify | SVD):
+        if isinstance(pruning, Sparsify | SVD) or (isinstance(pruning, Quantize) and pruning.zeroed):
             _refuse_unprunable(spec, pruning, frame)
     step = compress_step(spec)
     refuse_too_large_for_self(spec, step, frame)
@@ -155,7 +155,7 @@ def _check_compressible(spec: JobSpec, config: dict[str, Any], frame: Frame) -> 
     return Facts(config["model_type"], frame.count, len(sites))
 
 
-def _refuse_unprunable(spec: JobSpec, step: Sparsify | SVD, frame: Frame) -> None:
+def _refuse_unprunable(spec: JobSpec, step: Quantize | Sparsify | SVD, frame: Frame) -> None:
     names = engine.schemes_of(frame, step)
     sites = [site for n in range(frame.count) for site in frame.sites(n) if site.name in names]
     if not sites:

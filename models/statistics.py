@@ -100,7 +100,8 @@ class Hessian:
     errors. Among 1,024 numbers the largest is at most 32 times their root mean square, so the errors' energy is at
     most 32²/(12 · 127²) = 0.5 % of the column's; 0.01 % is usual. GPTQ adds 1 % of the mean to the diagonal.
 
-    Once factorised it may let go of the sum: `factor` then answers for it.
+    Once factorised it may let go of the sum: `factor` then answers for it. in_order: the factor of the columns in their
+    own order, where a method wants that beside another.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -108,6 +109,7 @@ class Hessian:
         self._mirrored = True
         self.count = 0
         self.factor: Factor | None = None
+        self.in_order: Factor | None = None
 
     def add(self, X: Tensor) -> None:
         """X: (n, in), any floating type; summed in float32."""

@@ -36,6 +36,16 @@ class Compress(Wire):
         return self.statistics
 
     @property
+    def zeroed(self) -> float:
+        """The share of each weight that it sets to zero."""
+        return 0.0
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(zeros, neighbours) where the zeros stand in a pattern."""
+        return None
+
+    @property
     def scales_cache(self) -> bool:
         """Whether it finds scales for the cache of keys and values."""
         return False

@@ -145,6 +145,8 @@ def refuse_unfit(steps: Sequence[object], formats: Sequence[Format]) -> None:
                     f"{name} can't hold scales of a key/value cache; {able} can. Leave `kv_cache` or {name} out.",
                     param=f"steps.{number}.kv_cache",
                 )
+            if name == "gguf" and any(map(_zeroes, steps)):
+                _refuse_shifted(number, step.scheme())
             if isinstance(step, Grouped) and step.bits == "auto":
                 _refuse_unmixed(number, step, name)
             reason = misfit(name, step.scheme())
@@ -161,6 +163,19 @@ def refuse_unfit(steps: Sequence[object], formats: Sequence[Format]) -> None:
                 f"Change the step or leave {name} out of `formats`.",
                 param=f"steps.{number}.{field}",
             )
+
+
+def _refuse_shifted(number: int, scheme: Scheme) -> None:
+    if scheme.element == "int" and not scheme.symmetric:
+        raise FormatUnfit(
+            "gguf rounds the offset that stands for a zero point, so that zeros would not be zero: set symmetric to "
+            "true, or leave gguf out.",
+            param=f"steps.{number}.symmetric",
+        )
+
+
+def _zeroes(step: object) -> bool:
+    return isinstance(step, Compress) and step.zeroed > 0
 
 
 def _refuse_untrained(step: Train, number: int, formats: Sequence[Format]) -> None:

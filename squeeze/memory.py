@@ -18,6 +18,7 @@ from squeeze.work import GRADIENT_ROWS, LEARNED_SEQUENCES, SAMPLED_ROWS, Tokens
 
 PIECES = 1.1  # what is freed in pieces between others, and not given back at once
 FLOAT, DOUBLE = 4, 8  # bytes of a number that methods work on
+ZEROING = 18  # bytes of a weight whose linear is looked at whole: scores, their copy in order with places, what goes
 PROCESS_BYTES = 450_000_000  # of a process that has imported what a job or a certifier needs; measured, on a CPU
 LOGIT_BYTES, LOGIT_SLICES = 128 << 20, 6  # of one float32 slice of logits, as `models.evaluation` has it
 BATCH_TOKENS = 1024  # that go through a block together on a CPU
@@ -172,6 +173,9 @@ def _solving(group: Group, step: Compress) -> int:
     weights, square = group.weights, FLOAT * group.columns**2
     gptq = step.method == "gptq" or (isinstance(step, SmoothQuant) and step.rounding == "gptq")
     rounding = 2 * square + (FLOAT + 2) * weights + 4 * FLOAT * min(weights, BAND_WEIGHTS)
+    if step.zeroed and gptq:  # a second factor, and which are zero; a linear is worked on whole until they are found
+        one = max(group.rows) * group.columns
+        rounding += square + weights + max(0, ZEROING * one - 4 * FLOAT * min(weights, BAND_WEIGHTS))
     if gptq:
         return rounding + (square + 3 * FLOAT * weights if "drift" in step.wanted() else 0)
     if step.method == "awq":
@@ -192,7 +196,7 @@ def _zeroing(group: Group, step: Sparsify) -> int:
     """Weights, result; of one linear scores, their copy in order with places, what goes; or, fed back, it thrice."""
     one = max(group.rows) * group.columns
     if step.method == "sparsegpt":
-        return 2 * FLOAT * group.columns**2 + (FLOAT + 2) * group.weights + 4 * FLOAT * one
+        return 2 * FLOAT * group.columns**2 + (FLOAT + 2) * group.weights + ZEROING * one
     return (FLOAT + 2) * group.weights + (2 * FLOAT + 8 + 2) * one
 
 

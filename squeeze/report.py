@@ -105,6 +105,7 @@ class Sparsity(Part):
     weight_bytes: int = Field(description="As written: what the zeros take is no less than what was there.")
     zstd_bytes: int = Field(description="Of the same weights under zstd, level 3: what storage or transfer could save.")
     zstd_bytes_before: int = Field(description="Of the source's weights under zstd.")
+    quantized: bool = Field(False, description="By the same step; zeros are counted in the codes.")
     zstd_share_read: float = Field(description="Of either, what was compressed to know; 1: all of it.")
     zeros_kept: float | None = Field(
         None, description="Where a step that quantizes follows: share of the zeros that are zero in its result."

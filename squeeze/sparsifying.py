@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from squeeze.compressing import Compress
 from squeeze.errors import SpecInvalid
 from squeeze.schemes import Scheme
+from squeeze.wire import Wire
 
 Pattern = Literal["2:4", "4:8"]
 HALF = 0.5  # of the weights, which every pattern zeroes
@@ -37,12 +38,12 @@ class Sparsify(Compress):
         return self
 
     @property
+    def zeroed(self) -> float:
+        return self.sparsity
+
+    @property
     def group(self) -> tuple[int, int] | None:
-        """(zeros, neighbours) of the pattern."""
-        if self.pattern is None:
-            return None
-        zeros, neighbours = map(int, self.pattern.split(":"))
-        return zeros, neighbours
+        return None if self.pattern is None else group_of(self.pattern)
 
     def scheme(self) -> Scheme:
         return Scheme("dense", 16, "channel", sparsity=self.sparsity)
@@ -120,7 +121,42 @@ class SparseGPT(Uneven):
     statistics = frozenset({"hessian"})
 
 
-def refuse_torn_pattern(step: Sparsify, columns: Mapping[str, int]) -> None:
+class AlsoZeroes(Wire):
+    """What a step takes that rounds, and zeroes in the same sweep."""
+
+    sparsity: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of each layer's weights that become zero in the same sweep, chosen as `sparsegpt` does; the "
+        "columns still to come make up for both (arXiv 2301.00774 §3.5). Left out: none, but those that are zero stay.",
+    )
+    pattern: Pattern | None = Field(
+        None, description="`2:4` or `4:8`: half of the weights become zero so, as with `sparsegpt`."
+    )
+
+    @model_validator(mode="after")
+    def _has_one_target(self) -> Self:
+        if self.pattern is not None and self.sparsity not in (None, HALF):
+            raise ValueError(f"pattern {self.pattern} says that half of the weights go: leave `sparsity` out")
+        return self
+
+    @property
+    def zeroed(self) -> float:
+        return HALF if self.pattern is not None else self.sparsity or 0.0
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        return None if self.pattern is None else group_of(self.pattern)
+
+
+def group_of(pattern: Pattern) -> tuple[int, int]:
+    """(zeros, neighbours)."""
+    zeros, neighbours = map(int, pattern.split(":"))
+    return zeros, neighbours
+
+
+def refuse_torn_pattern(step: Compress, columns: Mapping[str, int]) -> None:
     """Raises SpecInvalid, with what would do, where a layer's inputs don't come in groups of the pattern. columns:
     inputs of each layer by its name.
     """
@@ -136,7 +172,7 @@ def refuse_torn_pattern(step: Sparsify, columns: Mapping[str, int]) -> None:
     near = f"{less} or {less + neighbours}" if less else f"{neighbours}"
     fits = [one for one in get_args(Pattern) if not any(each % int(one[-1]) for each in columns.values())]
     raise SpecInvalid(
-        f"pattern {step.pattern} takes inputs by {neighbours}, and {name}{more} has {count}, not {near}. "
+        f"pattern {step.group[0]}:{neighbours} takes inputs by {neighbours}, and {name}{more} has {count}, not {near}. "
         + (f"Take {fits[0]}, which fits all layers, " if fits else f"Take `sparsity` {HALF} without a pattern, ")
         + "or leave those layers alone with `ignore`.",
         param="pattern",

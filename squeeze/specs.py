@@ -279,6 +279,12 @@ class JobSpec(Wire):
                         f"what step {number} zeroes, {step.method} would fill or move: let it come before that, or "
                         "leave it out"
                     )
+        for step in self.steps if zeroing else ():
+            if isinstance(step, Quantize) and step.zeroed:
+                raise ValueError(
+                    f"step {zeroing[0][0]} zeroes weights, which {step.method} keeps: leave `sparsity` and `pattern` "
+                    f"of {step.method} out, or let it do both"
+                )
         for (former, one), (latter, other) in pairwise(zeroing):
             if not any(isinstance(step, Train) for step in self.steps[former:latter]):
                 raise ValueError(

@@ -18,7 +18,7 @@ from squeeze.finetuning import TRAINING_METHODS
 from squeeze.merging import MERGING_METHODS, Merge
 from squeeze.schemes import Activations, Scheme
 from squeeze.slimming import SLIMMING_METHODS, Slim
-from squeeze.sparsifying import SPARSIFYING_METHODS, Sparsify
+from squeeze.sparsifying import SPARSIFYING_METHODS, AlsoZeroes, Sparsify
 from squeeze.training import Rounded, Train
 
 Kind = Literal["quantize", "prune", "finetune", "distill", "merge"]
@@ -111,7 +111,7 @@ class RTN(Grouped):
     method: Literal["rtn"]
 
 
-class GPTQ(Grouped):
+class GPTQ(AlsoZeroes, Grouped):
     """Rounds column by column and makes the columns still to come pay for the error (arXiv 2210.17323)."""
 
     method: Literal["gptq"]

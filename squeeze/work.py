@@ -267,6 +267,8 @@ def _feeding_back(group: Group) -> float:
 
 def _gptq(group: Group, step: Compress) -> float:
     total = _feeding_back(group) + _to_nearest(group, step)
+    if step.zeroed:
+        total += CHOOSING_VISITS * VISIT * group.weights + group.weights * group.columns
     if "drift" in step.wanted():  # a product, and two triangular systems
         total += 4 * group.weights * group.columns
     return total
@@ -328,7 +330,7 @@ def _exporting(shape: Shape, spec: JobSpec, step: Compress) -> Count:
     rest = sum(block.elements - block.weights for block in shape.blocks)
     moved = 2 * shape.stored_bytes * BYTE
     blocks = len(spec.formats) * (each * shape.weights + moved * rest)
-    zstd = 2 * ZSTD * min(shape.elements * shape.stored_bytes, ZSTD_BYTES) if isinstance(step, Sparsify) else 0.0
+    zstd = 2 * ZSTD * min(shape.elements * shape.stored_bytes, ZSTD_BYTES) if step.zeroed else 0.0
     return Count(len(spec.formats) * moved * shape.outside + zstd, blocks)
 
 

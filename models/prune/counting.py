@@ -1,7 +1,8 @@
 """What a directory that was written with zeros in it holds, read back: how many, where, and what could be saved."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import pyarrow
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import SourceModel, open_model
+from models.formats.directory import WEIGHTS, weight_bytes
 from models.formats.safetensors_zst import LEVEL
 from models.plain import CHUNK
-from models.quantized import Site
+from models.quantized import QuantizedModel, Site
 from squeeze.errors import CompressionBug
 from squeeze.report import Sparsity
 from squeeze.sparsifying import Sparsify
@@ -50,6 +52,39 @@ def counted_zeros(source: SourceModel, directory: Path, sites: Iterable[Site], s
     )
 
 
+def counted_codes(source: SourceModel, directory: Path, model: QuantizedModel) -> Sparsity:
+    """As `counted_zeros`, of a step that quantizes too; of its codes, which every format stores as they are.
+
+    directory: of one format, for its bytes.
+    """
+    step, weights, zeros, rows = model.step, 0, 0, 0
+    for name in model.sites:
+        weight = model.codes(name).dequantize(torch.float32)
+        zeros += int((weight == 0).sum())
+        weights += weight.numel()
+        if step.group is not None:
+            rows += _valid_rows(weight, step.group, name)
+    size = weight_bytes(directory)
+    share = _share_read(max(source.weight_bytes, size))
+    files = sorted(file for pattern in WEIGHTS for file in directory.glob(pattern))
+    return Sparsity(
+        method=step.method,
+        pattern=None if step.group is None else ":".join(map(str, step.group)),
+        target=step.zeroed,
+        layers=len(model.sites),
+        weights=weights,
+        zeros=zeros,
+        reached=zeros / weights,
+        of_model=zeros / source.parameters,
+        rows_checked=rows if step.group is not None else None,
+        weight_bytes=size,
+        zstd_bytes=_compressed(chain.from_iterable(map(_read, files)), size, share),
+        zstd_bytes_before=zstd_bytes(source, share),
+        zstd_share_read=float(share),
+        quantized=True,
+    )
+
+
 def saved_by_zeros(counted: Sparsity) -> str:
     """What the user should know first: what the zeros save, and what they don't."""
     where = (
@@ -57,6 +92,13 @@ def saved_by_zeros(counted: Sparsity) -> str:
         if counted.pattern
         else ""
     )
+    if counted.quantized:
+        return (
+            f"{counted.reached:.1%} of the weights of {counted.layers} layers are zero {where}"
+            f"({counted.of_model:.1%} of all parameters), in codes that take as many bits as any: the zeros make the "
+            f"files no smaller and the model no faster than the rounding does. Under zstd the files take "
+            f"{counted.zstd_bytes:,} of their {counted.weight_bytes:,} bytes"
+        )
     kernels = (
         f"kernels for {counted.pattern} sparsity have to be asked for where the model is served"
         if counted.pattern
@@ -76,15 +118,24 @@ def zstd_bytes(model: SourceModel, share: Fraction) -> int:
     """Bytes of all weights under zstd, a tensor at a time. share: of the pieces, evenly spaced, that are compressed for
     it; of the others the same is supposed.
     """
+    pieces = (piece for name in model.names() for piece in _pieces(model.tensor(name)))
+    return _compressed(pieces, model.weight_bytes, share)
+
+
+def _compressed(pieces: Iterable[memoryview | bytes], size_bytes: int, share: Fraction) -> int:
     codec = pyarrow.Codec("zstd", compression_level=LEVEL)
-    seen = compressed = number = 0
-    for name in model.names():
-        for piece in _pieces(model.tensor(name)):
-            number += 1
-            if int(number * share) > int((number - 1) * share):
-                seen += len(piece)
-                compressed += len(codec.compress(piece))
-    return round(compressed * model.weight_bytes / seen) if seen else 0
+    seen = compressed = 0
+    for number, piece in enumerate(pieces, start=1):
+        if int(number * share) > int((number - 1) * share):
+            seen += len(piece)
+            compressed += len(codec.compress(piece))
+    return round(compressed * size_bytes / seen) if seen else 0
+
+
+def _read(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        while piece := stream.read(PIECE_BYTES):
+            yield piece
 
 
 def _share_read(size_bytes: int) -> Fraction:

@@ -53,34 +53,16 @@ def factorised(hessian: Hessian, damping: float, *, by_activation: bool) -> Fact
     """
     if hessian.factor is not None:
         return hessian.factor
-    diagonal = hessian.diagonal.clone()
-    # Stable, so that ties (columns never active) fall the same way on every run.
-    order = (
-        torch.argsort(diagonal, descending=True, stable=True)
-        if by_activation
-        else torch.arange(len(diagonal), device=diagonal.device)
-    )
-    layout = order.flip(0)
-    mean = float(diagonal.mean())
-    if mean <= 0:  # no input was ever active: nothing to compensate
-        mean = 1.0
-    escalations = 0
-    while damping <= MOST_DAMPING:
-        added = torch.where(diagonal == 0, mean, damping * mean)
-        # Transposed, a symmetric matrix is itself, and lies as LAPACK wants it: factorised in place.
-        A = _reordered(hessian.sum, layout).mT
-        A.diagonal().add_(added[layout])
-        _, failed = torch.linalg.cholesky_ex(A, out=(A, torch.empty((), dtype=torch.int32, device=A.device)))
-        D = A.diagonal().clone()
-        if not failed and bool(torch.isfinite(D).all()):
-            factor = Factor(A.div_(D), D, layout, diagonal, added, damping, escalations)
-            hessian.replace(factor)
-            return factor
-        damping, escalations = damping * DAMPING_FACTOR, escalations + 1
-    raise FactorisationFailed(
-        f"the Hessian of a layer with {len(layout)} inputs is not positive definite even with damping "
-        f"{MOST_DAMPING:g}; its activations are degenerate: give other or more calibration text"
-    )
+    factor = _factor(hessian, damping, by_activation=by_activation)
+    hessian.replace(factor)
+    return factor
+
+
+def factorised_in_order(hessian: Hessian, damping: float) -> Factor:
+    """As `factorised`, the last column first; it keeps its sum, which another order needs."""
+    if hessian.in_order is None:
+        hessian.in_order = _factor(hessian, damping, by_activation=False)
+    return hessian.in_order
 
 
 def round_columns(
@@ -110,6 +92,35 @@ def round_columns(
         if refit is not None:
             levels.scale[rows], levels.zero[rows] = band.S.T, band.Z.T
     return codes
+
+
+def _factor(hessian: Hessian, damping: float, *, by_activation: bool) -> Factor:
+    diagonal = hessian.diagonal.clone()
+    # Stable, so that ties (columns never active) fall the same way on every run.
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True)
+        if by_activation
+        else torch.arange(len(diagonal), device=diagonal.device)
+    )
+    layout = order.flip(0)
+    mean = float(diagonal.mean())
+    if mean <= 0:  # no input was ever active: nothing to compensate
+        mean = 1.0
+    escalations = 0
+    while damping <= MOST_DAMPING:
+        added = torch.where(diagonal == 0, mean, damping * mean)
+        # Transposed, a symmetric matrix is itself, and lies as LAPACK wants it: factorised in place.
+        A = _reordered(hessian.sum, layout).mT
+        A.diagonal().add_(added[layout])
+        _, failed = torch.linalg.cholesky_ex(A, out=(A, torch.empty((), dtype=torch.int32, device=A.device)))
+        D = A.diagonal().clone()
+        if not failed and bool(torch.isfinite(D).all()):
+            return Factor(A.div_(D), D, layout, diagonal, added, damping, escalations)
+        damping, escalations = damping * DAMPING_FACTOR, escalations + 1
+    raise FactorisationFailed(
+        f"the Hessian of a layer with {len(layout)} inputs is not positive definite even with damping "
+        f"{MOST_DAMPING:g}; its activations are degenerate: give other or more calibration text"
+    )
 
 
 def _reordered(H: Tensor, order: Tensor) -> Tensor:

@@ -7,6 +7,13 @@ Hessian-weighted rounding error over shrunken ranges instead of spanning min to 
 weight first makes up for what earlier layers changed, as a whole and exactly (least squares on Σ(x̃ − x)xᵀ, the minimum
 of the same objective), where GPTAQ (Li et al., arXiv 2504.02692) does so column by column. Zeros of
 a weight that was pruned stay zero.
+
+Where the step asks for zeros itself, one sweep of SparseGPT (`models.prune.sparsegpt`) finds which, and what the others
+become, and a second one rounds that, its zeros standing. In one order the two add up to the sweep that does both at
+once (Frantar and Alistarh, arXiv 2301.00774, §3.5): what a column's zeros and its rounding put on another are sums. We
+differ so: grids fit what is left, since the zeros are known beforehand, and each sweep has the order that it does best
+in, the columns' own for zeros, that of activations for rounding. On the bundled model at 4 bits and 2:4, all in one
+sweep had a divergence of 0.037, this 0.029.
 """
 
 from dataclasses import replace
@@ -15,8 +22,10 @@ import torch
 from torch import Tensor
 
 from models.codes import Codes
+from models.prune.masks import lowest_of_layer
+from models.prune.sparsegpt import zero_columns
 from models.quantize import rtn
-from models.quantize.feedback import Levels, factorised, round_columns
+from models.quantize.feedback import Levels, factorised, factorised_in_order, round_columns
 from models.quantize.grid import fit
 from models.quantize.problem import Problem, Solution, pruned
 from models.statistics import Factor
@@ -33,12 +42,17 @@ def quantize(problem: Problem, step: GPTQ) -> Solution:
         raise ValueError("GPTQ needs the Hessian of the layer's inputs")
     W, scheme, drift = problem.W, problem.scheme, problem.statistics.drift
     if problem.statistics.count < LEAST_TOKENS_PER_COLUMN * W.shape[1]:
+        _zero_smallest(problem, step)
         why = f"rtn: {problem.statistics.count:,} calibration tokens came to {W.shape[1]:,} columns"
         return replace(rtn.quantize(problem, RTN(method="rtn")), instead=why)
-    zeros = pruned(W)
-    factor = factorised(problem.statistics.hessian, step.damping, by_activation=step.activation_order)
+    hessian = problem.statistics.hessian
+    in_order = factorised_in_order(hessian, step.damping) if step.zeroed and step.activation_order else None
+    factor = factorised(hessian, step.damping, by_activation=step.activation_order)
     if drift is not None and drift.count:
         _make_up(W, drift.sum, factor)
+    for one in problem.each(W) if step.zeroed else ():
+        one.copy_(zero_columns(one, in_order or factor, step.zeroed, step.group))
+    zeros = W == 0 if step.zeroed else pruned(W)
     importance = factor.diagonal.view(-1, problem.group_size)
 
     def fitted(W: Tensor, groups: slice) -> tuple[Tensor, Tensor]:
@@ -58,6 +72,11 @@ def quantize(problem: Problem, step: GPTQ) -> Solution:
     codes = round_columns(W, factor, levels, problem.dtype, None if static else refit, zeros)
     encoded = Codes(codes, levels.scale, levels.zero.to(torch.uint8), scheme)
     return Solution(encoded, factor.damping, factor.escalations)
+
+
+def _zero_smallest(problem: Problem, step: GPTQ) -> None:
+    for W in problem.each(problem.W) if step.zeroed else ():
+        W.masked_fill_(lowest_of_layer(W.abs(), step.zeroed, step.group), 0)
 
 
 def _make_up(W: Tensor, drift: Tensor, factor: Factor) -> None:

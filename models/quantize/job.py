@@ -36,7 +36,7 @@ from models.job import (
 from models.material import Material, read_tokenizer
 from models.progress import Notify
 from models.prune import factoring
-from models.prune.counting import counted_zeros, saved_by_zeros
+from models.prune.counting import counted_codes, counted_zeros, saved_by_zeros
 from models.prune.outliers import spread
 from models.quantized import QuantizedModel
 from models.resources import Clock, device_name
@@ -54,7 +54,7 @@ from squeeze.report_training import Tuning
 from squeeze.report_zeros import BlockZeros
 from squeeze.schemes import Scheme
 from squeeze.sparsifying import Sparsify, Uneven
-from squeeze.steps import QAT, Format, Grouped
+from squeeze.steps import QAT, Format, Grouped, Quantize
 
 
 def run_compression(
@@ -295,7 +295,7 @@ class Compressed:
         """Of a directory that was written, where the step zeroes weights."""
         step = self.codes.model.step
         if not isinstance(step, Sparsify):
-            return None
+            return counted_codes(self.begun.source, directory, self.codes.model) if step.zeroed else None
         counted = self._counted(directory, step)
         return counted.model_copy(update={"distribution": self.codes.uneven})
 
@@ -307,7 +307,7 @@ class Compressed:
         return counted_zeros(self.begun.source, directory, sites, step)
 
     def first(self, zeros: Sparsity | None) -> list[str]:
-        """What the user should know before anything else, of a step that leaves weights in the model's own type."""
+        """What the user should know before anything else, of a step that prunes."""
         if self.factors is not None:
             return [factoring.saved_by_factors(self.factors, self.inputs.spec.formats)]
         return [] if zeros is None else [saved_by_zeros(zeros)]
@@ -349,7 +349,7 @@ class Compressed:
             calibration=calibration.text if calibration else None,
             quality=quality,
             tuning=self.codes.tuning,
-            bits_per_weight=self.codes.model.bits_per_weight if not self.first(zeros) else None,
+            bits_per_weight=self.codes.model.bits_per_weight if isinstance(self.codes.model.step, Quantize) else None,
             sparsity=zeros,
             factoring=self.factors,
             rotation=None if frames.turned is None else told(frames.turned, frames.reference, frames.result),

@@ -13,6 +13,7 @@ from tests.api.test_plan import CONFIG, LLAMA, _safetensors, _shapes
 from tests.hub import FaultyHub
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
+GPTQ = {"kind": "quantize", "method": "gptq"}
 MODELS = {
     "org/llama": LLAMA,
     "org/odd": {**LLAMA, "model.safetensors": _safetensors(_shapes() | {DOWN: (256, 636)})},
@@ -54,6 +55,9 @@ def test_what_can_t_be_pruned_so_is_refused_at_once_and_by_the_plan(
     answer = asked("jobs", step(**fields), model=model)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (422, code, param) and words in error["message"]
+    both = GPTQ | {"group_size": "channel"} | fields
+    if fields:
+        assert words in asked("jobs", both, model=model).json()["error"]["message"]
     (obstacle,) = Plan.model_validate(asked("plan", step(**fields), model=model).json()).obstacles
     assert (obstacle.code, obstacle.param) == (code, param) and words in obstacle.message
     left = step(**fields, ignore=["*.layers.0.mlp.down_proj"])
@@ -73,6 +77,9 @@ def test_what_can_t_be_pruned_so_is_refused_at_once_and_by_the_plan(
         ([step("magnitude", distribution="owl")], {}, "distribution"),
         ([step("wanda"), step("magnitude")], {}, "keep one of them"),
         ([step(), {"kind": "finetune", "method": "lora"}], {"data": {"source": "file-abcdefgh"}}, "would fill or move"),
+        ([step(), GPTQ | {"sparsity": 0.5}], {}, "or let it do both"),
+        ([GPTQ | {"sparsity": 0.6, "pattern": "2:4"}], {}, "leave `sparsity` out"),
+        ([GPTQ | {"sparsity": 0.5, "symmetric": False}], {"formats": ["gguf"]}, "zeros would not be zero"),
         ([{"kind": "quantize", "method": "rtn"}, step()], {}, "let the step that quantizes be the last"),
     ],
 )
@@ -97,6 +104,9 @@ def test_a_plan_says_that_the_bytes_stay_and_counts_what_it_takes(asked: Callabl
     chain = Plan.model_validate(asked("plan", step(), {"kind": "quantize", "method": "gptq"}).json())
     assert chain.feasible and chain.seconds is not None and plans[2].seconds is not None
     assert chain.seconds.stages["compressing"] > 1.5 * plans[2].seconds.stages["compressing"]
+    joint = Plan.model_validate(asked("plan", GPTQ | {"sparsity": 0.5}).json())
+    assert joint.seconds is not None and joint.result_bytes == chain.result_bytes
+    assert joint.seconds.stages["compressing"] < chain.seconds.stages["compressing"]
     assert chain.seconds.stages["certifying"] <= plans[2].seconds.stages["certifying"]
     assert chain.result_bytes["compressed-tensors"] < 0.8 * (chain.source_bytes or 0)
     assert (chain.disk_bytes or 0) > (plans[2].source_bytes or 0) * 3

@@ -44,7 +44,9 @@ def zeros_of(weight: Tensor, group: tuple[int, int] | None) -> set[int]:
 
 
 def plain_sparsegpt(W: Tensor, X: Tensor, step: SparseGPT) -> Tensor:
-    """The paper's algorithm with the inverse itself, in float64, as its authors' code compares weights."""
+    """The paper's algorithm with the inverse itself, in float64, as its authors' code compares weights; but each block
+    loses as many as it would if all of the layer were compared beforehand.
+    """
     W, X = W.double().clone(), X.double()
     H = X.T @ X
     H += step.damping * H.diagonal().mean() * torch.eye(len(H))
@@ -52,6 +54,8 @@ def plain_sparsegpt(W: Tensor, X: Tensor, step: SparseGPT) -> Tensor:
     upper = torch.linalg.cholesky(inverse, upper=True)  # whose squared diagonal is that of the later columns' inverse
     gone = torch.zeros(W.shape, dtype=torch.bool)
     unit = step.group[1] if step.group else 128
+    whole = W**2 / upper.diagonal() ** 2
+    due = whole <= whole.flatten().sort().values[round(whole.numel() * step.sparsity) - 1]
     for i in range(W.shape[1]):
         if i % unit == 0:
             few = slice(i, min(i + unit, W.shape[1]))
@@ -60,7 +64,7 @@ def plain_sparsegpt(W: Tensor, X: Tensor, step: SparseGPT) -> Tensor:
                 order = scores.argsort(dim=1)[:, : step.group[0]]
                 gone[:, few] = torch.zeros(scores.shape, dtype=torch.bool).scatter(1, order, True)
             else:
-                last = scores.flatten().sort().values[round(scores.numel() * step.sparsity) - 1]
+                last = scores.flatten().sort().values[int(due[:, few].sum()) - 1]
                 gone[:, few] = scores <= last
         kept = torch.where(gone[:, i], 0.0, W[:, i])
         error = (W[:, i] - kept) / upper[i, i]
