@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from api.pages.report import page
 from jobs.settings import Settings
+from squeeze.cli import show
 from squeeze.objects import Plan
-from tests.api.serving import serve
+from squeeze.report import Report
+from tests.api.serving import report, serve
 from tests.api.test_plan import LLAMA, _safetensors, _shapes
 from tests.hub import FaultyHub
 
@@ -89,3 +92,29 @@ def test_it_goes_on_to_be_rounded_trained_or_cut_and_taught_and_not_to_be_taught
     assert refused.status_code == 422 and "say who learns, either `layers`" in refused.json()["error"]["message"]
     plan = Plan.model_validate(asked("plan", trim(size=320), taught | {"student": {"layers": 2}}).json())
     assert plan.result_parameters == (OUTSIDE - 256) // 2 + 256 + 320 * 256
+
+
+def test_the_page_and_the_terminal_tell_what_was_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = report()
+    speed = {"prompt_tokens": 128, "prompt": 1000.0, "writing": 100.0}
+    corpus = {"origin": "<i>file</i>", "texts": 7, "bytes": 5000, "tokens": 1200, "sha256": "0" * 64}
+    bits = {"bits_per_byte_before": 1.5, "bits_per_byte_after": 1.25}
+    unseen = {"origin": "file-unseen", "bytes": 900, "tokens_before": 200, "tokens_after": 260, "covered": 0.75}
+    trimming = {
+        **{"rows_before": 32000, "rows_after": 5696, "tokens_before": 32000, "tokens_after": 5696},
+        **{"found": 4394, "parts": 985, "always": 257, "filled": 60},
+        "corpus": corpus | {"decoded_to_themselves": 6, "new_share": 0.003},
+        **{"largest_difference": 0.0, "compared_positions": 100, "left_out_probability": 0.08},
+        **bits,
+        "unseen": unseen | bits | {"measured_bytes": 900},
+        "left_out_files": [],
+    }
+    sizes = {"parameters_before": 100, "parameters_after": 40, "bytes_before": 200, "bytes_after": 80}
+    made = {"method": "vocabulary", "importance": "use", "calibration": plain["calibration"], "trimming": trimming}
+    told = Report.model_validate(plain | {"slimming": made | sizes | {"speed_before": speed, "speed_after": speed}})
+    html = page("job-1", told)
+    for words in ("5,696 of 32,000 tokens stay", "All 7 texts of &lt;i&gt;file", "file-unseen", "75.0"):
+        assert words in html
+    show.report(told)
+    said = capsys.readouterr().out
+    assert "32,000 -> 5,696 tokens, of which the text has 4,394" in said and "200 -> 260 tokens of file-unseen" in said

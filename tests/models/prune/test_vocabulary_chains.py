@@ -29,6 +29,7 @@ def job(room: Path, spec: JobSpec, other: bool = False) -> tuple[Path, Outcome]:
     return model, run(dataclasses.replace(inputs, evaluation_text=room / "other" if other else None), Heard())
 
 
+@pytest.mark.slow
 def test_a_job_of_it_alone_ends_certified_and_tells_what_other_text_takes(tmp_path: Path) -> None:
     spec = spec_of(TRIM, evaluation={"samples": 4, "source": "file-otherother"})
     model, outcome = job(tmp_path, spec, other=True)
