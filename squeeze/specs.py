@@ -20,10 +20,11 @@ from squeeze.finetuning import Adapters, Finetune, Head, QLoRA
 from squeeze.formats import holders
 from squeeze.merging import Merge
 from squeeze.names import names_a_model
-from squeeze.slimming import Slim, Vocabulary
+from squeeze.slimming import Slim
 from squeeze.sparsifying import Sparsify
 from squeeze.steps import QAT, Format, Quantize, Step
 from squeeze.training import Train
+from squeeze.trimming import refuse_misplaced_trimming
 from squeeze.wire import Wire
 
 USUAL_LENGTH = 2048
@@ -386,23 +387,7 @@ class JobSpec(Wire):
 
     @model_validator(mode="after")
     def _trims_to_a_text(self) -> Self:
-        trims = [number for number, step in enumerate(self.steps) if isinstance(step, Vocabulary)]
-        if not trims:
-            return self
-        if len(trims) > 1:
-            raise ValueError(f"steps {trims} trim the vocabulary to the same text: keep one of them")
-        if self.data.source in (None, SELF):
-            raise ValueError(
-                "vocabulary leaves what your texts need: name a file (file-…) or a dataset (hub:…) as data.source"
-            )
-        for number, step in enumerate(self.steps):
-            if isinstance(step, Distill) and trims[0] < number:
-                taken = any(isinstance(one, Slim | Sparsify | Distill) for one in self.steps[: trims[0]])
-                if taken or step.student.model is not None:
-                    raise ValueError(
-                        f"steps.{number}: teacher and student would have other tokens, so that there is nothing to "
-                        "compare: let vocabulary be the first step, and another model be no student"
-                    )
+        refuse_misplaced_trimming(self.steps, told=self.data.source not in (None, SELF))
         return self
 
     @model_validator(mode="after")

@@ -196,3 +196,27 @@ def test_what_it_costs_grows_with_the_text_and_not_with_the_blocks() -> None:
     assert 1.4 * judged[0] < counted_slimming(shapes[0], spec, again)["compressing"].blocks < 2 * judged[0]
     chain = job(depth(), GPTQ)
     assert "certifying" not in counted_slimming(shapes[0], chain, chain.steps[0])
+
+
+TRIM = {"kind": "prune", "method": "vocabulary"}
+LOGITS = {"kind": "distill", "method": "logits"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ([TRIM | {"size": 100}], "64 or 128, not 100"),
+        ([TRIM | {"size": 128, "params_target": 0.5}], "say how small once"),
+        ([TRIM, TRIM], "keep one of them"),
+        ([depth(), TRIM, LOGITS], "other tokens"),
+        ([TRIM, LOGITS | {"student": {"model": "org/other"}}], "other tokens"),
+        ([TRIM, LOGITS], "say who learns"),
+    ],
+)
+def test_a_vocabulary_is_trimmed_once_and_before_who_teaches(steps: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        job(*steps, data=DATA)
+    with pytest.raises(ValidationError, match="name a file"):
+        job(TRIM)
+    assert len(job(TRIM, depth(), LOGITS, GPTQ, data=DATA).steps) == 4
+    assert len(job(TRIM, LOGITS | {"student": {"layers": 2}}, data=DATA).steps) == 2
