@@ -1,11 +1,13 @@
 """What weighing domains by their excess loss does to a pruned model that is taught by the original.
 
-    python benchmarks/domains.py --prose DIR --json DIR [--model DIR] [--target 0.75] [--steps 60] [--every 10]
-        [--rate 0.001] [--seeds 0 1] [--records 200 200 100]
+    python benchmarks/domains.py [--prose DIR --json DIR] [--model DIR] [--target 0.75] [--steps 60] [--every 10]
+        [--rate 0.001] [--length 512] [--seeds 0 1] [--records 200 200 100]
 
-The text has three domains: the standard library's source, English prose (`*.txt` of a directory) and JSON (`*.json`
-below another). The model is made narrower once; then the original teaches it on all of the text, with `domain_column`
-and without, and each is measured on the same held-out records, domain by domain, against the original. Prints Markdown.
+The text has three domains. By default all are of what the bundled model learned, the standard library: its source, the
+manual that comes with it (English), and its tables of encodings. With `--prose` and `--json` the second and the third
+are the `*.txt` of a directory and the `*.json` below another, which that model never saw. The model is made narrower
+once; then the original teaches it on all of the text, with `domain_column` and without, and each is measured on the
+same held-out records, domain by domain, against the original. Prints Markdown.
 """
 
 import argparse
@@ -37,20 +39,21 @@ from squeeze.training import Train
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 CHARACTERS = 1500  # of a record
-BATCH, LENGTH = 8, 512
+BATCH = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prose", type=Path, required=True)
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--prose", type=Path)
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--target", type=float, default=0.75)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--records", type=int, nargs=3, default=[200, 200, 100], help="of source, prose and JSON")
+    parser.add_argument("--records", type=int, nargs=3, default=[200, 200, 100], help="of the domains")
+    parser.add_argument("--length", type=int, default=512)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as room:
@@ -69,13 +72,14 @@ def main() -> None:
 class Bench:
     def __init__(self, options: Any, room: Path) -> None:
         self._options, self._room, self._made = options, room, 0
-        texts = {"json": _files(options.json, "*.json"), "prose": _files(options.prose, "*.txt")}
-        texts["source"] = (text for _, text in standard_library("train"))
-        counts = dict(zip(("source", "prose", "json"), options.records, strict=True))
+        texts = {"source": _modules(None), "manual": _modules("pydoc_data"), "tables": _modules("encodings")}
+        if options.prose is not None and options.json is not None:
+            files = {"prose": _files(options.prose, "*.txt"), "json": _files(options.json, "*.json")}
+            texts = {"source": texts["source"]} | files
         rows = [
             {"text": text, "domain": name}
-            for name, some in sorted(texts.items())
-            for text in _drawn(some, counts[name])
+            for (name, some), count in zip(texts.items(), options.records, strict=True)
+            for text in _drawn(some, count)
         ]
         self._text = room / "text.jsonl"
         self._text.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -123,7 +127,7 @@ class Bench:
         return whole, trained(inputs, training, inputs.work / "adapter", whole, Clock(), Silent()).training
 
     def _spec(self, step: dict[str, Any], seed: int = 0) -> JobSpec:
-        data = {"source": "file-abcdefgh", "samples": 64, "sequence_length": LENGTH}
+        data = {"source": "file-abcdefgh", "samples": 64, "sequence_length": self._options.length}
         return JobSpec.model_validate(
             {"model": "org/model", "steps": [step], "data": data, "evaluation": {"samples": 128}, "seed": seed}
         )
@@ -143,6 +147,14 @@ class Bench:
             device="cpu",
             job_id="job-x",
         )
+
+
+def _modules(package: str | None) -> Iterator[str]:
+    """Of the standard library: of a package, or of all but those that are domains of their own."""
+    for name, text in standard_library("train"):
+        own = name.partition(".")[0]
+        if own == package or (package is None and own not in ("pydoc_data", "encodings")):
+            yield text
 
 
 def _files(directory: Path, pattern: str) -> Iterator[str]:
