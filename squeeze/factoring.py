@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from squeeze.compressing import Compress
+from squeeze.compressing import Compress, Statistic
 from squeeze.errors import SpecInvalid
 from squeeze.schemes import Scheme
 
@@ -46,11 +46,20 @@ class SVD(Compress):
         "is the predicted divergence from the original. Takes forward and backward passes of a small part of the text. "
         "False: what is lost is the energy of each layer's outputs.",
     )
+    asymmetric_calibration: bool = Field(
+        True,
+        description="Have every layer also make up for what the layers before it changed: its outputs on what it reads "
+        "now are fitted to what they were in the uncompressed model. Closer to the original; the text goes through the "
+        "blocks twice as often, with a second copy of the calibration activations. Experts of a mixture are left out.",
+    )
     rank_multiple: Literal[8, 16, 32, 64] = Field(8, description="Ranks are multiples of it.")
     damping: float = Field(
         0.01, gt=0, le=1, description="Share of the mean diagonal that is added to the diagonal of each second moment."
     )
     statistics = frozenset({"hessian"})
+
+    def wanted(self) -> frozenset[Statistic]:
+        return self.statistics | {"drift"} if self.asymmetric_calibration else self.statistics
 
     def scheme(self) -> Scheme:
         return Scheme("factored", 16, "channel")

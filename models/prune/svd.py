@@ -18,7 +18,7 @@ from models.factored import Factored
 from models.plain import saturated
 from models.quantize.feedback import DAMPING_FACTOR, MOST_DAMPING
 from models.quantize.problem import Problem, Solution
-from models.statistics import Hessian
+from models.statistics import Drift, Hessian
 from squeeze.errors import FactorisationFailed
 from squeeze.factoring import SVD
 
@@ -48,8 +48,9 @@ def prune(problem: Problem, step: SVD) -> Solution:
     """
     if problem.statistics is None or problem.statistics.hessian is None:
         raise ValueError("a decomposition needs the second moment of the layer's inputs")
-    rank = problem.scheme.rank
-    found = decomposed(problem.W, problem.statistics.hessian, step.damping, problem.gradients)
+    rank, hessian, drift = problem.scheme.rank, problem.statistics.hessian, problem.statistics.drift
+    W = problem.W if drift is None else fitted(problem.W, hessian, drift, step.damping)
+    found = decomposed(W, hessian, step.damping, problem.gradients)
     left, right = found.left[:, :rank], found.right[:rank]
     # Of one size, so that neither leaves the range of a 16-bit type.
     balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(LEAST)).sqrt().clamp_min(LEAST)
@@ -77,6 +78,24 @@ def decomposed(W: Tensor, hessian: Hessian, damping: float, gradients: Tensor | 
         f"the second moment of the inputs of a layer with {W.shape[1]} of them is not positive definite even with "
         f"damping {MOST_DAMPING:g}; its activations are degenerate: give other or more calibration text"
     )
+
+
+def fitted(W: Tensor, hessian: Hessian, drift: Drift, damping: float) -> Tensor:
+    """The weights whose outputs on the inputs x as they are now come nearest to those of W on what they would be, x̃:
+    W + W Σ (x̃ − x) xᵀ (Σ x xᵀ)⁻¹, float32. Where no damping makes that root, W as it is.
+    """
+    if drift.count == 0:
+        return W
+    mean = float(hessian.diagonal.double().mean())
+    while damping <= MOST_DAMPING:
+        H = hessian.sum.double()
+        H.diagonal().add_(damping * mean)
+        _, failed = torch.linalg.cholesky_ex(H, out=(H, torch.empty((), dtype=torch.int32, device=H.device)))
+        if not failed and bool(torch.isfinite(H.diagonal()).all()):
+            made_up = torch.cholesky_solve((W @ drift.sum).T.double(), H)  # (in, out)
+            return W + made_up.T.float()
+        damping *= DAMPING_FACTOR
+    return W
 
 
 Found = tuple[Tensor, Tensor, Tensor]

@@ -99,6 +99,20 @@ def test_the_factors_are_of_the_model_s_type_and_of_one_size(dtype: torch.dtype)
     torch.testing.assert_close(divided, whole / 2, rtol=1e-2, atol=1e-6)
 
 
+def test_what_layers_before_it_changed_is_made_up_for() -> None:
+    W, before = thrown(OUT, IN), correlated(TOKENS, IN)
+    now = before + 0.3 * before.roll(1, dims=1)
+    statistics = Statistics(("hessian", "drift"), IN, before.device)
+    for each, other in zip(now, before, strict=True):
+        statistics.add(each[None, None], other[None, None])
+    scheme, step = Scheme("factored", 32, "channel", rank=20, basis="a"), SVD(method="svd", params_target=0.5)
+    errors = []
+    for told in (seen(now), statistics):
+        made = prune(Problem(W.clone(), told, scheme, torch.float32, ("a",), (OUT,)), step).encoded
+        errors.append(float((now @ made.dequantize(torch.float32).T - before @ W.T).square().sum()))
+    assert errors[1] < 0.3 * errors[0], errors
+
+
 SIDES = {"a": Sides(64, 64), "b": Sides(64, 64), "c": Sides(128, 64), "d": Sides(16, 8)}
 WHOLE = 20_000
 STEP = SVD(method="svd", params_target=0.7)
