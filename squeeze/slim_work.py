@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from squeeze.memory import BATCH_TOKENS, LOGIT_BYTES, LOGIT_SLICES, PIECES, PROCESS_BYTES, certifier_bytes
 from squeeze.shapes import Shape
 from squeeze.slim_speed import blocks_at_speed
-from squeeze.slimming import Depth, Paced, Slim, Vocabulary
+from squeeze.slimming import Depth, Paced, Slim, Vocabulary, Width
 from squeeze.specs import JobSpec
 from squeeze.steps import Format
 from squeeze.training import Train
@@ -30,6 +30,8 @@ BYTES_PER_TOKEN = 4  # of text, about
 COUNTED = 1e5  # operations for a token of a text that is counted, and compared by two tokenizers
 CORPUS_BYTES = 500 << 20  # of host memory, for a part of a text as tokens
 SIZES_TIMED = 18  # of one block, until the one is found that is quick enough
+GATHERED_VISITS = 4  # of a weight for every batch, while its gradients are put aside
+KEPT_BATCHES = 3  # of a batch that is gone back through: what lies between the products is kept, and has gradients
 TIMED_TOKENS = 8 * 129  # that go through each block of both models while they are timed
 
 
@@ -44,11 +46,16 @@ def counted_slimming(shape: Shape, spec: JobSpec, step: Slim, text_bytes: int | 
     elements = sum(block.elements for block in shape.blocks)
     copying = 2 * shape.stored_bytes * BYTE
     copying_outside = copying * shape.outside
+    sampled = _judged_tokens(shape, spec) if by_gradient(step) else sampled
     seen = sampled * len(shape.blocks) * SEEN_VISITS * VISIT * shape.hidden
-    judging = _judging(shape, spec, step)
+    judging, heads = _judging(shape, spec, step), 0.0
     if judging is not None:
         sampled = 0  # none but what is judged travels
         seen = judging.whole
+    if by_gradient(step):
+        batches = -(-sampled // BATCH_TOKENS)
+        seen += 4 * sampled * forward + 2 * reading + batches * GATHERED_VISITS * VISIT * elements
+        heads = 3 * sampled * of_head(shape) + 2 * batches * GATHERED_VISITS * VISIT * shape.outside
     compared = windows * (2 * of_head(shape) + shape.vocabulary * COMPARED_VISITS * VISIT)
     if isinstance(step, Paced) and step.speed_target is not None:
         seen += SIZES_TIMED * (reading + 2 * TIMED_TOKENS * forward) / max(len(shape.blocks), 1)
@@ -61,7 +68,7 @@ def counted_slimming(shape: Shape, spec: JobSpec, step: Slim, text_bytes: int | 
         stages["evaluating"] = Count(2 * compared, (4 * windows + 2 * TIMED_TOKENS) * forward + 4 * reading)
     else:
         looked = (sampled + windows) * forward + reading + seen
-        stages["compressing"] = Count(copying_outside, looked + copying * elements)
+        stages["compressing"] = Count(copying_outside + heads, looked + copying * elements)
         stages["evaluating"] = Count(compared, (windows + 2 * TIMED_TOKENS) * forward + 3 * reading)
     if step is spec.steps[-1]:
         certified = min(windows, max(1, min(CERTIFIED[0], CERTIFIED[1] // length)) * length)
@@ -82,9 +89,13 @@ def slimming_bytes(shape: Shape, spec: JobSpec, step: Slim) -> tuple[int, int]:
     batch = int(max(BATCH_TOKENS, length) * (6 * shape.hidden + outputs) * each)
     logits = LOGIT_SLICES * max(16, min(length, LOGIT_BYTES // (4 * max(shape.vocabulary, 1)))) * shape.vocabulary * 4
     removes = by_removal(step)
-    measured = logits if _windows(shape, spec) or removes else 0
+    goes_back = by_gradient(step)
+    measured = logits if _windows(shape, spec) or removes or goes_back else 0
     inside = max(2 * block * each + batch, 2 * shape.outside * each + measured)
+    if goes_back:  # weights, their gradients, and these summed in float32
+        inside = max(block * (2 * each + 4) + KEPT_BATCHES * batch, shape.outside * (2 * each + 4) + 2 * measured)
     sampled = _judged_tokens(shape, spec) * (len(shape.blocks) + 1) if removes else spec.data.samples * length
+    sampled = _judged_tokens(shape, spec) if goes_back else sampled
     streams = (sampled + 2 * _windows(shape, spec)) * shape.hidden * each
     if isinstance(step, Vocabulary):
         inside, streams = max(inside, CORPUS_BYTES), 4 * _windows(shape, spec) * shape.hidden * each
@@ -114,11 +125,19 @@ def by_removal(step: Slim) -> bool:
     return isinstance(step, Depth) and step.importance == "perplexity"
 
 
+def by_gradient(step: Slim) -> bool:
+    """Whether gradients go back through the whole model."""
+    return isinstance(step, Width) and step.importance == "gradient"
+
+
 def looking_bytes(shape: Shape, spec: JobSpec, step: Slim) -> int:
-    """On disk, of hidden states that go around each block: where they are, and where they were at the last snapshot."""
-    if not by_removal(step):
+    """On disk, of hidden states that are there for every block: where they are, and where they were at the last
+    snapshot; or what each block was given, which does not change.
+    """
+    if not by_removal(step) and not by_gradient(step):
         return 0
-    return 2 * _judged_tokens(shape, spec) * (len(shape.blocks) + 1) * shape.hidden * shape.computed_bytes
+    times = 2 if by_removal(step) else 1
+    return times * _judged_tokens(shape, spec) * (len(shape.blocks) + 1) * shape.hidden * shape.computed_bytes
 
 
 def _judging(shape: Shape, spec: JobSpec, step: Slim) -> Count | None:

@@ -108,7 +108,8 @@ class Depth(Paced):
 
 class Width(Paced):
     """Leaves out the neurons, attention heads and channels of the hidden state that put out least on the job's text
-    (Minitron, arXiv 2407.14679). Neurons and heads are chosen block by block, channels for the whole model.
+    (Minitron, arXiv 2407.14679), or that its loss depends on least (LLM-Pruner, arXiv 2305.11627). Neurons and heads
+    are chosen block by block, channels for the whole model.
 
     With `params_target` or `speed_target`, neurons of the feed-forward parts go first, down to half of them, then
     heads, in whole groups that share keys and values, down to half, then channels, down to half; sizes stay multiples
@@ -116,6 +117,12 @@ class Width(Paced):
     """
 
     method: Literal["width"]
+    importance: Literal["activation", "gradient"] = Field(
+        "activation",
+        description="What neurons, heads and channels are judged by. `activation`: what they put out. `gradient`: what "
+        "the loss of the calibration text would change by without them, to first order (LLM-Pruner, arXiv 2305.11627, "
+        "element-wise), told from its first 32,768 tokens, which go through the model twice and back once.",
+    )
     intermediate_size: int | None = Field(
         None, ge=MULTIPLE, le=1 << 20, description="Neurons of each feed-forward part that stay; a multiple of 32."
     )

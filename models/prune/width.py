@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,17 +15,20 @@ from models.formats.directory import without_private
 from models.formats.shards import Piece
 from models.frame import Frame
 from models.progress import Notify
-from models.prune import pacing
+from models.prune import gradient, pacing
 from models.prune.looking import Looked, Looking, watched
 from squeeze.shapes import BLOCK
 from squeeze.slim_shapes import Sides
+from squeeze.slim_work import judged_sequences
 from squeeze.slimming import Width
 from squeeze.widths import Widths, axes_of, sides_at, widths_left, widths_of
 
-IMPORTANCE = (
-    "magnitudes of what neurons put out, lengths of what heads do, magnitudes of normed channels: mean over the tokens "
-    "of a sequence, root of the sum of squares over sequences"
-)
+IMPORTANCE = {
+    "activation": "magnitudes of what neurons put out, lengths of what heads do, magnitudes of normed channels: mean "
+    "over the tokens of a sequence, root of the sum of squares over sequences",
+    "gradient": "what the loss of the text would change by to first order, added up over all weights of a neuron, a "
+    "group of heads or a channel: |w · ∂L/∂w|",
+}
 NORMS = ("input_layernorm", "post_attention_layernorm")
 LAST_NORM = "model.norm.weight"
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
@@ -105,8 +109,13 @@ def planned(step: Width, frame: Frame, sides: Sides) -> Widths:
 def look(step: Width, looking: Looking) -> Looked:
     """What is judged, and the size that is quick enough."""
     paced = pacing.of_widths(step, looking) if step.speed_target is not None else {}
-    found = watched(looking, Outputs(looking.frame))
-    return Looked({**found.sums, **paced}, found.original)
+    if step.importance == "activation":
+        found = watched(looking, Outputs(looking.frame))
+        return Looked({**found.sums, **paced}, found.original)
+    some = replace(looking, ids=looking.ids[: judged_sequences(*looking.ids.shape)])
+    found = watched(some, Outputs(looking.frame))  # for how loud the norms' inputs are
+    back = gradient.looked(replace(some, windows=None, directory=looking.directory.with_name("gradient")))
+    return Looked({**found.sums, **back.sums, **paced}, found.original)
 
 
 def smaller(
@@ -117,25 +126,29 @@ def smaller(
     found: dict[str, object] = {}
     if step.speed_target is not None:
         left, found["speed_target"] = pacing.paced_widths(whole, sums), pacing.told(step, sums)
-    kept = _Kept(whole, left, sums)
+    kept = _Kept(step, whole, left, sums)
     made = sides_at(left, sides)
     pieces = [_piece(source, name, made[name], kept) for name in sides]
     settings = without_private(source.config) | left.settings
     chosen = [kept.channels.tolist(), *(one.tolist() for one in (*kept.neurons, *kept.groups))]
     model = written(source, out, json.dumps(chosen), settings, pieces, notify)
-    return model, {"importance": IMPORTANCE, "widths": left.settings, "widths_before": whole.settings} | found
+    return model, {
+        "importance": IMPORTANCE[step.importance],
+        "widths": left.settings,
+        "widths_before": whole.settings,
+    } | found
 
 
 class _Kept:
     """Places that stay, int64. neurons, groups: of each block. channels: of the model."""
 
-    def __init__(self, whole: Widths, left: Widths, sums: Mapping[str, Tensor]) -> None:
+    def __init__(self, step: Width, whole: Widths, left: Widths, sums: Mapping[str, Tensor]) -> None:
         self._whole, self._normed, self._tokens = whole, sums["normed"], float(sums["tokens"])
         self.narrower = left.hidden < whole.hidden
-        self.channels = prune(sums["channels"].sqrt().sum(dim=0), left.hidden)
-        self.neurons = [prune(one, left.inner) for one in sums["neurons"]]
-        # A group counts as much as its heads together.
-        self.groups = [prune(one.sqrt().view(whole.groups, -1).sum(dim=-1), left.groups) for one in sums["heads"]]
+        neurons, groups, channels = _importances(step, whole, sums)
+        self.channels = prune(channels, left.hidden)
+        self.neurons = [prune(one, left.inner) for one in neurons]
+        self.groups = [prune(one, left.groups) for one in groups]
 
     def along(self, axis: str, block: int) -> Tensor:
         """Places along a side of a block's tensor; of what lies outside of blocks only channels are asked for."""
@@ -149,6 +162,15 @@ class _Kept:
     def louder(self, norm: int) -> float:
         """Root mean square of the channels that stay, over that of all, of what a norm is given."""
         return float((self._normed[norm][self.channels].mean() / self._tokens).sqrt())
+
+
+def _importances(step: Width, whole: Widths, sums: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of neurons (blocks, inner), of groups of heads (blocks, groups) and of channels (hidden,)."""
+    if step.importance == "gradient":
+        return sums[gradient.NEURONS], sums[gradient.GROUPS], sums[gradient.CHANNELS]
+    # A group counts as much as its heads together, a channel as much as before all norms.
+    groups = sums["heads"].sqrt().view(-1, whole.groups, whole.each).sum(dim=-1)
+    return sums["neurons"], groups, sums["channels"].sqrt().sum(dim=0)
 
 
 def _piece(source: SourceModel, name: str, sides: tuple[int, ...], kept: _Kept) -> Piece:

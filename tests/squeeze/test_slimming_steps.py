@@ -58,6 +58,7 @@ def llama(blocks: int = 4) -> dict[str, tuple[int, ...]]:
         (width(intermediate_size=500), "480 or 512, not 500"),
         (width(hidden_size=100), "96 or 128, not 100"),
         (width(blocks=2), "Extra inputs"),
+        (width(heads=2, importance="influence"), "'activation' or 'gradient'"),
     ],
 )
 def test_what_is_no_size_is_refused(step: dict[str, Any], words: str) -> None:
@@ -192,6 +193,13 @@ def test_what_it_costs_grows_with_the_text_and_not_with_the_blocks() -> None:
     assert looking_bytes(shapes[0], spec, removing) == 2 * 16 * 256 * 5 * 64 * 2 and not looking_bytes(
         shapes[0], spec, step
     )
+    going_back = Width(method="width", heads=2, importance="gradient")
+    back = [counted_slimming(shape, spec, going_back)["compressing"] for shape in shapes]
+    assert back[1].blocks == pytest.approx(2 * back[0].blocks) and back[0].fixed > first["compressing"].fixed
+    assert back[0].blocks > 2 * first["compressing"].blocks
+    assert slimming_bytes(shapes[0], spec, going_back) == slimming_bytes(shapes[1], spec, going_back)
+    assert slimming_bytes(shapes[0], spec, going_back)[1] > least
+    assert looking_bytes(shapes[0], spec, going_back) == 16 * 256 * 5 * 64 * 2
     again = removing.model_copy(update={"iterative": True})
     assert 1.4 * judged[0] < counted_slimming(shapes[0], spec, again)["compressing"].blocks < 2 * judged[0]
     chain = job(depth(), GPTQ)
