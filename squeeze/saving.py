@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from squeeze.distillation import Distill
 from squeeze.factoring import SVD
-from squeeze.slimming import Slim, Vocabulary
+from squeeze.slimming import Experts, Slim, Vocabulary
 from squeeze.sparsifying import Sparsify
 from squeeze.steps import Format, Grouped, Quantize, Step
 
@@ -58,6 +58,11 @@ def _fewer(step: Slim) -> str:
         return (
             f"{step.method}: fewer rows of embedding and output head, so smaller files, less memory and a quicker "
             "head; decoder blocks take as long as before, and texts unlike yours take more tokens"
+        )
+    if isinstance(step, Experts):
+        return (
+            f"{step.method}: a plain mixture with fewer experts: smaller files and less memory; a token takes as many "
+            "operations as before"
         )
     return (
         f"{step.method}: a plain model with fewer parameters: smaller files, less memory and fewer operations for "

@@ -28,6 +28,7 @@ def prune(method: str, **fields: Any) -> dict[str, Any]:
         ([prune("wanda")], ["safetensors-zst"], ["files are smaller under zstd, memory and time stay"]),
         ([prune("wanda"), GPTQ], None, ["zeros alone save nothing", "4 bits in the decoder blocks, 4 times fewer"]),
         ([prune("depth", blocks=2)], None, ["fewer parameters: smaller files, less memory and fewer operations"]),
+        ([prune("experts", params_target=0.8)], None, ["a token takes as many operations as before"]),
         ([prune("vocabulary")], None, ["decoder blocks take as long as before"]),
         ([prune("svd", params_target=0.8)], ["safetensors"], ["files, memory and time stay", "as `onnx`"]),
         ([prune("svd", params_target=0.8)], ["onnx"], ["factors in the ONNX file"]),
