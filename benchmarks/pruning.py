@@ -5,11 +5,11 @@
 
 One pass of the engine prunes and measures, on the held-out part of the generic text; the result is written and read
 back, so that zeros and bytes are those of the files. Every draw of calibration text is of another seed; `magnitude`
-looks at none. A row with `then gptq` is that result quantized to 4 bits, its zeros kept, against the original. What has
-more to it than one pass runs as a job. Tokens a second are those of the result over those of the original, the two
-measured in turn: of a prompt, and while writing. Prints Markdown: medians over the draws. With the Python of an
-environment that has llm-compressor, its SparseGPT and Wanda prune on the first draw too, and are measured in the same
-way.
+looks at none. A row with `then gptq` is that result quantized to 4 bits, its zeros kept, against the original; `gptq
+that zeroes too` does both in one step. What has more to it than one pass runs as a job. Tokens a second are those of
+the result over those of the original, the two measured in turn: of a prompt, and while writing. Prints Markdown:
+medians over the draws. With the Python of an environment that has llm-compressor, its SparseGPT and Wanda prune on the
+first draw too, and are measured in the same way.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from models.job import Inputs
 from models.material import read_tokenizer
 from models.pipeline import run
 from models.progress import Silent
-from models.prune.counting import counted_zeros
+from models.prune.counting import counted_codes, counted_zeros
 from models.speed import speeds
 from models.teamwork import frames_of
 from squeeze.compressing import Compress
@@ -116,6 +116,9 @@ def main() -> None:
             rows = [_made(source, step, ids, windows) for ids in (draws if step.needs_calibration else draws[:1])]
             for number, told in enumerate((step.method, f"{step.method}, then gptq")):
                 _print(told, _target(step), [row[number] for row in rows])
+            if step.method == "sparsegpt":
+                both = [_made_at_once(source, step, ids, windows) for ids in draws]
+                _print("gptq that zeroes too", _target(step), both)
             if options.llmcompressor and step.needs_calibration:
                 peer = _made_by_llmcompressor(options.llmcompressor, source, step, draws[0], windows)
                 _print(f"llm-compressor's {step.method}", _target(step), [peer])
@@ -145,6 +148,17 @@ def _made(source: SourceModel, step: Sparsify, ids: Tensor, windows: Windows) ->
         step_after, at = GPTQ(method="gptq"), Path(room) / "quantize"
         _, after = _compressed(open_model(pruned), step_after, ids, windows, at, rounded, "compressed-tensors", source)
         return first, Made(after, weight_bytes(rounded), source.parameters, nonzero)
+
+
+def _made_at_once(source: SourceModel, step: Sparsify, ids: Tensor, windows: Windows) -> Made:
+    """Zeroed and rounded by one step."""
+    target = {"pattern": step.pattern} if step.pattern else {"sparsity": step.sparsity}
+    with tempfile.TemporaryDirectory() as room:
+        both, out = GPTQ.model_validate({"method": "gptq"} | target), Path(room) / "out"
+        done, quality = _compressed(source, both, ids, windows, Path(room) / "work", out, "compressed-tensors", None)
+        zeros = counted_codes(source, out, done.model)
+        nonzero = source.parameters - zeros.zeros
+        return Made(quality, zeros.weight_bytes, source.parameters, nonzero, zeros.zstd_bytes)
 
 
 def _made_by_job(options: Any, asked: dict[str, Any], seed: int) -> Made:

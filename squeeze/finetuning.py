@@ -32,6 +32,10 @@ class Adapters(Finetune):
     )
 
     @property
+    def keeps_zeros(self) -> bool:
+        return False  # what an adapter adds to a weight stands everywhere
+
+    @property
     def whole(self) -> bool:
         return self.merge
 

@@ -130,6 +130,11 @@ class Training(Part):
         default_factory=dict,
         description="Held-out, by format, where the next step quantized what was merged; as transformers sees it.",
     )
+    zeros_kept: int | None = Field(
+        None,
+        description="Of a model that was pruned before: weights of its linear layers that were zero, all of which are "
+        "zero in what was written.",
+    )
     accuracy_before: float | None = Field(
         None, description="Share of the measured examples whose label was told, by a head drawn at random; of `head`."
     )

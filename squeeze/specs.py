@@ -278,7 +278,7 @@ class JobSpec(Wire):
                 if isinstance(step, Merge | Slim) or (isinstance(step, Train) and not step.keeps_zeros):
                     raise ValueError(
                         f"what step {number} zeroes, {step.method} would fill or move: let it come before that, or "
-                        "leave it out"
+                        "leave it out; of the steps that train, `full`, `last_layers` and distillations keep zeros"
                     )
         for step in self.steps if zeroing else ():
             if isinstance(step, Quantize) and step.zeroed:

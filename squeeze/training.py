@@ -123,7 +123,7 @@ class Train(Descent):
     @property
     def keeps_zeros(self) -> bool:
         """Whether weights that an earlier step zeroed are zero in what it makes."""
-        return False
+        return True
 
 
 class Rounded(Descent):

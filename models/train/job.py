@@ -42,6 +42,7 @@ from models.train.prepare import TRAINING, Prepared, begun, method_of, prepare
 from models.train.reference import reference_losses, weighed
 from models.train.telling import doubts_of, mean, sample_of, training_part
 from models.train.whole import write_trained
+from models.train.zeros import kept_zeros
 from models.work import ahead, summed
 from squeeze import __version__
 from squeeze.distillation import Distill, Sequence
@@ -169,7 +170,7 @@ def _trained(
             taught = lesson.told(before, lesson.apart(task, accelerator))
             training = training.model_copy(update={"distillation": taught})
         del lesson
-        packed = task.packed
+        packed, zeros = task.packed, bool(task.zeros)
         _gather(prepared, task.model)
         if processes.team.leads:
             _write(prepared, task.model, initial, inputs, adapter, whole, notify)
@@ -178,7 +179,8 @@ def _trained(
         _give_back()
         if whole is not None:
             samples[whole], loss = _as_written(prepared, whole, packed, accelerator)
-            training = training.model_copy(update={"loss_written": loss})
+            kept = kept_zeros(prepared.source, whole) if zeros and processes.team.leads else None
+            training = training.model_copy(update={"loss_written": loss, "zeros_kept": kept})
             _give_back()
     warnings += [*(base.warnings if base is not None else ()), *doubts_of(training)]
     for warning in warnings:

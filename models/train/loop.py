@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -36,6 +36,7 @@ from models.train.processes import ALONE, Processes, whole
 from models.train.schedule import learning_rate, warmup_steps
 from models.train.scoring import Objective, Turning, accuracy, example_losses, learned_losses, without_virtual_tokens
 from models.train.zero import Part
+from models.train.zeros import put_back, still_gradients
 from squeeze.errors import NotFinite
 from squeeze.report_training import HeldOutLoss, TrainingStep
 from squeeze.training import Train
@@ -50,7 +51,8 @@ class Task:
     """model: on its device, with what is to learn in float32. held_out: empty where nobody looks at their loss.
     packed: rows hold several examples each. objective: what falls; the held-out loss is the negative log-likelihood
     whatever it is. domains: of which batches are made, where these are weighed. beside: learns too, and is worth
-    nothing once the training is over. processes: that share the work.
+    nothing once the training is over. processes: that share the work. zeros: of learning parameters, by name, what
+    of them stays zero.
     """
 
     model: Any
@@ -64,6 +66,7 @@ class Task:
     objective: Objective = learned_losses
     domains: Domains | None = None
     beside: nn.Module | None = None
+    zeros: Mapping[str, Tensor] = field(default_factory=dict)
     processes: Processes = ALONE
 
     @property
@@ -207,6 +210,7 @@ class _Run:
             (total,) = processes.total(share)
             self._refuse_no_number(total, "loss")
             self._accelerator.unscale_gradients(self._optimizer)
+            still_gradients(self._learning, task.zeros)
             norm = self._clipped() if self._zero is None else self._zero.norm()
             if math.isfinite(norm) or not self._scale_down():
                 break
@@ -288,6 +292,7 @@ class _Run:
         else:
             scaler.step(self._optimizer)
             scaler.update()
+        put_back(self._learning, self._task.zeros)
         self._averages.add(self.story.done + 1)
 
     def look(self) -> None:

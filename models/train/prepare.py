@@ -32,11 +32,12 @@ from models.train.processes import ALONE, Processes
 from models.train.scoring import own, packs
 from models.train.texts import examples_of
 from models.train.whole import load_whole
+from models.train.zeros import pruned_names, zeros_of
 from squeeze.choosing import LENGTH_MOST, Choice, settled
 from squeeze.descent import Precision
 from squeeze.distillation import Distill
 from squeeze.distillation import Sequence as Written
-from squeeze.errors import DataUnusable, ModelMalformed
+from squeeze.errors import DataUnusable, ModelMalformed, SpecInvalid
 from squeeze.finetuning import Adapters, Finetune, Head, QLoRA, VirtualTokens
 from squeeze.records import DATA
 from squeeze.sharding import refuse_without_library
@@ -101,9 +102,14 @@ class Prepared:
         """By their numbers; none where no labels are learned."""
         return [*(self.split.data.labels or ())]
 
+    @property
+    def blocks(self) -> str:
+        """Path of the list of decoder blocks."""
+        return architecture_of(self.source.config).blocks
+
     def share(self, model: Any) -> None:
         """Leaves this process its part of the weights, where several are to hold a part each."""
-        blocks = own(model).get_submodule(architecture_of(self.source.config).blocks)
+        blocks = own(model).get_submodule(self.blocks)
         self.processes.shard(model, list(blocks), self.step, self.precision)
 
     def plan(self, *, packed: bool) -> Plan:
@@ -240,7 +246,13 @@ def begun(prepared: Prepared, base: QuantizedModel | None = None) -> tuple[Task,
         initial = method.adapter_of(model) if isinstance(step, Adapters) else {}
         if step.activation_checkpointing:
             own(model).activation_checkpointing_enable({"use_reentrant": False})
+        names = [] if isinstance(step, Adapters) else pruned_names(model, prepared.blocks)
         prepared.share(model)
+    if names and processes.zero is not None:
+        raise SpecInvalid(
+            f"the model was pruned, and with {step.sharding} nobody sees its gradients: set sharding to ddp or full",
+            param="sharding",
+        )
     packs_here = step.packing and packs(model, prepared.device, int(model.config.vocab_size))
     packed = processes.leader_says(packs_here)
     if step.packing and not packed:
@@ -248,7 +260,8 @@ def begun(prepared: Prepared, base: QuantizedModel | None = None) -> tuple[Task,
             f"examples of a {prepared.source.config['model_type']} would see each other in one sequence: each has one "
             "of its own"
         )
-    return prepared.task(model, packed=packed), initial, warnings
+    task = prepared.task(model, packed=packed)
+    return replace(task, zeros=zeros_of(model, names)), initial, warnings
 
 
 def _settled(
