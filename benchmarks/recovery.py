@@ -2,6 +2,7 @@
 
     python benchmarks/recovery.py [--model DIR] [--target 0.75] [--steps 200] [--batch 8] [--length 256]
         [--seeds 0 1 2] [--rates 0.0005 0.001] [--scratch-rates 0.001 0.002 0.004] [--methods depth width svd]
+        [--alpha 0.9]
 
 All arms learn from the generic text, the same of it in the same order for a seed, and are measured on the same held-out
 part. There are: a pruned model as it is; the same taught by the original; its shape with weights drawn at random,
@@ -37,7 +38,7 @@ from squeeze.specs import JobSpec
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 PRUNED: dict[str, dict[str, Any]] = {
     "depth": {"method": "depth"},
-    "width": {"method": "width"},
+    "width": {"method": "width", "importance": "gradient"},
     "svd": {"method": "svd"},
 }
 
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--taught", nargs="*", default=["depth", "width"], choices=PRUNED, help="of the methods")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--alpha", type=float, default=0.9, help="share of the divergence in what is learned")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0005, 0.001, 0.002])
@@ -61,10 +63,10 @@ def main() -> None:
         bench = Bench(options, room)
         print("| model | parameters | learning rate | held-out loss by seed | median | perplexity |")
         print("|---|---|---|---|---|---|")
-        bench.show("the original", options.model, [bench.loss(options.model)])
+        bench.show("the original", open_model(options.model).parameters, [bench.loss(options.model)])
         for method in options.methods:
-            pruned = bench.pruned(method)
-            bench.show(f"{method}, not trained", pruned, [bench.loss(pruned)])
+            pruned, parameters = bench.pruned(method)
+            bench.show(f"{method}, not trained", parameters, [bench.loss(pruned)])
             if method in options.taught:
                 bench.race(f"{method}, distilled", pruned, options.rates, taught=True)
                 random = bench.drawn(pruned, method)
@@ -85,9 +87,12 @@ class Bench:
         """On the held-out text, of a model as it is: before the one step of a training that is worth nothing."""
         return self._trained(model, {"method": "full", "steps": 1, "learning_rate": 1e-9}, 0).loss_before
 
-    def pruned(self, method: str) -> Path:
+    def pruned(self, method: str) -> tuple[Path, int]:
+        """(the model, its parameters: of factors, before they were multiplied out)."""
         step = {"kind": "prune", "params_target": self._options.target} | PRUNED[method]
-        return self._job(self._options.model, [step], 0)[1]
+        report, out = self._job(self._options.model, [step], 0)
+        factors = report.factoring
+        return out, open_model(out).parameters if factors is None else factors.parameters_after
 
     def drawn(self, pruned: Path, method: str) -> Path:
         """The same shape with weights as the family draws them."""
@@ -107,14 +112,14 @@ class Bench:
         first = {rate: self._learned(name, model, rate, seeds[0], taught=taught) for rate in rates}
         rate = min(first, key=first.__getitem__)
         losses = [first[rate], *(self._learned(name, model, rate, seed, taught=taught) for seed in seeds[1:])]
-        self.show(name, model, losses, f"{rate:g} of {', '.join(f'{one:g}' for one in rates)}")
+        self.show(name, open_model(model).parameters, losses, f"{rate:g} of {', '.join(f'{one:g}' for one in rates)}")
 
-    def show(self, name: str, model: Path, losses: Sequence[float], rate: str = "") -> None:
+    def show(self, name: str, parameters: int, losses: Sequence[float], rate: str = "") -> None:
         middle = statistics.median(losses)
         each = ", ".join(f"{one:.4f}" for one in losses)
         perplexity = torch.tensor(middle).exp().item()
         print(
-            f"| {name} | {open_model(model).parameters:,} | {rate} | {each} | {middle:.4f} | {perplexity:.2f} |",
+            f"| {name} | {parameters:,} | {rate} | {each} | {middle:.4f} | {perplexity:.2f} |",
             flush=True,
         )
 
@@ -122,7 +127,7 @@ class Bench:
         began, options = time.monotonic(), self._options
         step: dict[str, Any] = {"steps": options.steps, "batch_size": options.batch, "learning_rate": rate}
         if taught:
-            step |= {"kind": "distill", "method": "logits", "student": {"model": "org/student"}}
+            step |= {"kind": "distill", "method": "logits", "student": {"model": "org/student"}, "alpha": options.alpha}
             told = self._trained(options.model, step, seed, student=model)
         else:
             told = self._trained(model, step | {"method": "full"}, seed)
