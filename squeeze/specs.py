@@ -6,25 +6,21 @@ refuse the same things with the same words.
 
 import re
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, field_validator, model_validator
 
+from squeeze import chains
 from squeeze.compressing import Compress
 from squeeze.descent import Auto, or_auto
-from squeeze.distillation import Distill, Hidden, OnPolicy
-from squeeze.domains import refuse_unweighable
-from squeeze.factoring import SVD
-from squeeze.finetuning import Adapters, Finetune, Head, QLoRA
+from squeeze.distillation import Distill
+from squeeze.finetuning import Adapters, Finetune, Head
 from squeeze.formats import holders
 from squeeze.merging import Merge
 from squeeze.names import names_a_model
 from squeeze.slimming import Slim
-from squeeze.sparsifying import Sparsify
-from squeeze.steps import QAT, Format, Quantize, Step
+from squeeze.steps import Format, Step
 from squeeze.training import Train
-from squeeze.trimming import refuse_misplaced_trimming
 from squeeze.wire import Wire
 
 USUAL_LENGTH = 2048
@@ -151,29 +147,6 @@ class Limits(Wire):
     )
 
 
-def _refuse_unshared(step: Train, gpus: int) -> None:
-    if gpus <= 1 and step.sharding != "auto":
-        raise ValueError(f"sharding {step.sharding!r} says what several GPUs hold: set limits.gpus to 2 or more")
-    if gpus > 1 and (step.optimizer != "adamw" or step.precision == "fp16"):
-        what = step.optimizer if step.optimizer != "adamw" else "fp16"
-        raise ValueError(f"{what} is computed on one GPU alone: set limits.gpus to 1")
-    if isinstance(step, QLoRA) and step.sharding not in ("auto", "ddp"):
-        raise ValueError(
-            f"rounded weights are whole on every GPU, and {step.sharding} would take them apart: set sharding to ddp"
-        )
-    if isinstance(step, Hidden | OnPolicy) and step.sharding not in ("auto", "ddp"):
-        raise ValueError(
-            f"the teacher of {step.method} stands whole on every GPU, beside a student that does too: set sharding to "
-            "ddp, or take the method logits"
-        )
-    if gpus > 1 and step.micro_batch_size == "auto":
-        raise ValueError("micro_batch_size `auto` is tried on one GPU: set limits.gpus to 1, or say a number")
-    if step.batch_size != "auto" and gpus > step.batch_size:
-        raise ValueError(f"a batch of {step.batch_size} sequences can't be dealt out to {gpus} GPUs: make it larger")
-    if step.sharding == "hybrid" and gpus % 2:
-        raise ValueError(f"sharding `hybrid` makes two groups of equal size: {gpus} GPUs can't be halved")
-
-
 def _default_formats(fields: dict[str, Any]) -> tuple[Format, ...]:
     """The most widely loaded format that holds what the steps make; of a last step that trains, all that it makes."""
     last = next(iter(reversed(fields.get("steps", ()))), None)
@@ -255,144 +228,15 @@ class JobSpec(Wire):
         return self
 
     @model_validator(mode="after")
-    def _quantizes_once_and_last(self) -> Self:
-        quantizing = [n for n, step in enumerate(self.steps) if isinstance(step, Quantize)]
-        if len(quantizing) > 1:
-            raise ValueError(
-                f"steps {quantizing} all quantize; quantized weights can't be compressed again: keep one of them"
-            )
-        if quantizing and quantizing[0] != len(self.steps) - 1:
-            raise ValueError("quantized weights can't be worked on again: let the step that quantizes be the last")
-        for step in self.steps:
-            if isinstance(step, Quantize) and step.by_block and self.limits.gpus > 1:
-                raise ValueError(f"{step.method} works on whole blocks, which GPUs can't share: set limits.gpus to 1")
-            if isinstance(step, QAT) and self.limits.gpus > 1:
-                raise ValueError(f"{step.method} trains on one GPU: set limits.gpus to 1")
-        return self
-
-    @model_validator(mode="after")
-    def _keeps_zeros(self) -> Self:
-        zeroing = [(n, step) for n, step in enumerate(self.steps) if isinstance(step, Sparsify)]
-        for number, _ in zeroing:
-            for step in self.steps[number + 1 :]:
-                if isinstance(step, Merge | Slim) or (isinstance(step, Train) and not step.keeps_zeros):
-                    raise ValueError(
-                        f"what step {number} zeroes, {step.method} would fill or move: let it come before that, or "
-                        "leave it out; of the steps that train, `full`, `last_layers` and distillations keep zeros"
-                    )
-        for step in self.steps if zeroing else ():
-            if isinstance(step, Quantize) and step.zeroed:
-                raise ValueError(
-                    f"step {zeroing[0][0]} zeroes weights, which {step.method} keeps: leave `sparsity` and `pattern` "
-                    f"of {step.method} out, or let it do both"
-                )
-        for (former, one), (latter, other) in pairwise(zeroing):
-            if not any(isinstance(step, Train) for step in self.steps[former:latter]):
-                raise ValueError(
-                    f"steps {[former, latter]} both zero weights and nothing is learned between them: keep one of "
-                    "them, with the share that you want, or let a step between them train"
-                )
-            if other.sparsity <= one.sparsity:
-                raise ValueError(
-                    f"step {latter} zeroes no more than step {former} did: {other.sparsity:g} after {one.sparsity:g}; "
-                    "let the share grow"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _factors_once_before_quantizing(self) -> Self:
-        factoring = [n for n, step in enumerate(self.steps) if isinstance(step, SVD)]
-        if len(factoring) > 1:
-            raise ValueError(f"steps {factoring} all factor: keep one of them, with the share that you want")
-        if factoring and any(isinstance(step, Sparsify) for step in self.steps):
-            raise ValueError("products of factors have no zeros, and zeros no low rank: keep one of svd and the other")
-        if factoring and not all(isinstance(step, Quantize) for step in self.steps[factoring[0] + 1 :]):
-            raise ValueError(
-                "the step after one that factors would fill the ranks again: train before it, in this job or another; "
-                "only a step that quantizes may follow it"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _trains_on_examples(self) -> Self:
-        training = [step for step in self.steps if isinstance(step, Train)]
-        if self.data.sequence_length == "auto" and not any(isinstance(step, Finetune) for step in training):
+    def _has_steps_that_go_together(self) -> Self:
+        text: chains.Text = (
+            "named" if self.data.source not in (None, SELF) else "own" if self.data.source else "generic"
+        )
+        chains.refuse_misplaced(self.steps, text)
+        chains.refuse_unwritable(self.steps, self.formats)
+        chains.refuse_unshared(self.steps, self.limits.gpus)
+        if self.data.sequence_length == "auto" and not any(isinstance(step, Finetune) for step in self.steps):
             raise ValueError("data.sequence_length `auto` looks at training examples: say a number, or finetune")
-        for step in training:
-            if isinstance(step, Finetune) and (self.data.source is None or self.data.source == SELF):
-                raise ValueError(
-                    f"{step.method} learns from examples: name a file (file-…) or a dataset (hub:…) as data.source"
-                )
-            if step is not self.steps[-1] and isinstance(step, Adapters) and not step.mergeable:
-                raise ValueError(
-                    f"what {step.method} learns can't be merged into weights that a step goes on with: let it be the "
-                    "last step"
-                )
-            if isinstance(step, Distill) and self.data.source == SELF:
-                raise ValueError("a student learns from text that is there: name a file or a dataset as data.source")
-            if step is not self.steps[-1] and isinstance(step, Head):
-                raise ValueError("head makes a classifier, which no step goes on with: let it be the last step")
-            if step is not self.steps[-1] and not step.whole:
-                raise ValueError(f"the step after {step.method} goes on with a whole model: set its `merge` to true")
-            _refuse_unshared(step, self.limits.gpus)
-        return self
-
-    @model_validator(mode="after")
-    def _merges_once_and_first(self) -> Self:
-        merging = [n for n, step in enumerate(self.steps) if isinstance(step, Merge)]
-        if merging and merging != [0]:
-            raise ValueError(
-                "models are merged that were made from the job's model, as it comes: let one step merge, the first one"
-            )
-        if merging and "peft" in self.formats:
-            raise ValueError(
-                "an adapter that is trained on what was merged would go with a model that is not written: let the step "
-                "that trains merge it, and take safetensors alone as format"
-            )
-        if merging and isinstance(self.steps[-1], Adapters) and not self.steps[-1].merge:
-            raise ValueError(
-                f"what {self.steps[-1].method} learns goes with the merged model, which is not written alone: set its "
-                "`merge` to true"
-            )
-        if merging and len(self.steps) == 1 and self.limits.gpus > 1:
-            raise ValueError("merging is done by one process: set limits.gpus to 1")
-        return self
-
-    @model_validator(mode="after")
-    def _writes_what_it_made(self) -> Self:
-        last = self.steps[-1]
-        changed = any(isinstance(step, Slim | Train) for step in self.steps[:-1])
-        if changed and isinstance(last, Adapters) and ("peft" in self.formats or not last.merge):
-            raise ValueError(
-                "an adapter that is trained on what a step made would go with a model that is not written: let the "
-                "step that trains merge it, and take safetensors alone as format"
-            )
-        if len(self.steps) == 1 and isinstance(last, Slim) and self.limits.gpus > 1:
-            raise ValueError("a model is made smaller by one process: set limits.gpus to 1")
-        return self
-
-    @model_validator(mode="after")
-    def _says_who_learns(self) -> Self:
-        pruned = False
-        for number, step in enumerate(self.steps):
-            if isinstance(step, Distill) and step.student.named == pruned:
-                raise ValueError(
-                    f"steps.{number}: the model that the steps before pruned is who learns: leave `student` out"
-                    if pruned
-                    else f"steps.{number}.student: say who learns, either `layers`, so many blocks of the teacher, or "
-                    "`model`; or let a step before prune the model"
-                )
-            pruned |= isinstance(step, Sparsify | Distill) or (isinstance(step, Slim) and not step.equivalent)
-        return self
-
-    @model_validator(mode="after")
-    def _trims_to_a_text(self) -> Self:
-        refuse_misplaced_trimming(self.steps, told=self.data.source not in (None, SELF))
-        return self
-
-    @model_validator(mode="after")
-    def _weighs_what_was_lost(self) -> Self:
-        refuse_unweighable(self.steps, named=self.data.source not in (None, SELF))
         return self
 
     @model_validator(mode="after")
