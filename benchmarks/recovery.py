@@ -2,11 +2,11 @@
 
     python benchmarks/recovery.py [--model DIR] [--target 0.75] [--steps 200] [--batch 8] [--length 256]
         [--seeds 0 1 2] [--rates 0.0005 0.001] [--scratch-rates 0.001 0.002 0.004] [--methods depth width svd]
-        [--alpha 0.9]
+        [--alpha 0.9] [--teach-nothing]
 
 All arms learn from the generic text, the same of it in the same order for a seed, and are measured on the same held-out
 part. There are: a pruned model as it is; the same taught by the original; its shape with weights drawn at random,
-learning from the text alone, and taught by the original. Learning rates are the best of several by the first seed, for
+learning from the text alone, or taught by the original. Learning rates are the best of several by the first seed, for
 each by itself. Prints Markdown.
 """
 
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--taught", nargs="*", default=["depth", "width"], choices=PRUNED, help="of the methods")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--teach-nothing", action="store_true", help="the shapes drawn at random too, by the original")
     parser.add_argument("--alpha", type=float, default=0.9, help="share of the divergence in what is learned")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -71,7 +72,8 @@ def main() -> None:
                 bench.race(f"{method}, distilled", pruned, options.rates, taught=True)
                 random = bench.drawn(pruned, method)
                 bench.race(f"{method}'s shape from nothing", random, options.scratch_rates, taught=False)
-                bench.race(f"{method}'s shape from nothing, distilled", random, options.scratch_rates, taught=True)
+                if options.teach_nothing:
+                    bench.race(f"{method}'s shape from nothing, distilled", random, options.scratch_rates, taught=True)
 
 
 class Bench:

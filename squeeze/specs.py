@@ -229,10 +229,8 @@ class JobSpec(Wire):
 
     @model_validator(mode="after")
     def _has_steps_that_go_together(self) -> Self:
-        text: chains.Text = (
-            "named" if self.data.source not in (None, SELF) else "own" if self.data.source else "generic"
-        )
-        chains.refuse_misplaced(self.steps, text)
+        known: dict[str | None, chains.Text] = {None: "generic", SELF: "own"}
+        chains.refuse_misplaced(self.steps, known.get(self.data.source, "named"))
         chains.refuse_unwritable(self.steps, self.formats)
         chains.refuse_unshared(self.steps, self.limits.gpus)
         if self.data.sequence_length == "auto" and not any(isinstance(step, Finetune) for step in self.steps):
