@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from models.certify_run import TEXTS
+from models.certifying.running import TEXTS
 from models.material import read_tokenizer
 from squeeze.distillation import Distill
 from squeeze.errors import VocabulariesDiffer

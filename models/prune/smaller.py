@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from models.certify import certify
-from models.certify_run import tokenized
+from models.certifying.certify import certify
+from models.certifying.running import tokenized
 from models.checkpoint import SourceModel, open_model, open_or_convert
 from models.closing import certified, closed, spent
 from models.evaluation import Measured, measure

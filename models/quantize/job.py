@@ -13,8 +13,8 @@ import torch
 
 from models import casts, engine
 from models.allocation import allot, allots
-from models.certify import certify
-from models.certify_run import tokenized
+from models.certifying.certify import certify
+from models.certifying.running import tokenized
 from models.checkpoint import SourceModel, open_model, open_or_convert
 from models.closing import certified, closed, spent
 from models.evaluation import Measured, measure

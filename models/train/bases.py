@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models import engine
-from models.certify_run import Sample
+from models.certifying.running import Sample
 from models.data import LEAST_TOKENS, Windows, text_of
 from models.evaluation import measure
 from models.job import Inputs, compress_step

@@ -11,8 +11,8 @@ from typing import Any, cast
 from accelerate import Accelerator
 from torch import Tensor
 
-from models.certify import certify, loss_in_transformers
-from models.certify_run import Sample
+from models.certifying.certify import certify, loss_in_transformers
+from models.certifying.running import Sample
 from models.checkpoint import SourceModel
 from models.closing import certified, closed, spent
 from models.disk import write_whole

@@ -5,7 +5,7 @@ from typing import Literal, cast
 
 from torch import Tensor
 
-from models.certify_run import MAX_TOKENS, MAX_WINDOWS, Sample
+from models.certifying.running import MAX_TOKENS, MAX_WINDOWS, Sample
 from models.train import domains
 from models.train.accuracy import doubts
 from models.train.checkpoints import Story

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import calls, certify, certify_process, certify_run, evaluation, self_text, sensitivity
+from models import calls, evaluation, self_text, sensitivity
 from models.calls import Calls, run
+from models.certifying import certify, in_transformers, running
 from models.quantize import autoround, awq, feedback, grid
 from models.wiring import wiring_of
 from squeeze import memory, work
@@ -45,13 +46,13 @@ def test_plans_count_with_the_figures_that_the_engine_works_with() -> None:
     assert work.LEARNED_SEQUENCES == autoround.SAMPLES
     assert work.SKETCHED_TOKENS == (sensitivity.GRADIENT_SEQUENCES, sensitivity.GRADIENT_LENGTH)
     assert work.SKETCH_ROWS == sensitivity.SKETCH_ROWS
-    assert work.CERTIFIED == (certify_run.MAX_WINDOWS, certify_run.MAX_TOKENS)
-    assert work.GENERATED_TOKENS == certify_run.NEW_TOKENS
+    assert work.CERTIFIED == (running.MAX_WINDOWS, running.MAX_TOKENS)
+    assert work.GENERATED_TOKENS == running.NEW_TOKENS
     assert work.SAMPLED_AT_ONCE == self_text.MOST_SEQUENCES
     assert memory.BATCH_TOKENS == calls.TOKENS_PER_BATCH_CPU
     assert memory.BAND_WEIGHTS == feedback.BAND_WEIGHTS
     assert memory.LOGIT_BYTES == evaluation.LOGIT_BYTES
-    assert memory.CERTIFIER_LOGIT_BYTES == certify_process.LOGIT_BYTES
+    assert memory.CERTIFIER_LOGIT_BYTES == in_transformers.LOGIT_BYTES
     assert memory.LOADING_SHARE == self_text.LOADING_SHARE
     assert memory.SAMPLING_BYTES == self_text.CACHE_BYTES + self_text.SLACK_BYTES
     assert (memory.CERTIFIER_LEAST_BYTES, memory.KERNEL_BYTES) == (

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from models.certify_process import score
+from models.certifying.in_transformers import score
 from models.finetune import prefix
 from models.pipeline import check
 from models.train.packing import UNSCORED, batch_of
@@ -91,7 +91,7 @@ def test_a_long_text_is_scored_in_pieces_as_it_is_whole(
     ids = torch.randint(0, VOCABULARY, (40,))
     with torch.inference_mode():
         whole = score(task.model.eval(), ids, 1)
-        monkeypatch.setattr("models.certify_process.LOGIT_BYTES", 0)
+        monkeypatch.setattr("models.certifying.in_transformers.LOGIT_BYTES", 0)
         assert score(task.model, ids, 1) == pytest.approx(whole, rel=1e-5)
         logits = task.model(input_ids=ids[None]).logits[0, -40:]
         assert whole == pytest.approx(float(F.cross_entropy(logits[:-1], ids[1:])), rel=1e-5)

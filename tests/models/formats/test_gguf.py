@@ -32,7 +32,7 @@ from tests.models.rounding import dequantized, rounded
 from tests.models.tiny import FAMILIES
 
 PYTHON = os.environ.get("SQUEEZE_LLAMACPP_PYTHON")
-PROGRAM = Path(__file__).resolve().parents[3] / "models" / "certify_llamacpp.py"
+PROGRAM = Path(__file__).resolve().parents[3] / "models" / "certifying" / "in_llamacpp.py"
 needs_llamacpp = pytest.mark.skipif(PYTHON is None, reason="SQUEEZE_LLAMACPP_PYTHON names no llama.cpp environment")
 
 # What a family's tiny model has to be like for llama.cpp, which supposes the pattern of the published models.

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
-from models.certify import certify
+from models.certifying.certify import certify
 from models.codes import Codes
 from models.formats import layout
 from models.formats.onnx import DATA, FILE

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.certify import certify
+from models.certifying.certify import certify
 from models.data import Windows
 from models.formats import layout
 from models.progress import Silent
@@ -102,7 +102,7 @@ def certifiers_of(parent: int) -> list[int]:
             program = (entry / "cmdline").read_bytes()
         except OSError:  # it ended while we looked
             continue
-        if f"\nPPid:\t{parent}\n" in status and b"models.certify_process" in program:
+        if f"\nPPid:\t{parent}\n" in status and b"models.certifying.in_transformers" in program:
             found.append(int(entry.name))
     return found
 
@@ -224,10 +224,10 @@ def orphan_maker(written: Written, tmp_path: Path) -> Iterator[subprocess.Popen[
         "import json, os, subprocess, sys\n"
         f"request = {json.dumps({'directory': str(directory), 'parent': 0})} | {{'parent': os.getpid()}}\n"
         f"open('{tmp_path}/request.json', 'w').write(json.dumps(request))\n"
-        "subprocess.run([sys.executable, '-m', 'models.certify_process', "
+        "subprocess.run([sys.executable, '-m', 'models.certifying.in_transformers', "
         f"'{tmp_path}/request.json', '{tmp_path}/answer.json'])\n"
     )
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     process = subprocess.Popen([sys.executable, str(program)], env=os.environ | {"PYTHONPATH": str(root)})
     yield process
     process.kill()

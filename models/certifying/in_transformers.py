@@ -1,7 +1,7 @@
 """The program of the certifying process: loads a written directory with transformers alone, generates, and scores; of
 an adapter, with peft and the model that it goes with.
 
-    python -m models.certify_process REQUEST.json ANSWER.json
+    python -m models.certifying.in_transformers REQUEST.json ANSWER.json
 
 A fresh process, so that nothing of the one that wrote the directory helps it to load.
 """

@@ -1,6 +1,6 @@
 """The program that vLLM certifies with: run by path in vLLM's own environment, it imports nothing of this project.
 
-    VLLM_PYTHON models/certify_vllm.py REQUEST.json ANSWER.json
+    VLLM_PYTHON models/certifying/in_vllm.py REQUEST.json ANSWER.json
 
 Loads a written directory, generates, and scores the same token windows as the other certifier.
 """

@@ -1,6 +1,6 @@
 """The program that ONNX Runtime certifies with: run by path, it imports nothing of this project, and no torch.
 
-    PYTHON models/certify_onnx.py REQUEST.json ANSWER.json
+    PYTHON models/certifying/in_onnxruntime.py REQUEST.json ANSWER.json
 
 Loads a written directory, generates with its cache, and scores the same token windows as the other certifiers. The end
 of the first window goes through the cache token by token, so that a cache that is wired wrong shows in its perplexity.

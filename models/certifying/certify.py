@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from models.certify_run import NEW_TOKENS, Ended, Sample, environment, judge, run_program
+from models.certifying.running import NEW_TOKENS, Ended, Sample, environment, judge, run_program
 from models.checkpoint import read_config, tensor_entries
 from models.data import Windows
 from models.disk import says_full
@@ -29,7 +29,7 @@ from squeeze.formats import CAPACITIES
 from squeeze.report import Certificate
 from squeeze.steps import Format
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS_OFFLOADED = 4  # each reads the whole model from disk
 
 # Where transformers computes what the engine does in float32, 0.000 % was measured.
@@ -61,7 +61,7 @@ class Foreign:
 
 FOREIGN: dict[str, Foreign] = {
     "vllm": Foreign(
-        "certify_vllm.py",
+        "in_vllm.py",
         "SQUEEZE_VLLM_PYTHON",
         3600.0,
         {
@@ -73,8 +73,8 @@ FOREIGN: dict[str, Foreign] = {
             "VLLM_CACHE_ROOT": "{scratch}",
         },
     ),
-    "llama.cpp": Foreign("certify_llamacpp.py", "SQUEEZE_LLAMACPP_PYTHON", 3600.0, tolerance=0.01),
-    "onnxruntime": Foreign("certify_onnx.py", "SQUEEZE_ONNXRUNTIME_PYTHON", 3600.0, own=True),
+    "llama.cpp": Foreign("in_llamacpp.py", "SQUEEZE_LLAMACPP_PYTHON", 3600.0, tolerance=0.01),
+    "onnxruntime": Foreign("in_onnxruntime.py", "SQUEEZE_ONNXRUNTIME_PYTHON", 3600.0, own=True),
 }
 
 
@@ -199,7 +199,7 @@ def _transformers(
             "scratch": scratch,
             "new_tokens": NEW_TOKENS_OFFLOADED if offload else NEW_TOKENS,
         }
-        command = [sys.executable, "-m", "models.certify_process"]
+        command = [sys.executable, "-m", "models.certifying.in_transformers"]
         ended = run_program(command, request, Path(scratch), environment(scratch) | {"PYTHONPATH": str(ROOT)}, None)
     plain = format_name in UNPACKED and not rounds_while_running(quantization)
     exact = dtype == torch.float32 and plain and device == "cpu"
@@ -232,7 +232,7 @@ def _peft(
             "offload": False,
             "new_tokens": NEW_TOKENS,
         }
-        command = [sys.executable, "-m", "models.certify_process"]
+        command = [sys.executable, "-m", "models.certifying.in_transformers"]
         ended = run_program(command, request, Path(scratch), environment(scratch) | {"PYTHONPATH": str(ROOT)}, None)
     coded = "quantization_config" in read_config(base)
     exact = dtype == torch.float32 and device == "cpu" and base_settings is None and not coded

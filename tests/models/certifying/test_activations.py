@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from models.certify import certify
+from models.certifying.certify import certify
 from models.checkpoint import tensor_entries
 from models.evaluation import measure
 from models.formats import layout

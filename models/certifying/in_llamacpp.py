@@ -1,6 +1,6 @@
 """The program that llama.cpp certifies with: run by path in its own environment, it imports nothing of this project.
 
-    LLAMACPP_PYTHON models/certify_llamacpp.py REQUEST.json ANSWER.json
+    LLAMACPP_PYTHON models/certifying/in_llamacpp.py REQUEST.json ANSWER.json
 
 Loads a written file through llama-cpp-python, compares token numbers of a few texts with those given, generates, and
 scores the same token windows as the other certifiers.
