@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models import engine
+from models import engine, speed
 from models.checkpoint import SourceModel, open_model
 from models.data import Windows, calibration_batches, evaluation_windows
 from models.evaluation import measure
@@ -40,7 +40,6 @@ from models.material import read_tokenizer
 from models.pipeline import run
 from models.progress import Silent
 from models.prune.counting import counted_codes, counted_zeros
-from models.speed import speeds
 from models.teamwork import frames_of
 from squeeze.compressing import Compress
 from squeeze.report_parts import Quality
@@ -96,6 +95,7 @@ def main() -> None:
     parser.add_argument("--llmcompressor", type=Path, help="Python of an environment with it")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    speed.PART_SECONDS = 0.5  # a block of so small a model takes a millisecond or two
     tokenizer, source = read_tokenizer(options.model), open_model(options.model)
     windows = evaluation_windows(tokenizer, None, None, True, options.windows, options.length, None)
     draws = [
@@ -201,7 +201,7 @@ def _made_by_job(options: Any, asked: dict[str, Any], seed: int) -> Made:
 
 def _faster(source: SourceModel, result: SourceModel, ids: Tensor) -> tuple[float, float]:
     frames = [Frame(one, one.dtype, torch.device("cpu")) for one in (source, result)]
-    before, after = speeds(frames, ids[0])
+    before, after = speed.speeds(frames, ids[0])
     return after.prompt / before.prompt, after.writing / before.writing
 
 
