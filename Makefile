@@ -12,7 +12,7 @@ LOCKS := $(wildcard requirements/*.lock requirements/*.txt)
 PACKAGES := squeeze storage jobs models api workers
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test test-long test-chaos check format fuzz bench-service bench-memory bench-quality bench-calibration bench-wide bench-speed bench-training bench-distill bench-pace table table-trainings test-kills clean
+.PHONY: help install quickstart serve test test-long test-chaos check format fuzz bench-service bench-memory bench-quality bench-calibration bench-wide bench-speed bench-training bench-distill bench-pruning bench-pace table table-trainings test-kills clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -84,6 +84,12 @@ bench-training: $(INSTALLED) ## LoRA against peft and transformers' Trainer: the
 
 bench-distill: $(INSTALLED) ## a student of half the depth: logits against cross-entropy alone, three seeds
 	$(BIN)/python benchmarks/distillation.py
+
+bench-pruning: $(INSTALLED) ## what each way to prune costs and saves, before and after training; the whole chain; peak memory
+	$(BIN)/python benchmarks/pruning.py
+	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/chain.py
+	$(BIN)/python benchmarks/memory.py --pruning
 
 bench-pace: $(INSTALLED) ## operations a second of each method and stage: the speeds that plans rest on
 	$(BIN)/python benchmarks/pace.py
