@@ -140,6 +140,7 @@ def result_of(report: Report, directories: Mapping[Format, Path]) -> Result:
         or (report.factoring is not None and "onnx" in directories)
         or report.slimming is not None
         or bool(report.rounds)
+        or "safetensors-zst" in directories
         or (training is not None and training.distillation is not None)
     )
     certified: dict[str, dict[str, str]] = {name: {} for name in directories}
