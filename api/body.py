@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from api.auth import Project
 from api.explain import explain
 from squeeze.errors import BodyInvalid
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 
 
 async def spec_of(request: Request, project: Project) -> JobSpec:  # noqa: ARG001 (whoever has no key is refused first)

@@ -6,7 +6,7 @@ from typing import Any
 from api.problems import example
 from squeeze.errors import by_code
 from squeeze.objects import Problem
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 
 DESCRIPTION = """\
 Squeeze takes a language model from the Hub (or a directory, or an earlier job), makes it smaller, measures what was

@@ -10,28 +10,29 @@ from api.service import Service
 from api.teaching import Leg
 from api.tensors import Tensor
 from jobs import history
-from squeeze.choosing import supposed
-from squeeze.compressing import Compress
-from squeeze.distillation import Distill
-from squeeze.distillation_memory import needed_to_distill, stored_bytes
-from squeeze.distillation_work import Lessons, at_length, counted_distillation, lessons
-from squeeze.factoring import SVD
-from squeeze.finetuning import Finetune, QLoRA
-from squeeze.memory import PROCESS_BYTES, needed, sketch_bytes
-from squeeze.merging import Merge
-from squeeze.merging_work import counted_merging, merging_bytes
-from squeeze.pace import duration
-from squeeze.shapes import Shape, shape_of
-from squeeze.slim_work import counted_slimming, looking_bytes, slimming_memory
-from squeeze.slimming import Slim
-from squeeze.sparsifying import Sparsify
-from squeeze.specs import JobSpec
-from squeeze.steps import RTN, Format
-from squeeze.trainable import Learned, learned
-from squeeze.training import Train
-from squeeze.training_memory import needed_to_train
-from squeeze.training_work import counted_training, tokens_to_train
-from squeeze.work import Count, counted
+from squeeze.costs.distillation_memory import needed_to_distill, stored_bytes
+from squeeze.costs.distillation_work import Lessons, at_length, counted_distillation, lessons
+from squeeze.costs.memory import PROCESS_BYTES, needed, sketch_bytes
+from squeeze.costs.merging_work import counted_merging, merging_bytes
+from squeeze.costs.pace import duration
+from squeeze.costs.slimming_work import counted_slimming, looking_bytes, slimming_memory
+from squeeze.costs.trainable import Learned, learned
+from squeeze.costs.training_memory import needed_to_train
+from squeeze.costs.training_work import counted_training, tokens_to_train
+from squeeze.costs.work import Count, counted
+from squeeze.names import Format
+from squeeze.shapes.model import Shape, shape_of
+from squeeze.specs.choosing import supposed
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.compressing import Compress
+from squeeze.steps.distillation import Distill
+from squeeze.steps.factoring import SVD
+from squeeze.steps.finetuning import Finetune, QLoRA
+from squeeze.steps.merging import Merge
+from squeeze.steps.quantization import RTN
+from squeeze.steps.slimming import Slim
+from squeeze.steps.sparsifying import Sparsify
+from squeeze.steps.training import Train
 
 
 @dataclass(frozen=True)

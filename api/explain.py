@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from squeeze.errors import BodyInvalid, CursorInvalid, SpecInvalid, SqueezeError
-from squeeze.steps import STEPS, tag_of
+from squeeze.steps.every import STEPS, tag_of
 
 TOLD_AT_MOST = 5
 SHOWN_CHARACTERS = 60

@@ -9,9 +9,9 @@ from api.sources import files_of
 from api.sparsifying import transposed
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
 from squeeze.errors import ModelAlreadyCompressed, SpecInvalid, SqueezeError
-from squeeze.factoring import SVD, Sides, budget_of, uniform_ranks
-from squeeze.shapes import BLOCK
-from squeeze.specs import JobSpec
+from squeeze.shapes.model import BLOCK
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.factoring import SVD, Sides, budget_of, uniform_ranks
 
 
 def refuse_unfactorable(service: Service, project: str, spec: JobSpec) -> None:

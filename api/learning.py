@@ -14,8 +14,12 @@ from api.tables import Table
 from api.tensors import has_chat_template
 from jobs import files
 from jobs.records import FileRecord
-from squeeze.documents import PARQUET, Row, Wrong, grain_for, rows_in
-from squeeze.domains import (
+from squeeze.errors import ArtifactNotFound, DataUnusable, FileNotFound
+from squeeze.names import OWN_ID
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.training import Train
+from squeeze.texts.documents import PARQUET, Row, Wrong, grain_for, rows_in
+from squeeze.texts.domains import (
     Domained,
     domained_in,
     refuse_few_domains,
@@ -23,10 +27,8 @@ from squeeze.domains import (
     refuse_missing_domains,
     refuse_unknown_domains,
 )
-from squeeze.errors import ArtifactNotFound, DataUnusable, FileNotFound
-from squeeze.labels import Labelled, labelled_in, name_of, refuse_one_label, refuse_unknown
-from squeeze.names import OWN_ID
-from squeeze.records import (
+from squeeze.texts.labels import Labelled, labelled_in, name_of, refuse_one_label, refuse_unknown
+from squeeze.texts.records import (
     DATA,
     EVALUATION,
     Chat,
@@ -37,8 +39,6 @@ from squeeze.records import (
     refuse_nothing_held_out,
     refuse_too_few,
 )
-from squeeze.specs import JobSpec
-from squeeze.training import Train
 
 CHECKED_BYTES = 16 << 20  # of a file; the worker looks at the rest before it fetches a model
 CHECKED_SECONDS = 2.0  # for the same

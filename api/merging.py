@@ -8,10 +8,10 @@ from typing import Any
 from api.service import Service
 from api.sources import Files, files_of
 from api.tensors import Tensor, adapter_of, adapter_tensors_of, config_of, tensors_of
-from squeeze.adapters import refuse_unmergeable
 from squeeze.errors import ModelAlreadyCompressed, ModelMalformed, ModelUnsafe, SqueezeError
-from squeeze.merging import Entry, Merge
-from squeeze.specs import JobSpec
+from squeeze.shapes.adapters import refuse_unmergeable
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.merging import Entry, Merge
 
 # What another model may not have another of, where both configs say it.
 ALIKE = (

@@ -14,10 +14,6 @@ from api.sparsifying import torn_patterns, transposed
 from api.teaching import Made, depth, legs_of
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
 from jobs import files as uploads
-from squeeze.architectures import ARCHITECTURES, HELD_BY, refuse_classifier, refuse_unclassifiable, refuse_unrotatable
-from squeeze.bases import rounding
-from squeeze.compressing import Compress
-from squeeze.distillation import Distill
 from squeeze.errors import (
     ArchitectureUnsupported,
     DataUnusable,
@@ -30,15 +26,26 @@ from squeeze.errors import (
     SpecInvalid,
     SqueezeError,
 )
-from squeeze.factoring import SVD
-from squeeze.finetuning import Adapters, Head, LoRA, QLoRA
-from squeeze.formats import OF_ANY_FAMILY, refuse_unfit
+from squeeze.names import Format
 from squeeze.objects import Obstacle, Plan
-from squeeze.saving import savings
-from squeeze.slimming import Paced, Slim
-from squeeze.specs import SELF, JobSpec, hub_text
-from squeeze.steps import Format, Grouped, Quantize
-from squeeze.training import Train
+from squeeze.shapes.architectures import (
+    ARCHITECTURES,
+    HELD_BY,
+    refuse_classifier,
+    refuse_unclassifiable,
+    refuse_unrotatable,
+)
+from squeeze.specs.bases import rounding
+from squeeze.specs.formats import OF_ANY_FAMILY, refuse_unfit
+from squeeze.specs.job_spec import SELF, JobSpec, hub_text
+from squeeze.specs.saving import savings
+from squeeze.steps.compressing import Compress
+from squeeze.steps.distillation import Distill
+from squeeze.steps.factoring import SVD
+from squeeze.steps.finetuning import Adapters, Head, LoRA, QLoRA
+from squeeze.steps.quantization import Grouped, Quantize
+from squeeze.steps.slimming import Paced, Slim
+from squeeze.steps.training import Train
 
 MERGED = frozenset({"safetensors"})  # formats that hold factors multiplied out
 LEAST = {"bits": 2, "target_bytes": None}

@@ -22,7 +22,7 @@ from squeeze.errors import (
     Unauthenticated,
 )
 from squeeze.objects import Problem, ProblemDetail
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:squeeze:error:"

@@ -6,12 +6,12 @@ from typing import Any
 from api.service import Service
 from api.sources import files_of
 from api.tensors import Tensor, config_of, tensors_of
-from squeeze.architectures import ARCHITECTURES
-from squeeze.distillation import Distill
 from squeeze.errors import ArchitectureUnsupported, ModelAlreadyCompressed, SpecInvalid, SqueezeError
-from squeeze.slim_shapes import carried, narrowed
-from squeeze.slimming import Slim
-from squeeze.specs import JobSpec
+from squeeze.shapes.architectures import ARCHITECTURES
+from squeeze.shapes.slimmed import carried, narrowed
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.distillation import Distill
+from squeeze.steps.slimming import Slim
 
 
 def refuse_unmeetable(service: Service, project: str, spec: JobSpec) -> None:

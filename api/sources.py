@@ -33,7 +33,7 @@ from squeeze.errors import (
 )
 from squeeze.names import HUB_ID, OWN_ID
 from squeeze.objects import Status
-from squeeze.specs import HubText
+from squeeze.specs.job_spec import HubText
 
 HUB_SECONDS = 10.0
 

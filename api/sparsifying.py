@@ -7,10 +7,10 @@ from typing import Any
 from api.service import Service
 from api.sources import files_of
 from api.tensors import Linear, config_of, linears_of, tensors_of
-from squeeze.compressing import Compress
 from squeeze.errors import ModelAlreadyCompressed, SpecInvalid, SqueezeError
-from squeeze.sparsifying import refuse_torn_pattern
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.compressing import Compress
+from squeeze.steps.sparsifying import refuse_torn_pattern
 
 
 def refuse_unprunable(service: Service, project: str, spec: JobSpec) -> None:

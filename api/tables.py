@@ -1,4 +1,4 @@
-"""Uploaded parquet, read by a process that holds nothing of ours and has little memory and time (`squeeze.parquet`)."""
+"""Uploaded parquet, read by a process of its own with little memory and time (`squeeze.texts.parquet`)."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from itertools import takewhile
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from squeeze.documents import LONGEST_RECORD, Row
 from squeeze.errors import DataUnusable
+from squeeze.texts.documents import LONGEST_RECORD, Row
 from storage.base import Storage
 
 SECONDS = 20.0  # that its process lives at most; most of them are for its start, on a machine that is busy
@@ -33,13 +33,13 @@ class Table:
         self.whole = False
 
     def rows(self, column: str | None, label: str | None) -> Generator[Row]:
-        """As `squeeze.parquet.parquet_rows`, of the beginning; none where its process came to no end by itself."""
+        """As `squeeze.texts.parquet.parquet_rows`, of the beginning; none where its process did not end by itself."""
         with self._beginning() as path:
             if path is None:
                 return
             present = min(self._most, self._storage.size(self._key))
             told = [str(path), str(present), json.dumps(column), json.dumps(label)]
-            with _reading([sys.executable, "-m", "squeeze.parquet", *told]) as lines:
+            with _reading([sys.executable, "-m", "squeeze.texts.parquet", *told]) as lines:
                 for line in lines:
                     found = json.loads(line)
                     if isinstance(found, list):

@@ -7,13 +7,13 @@ from api.service import Service
 from api.slimming import slimmed
 from api.sources import files_of
 from api.tensors import Tensor, config_of, tensors_of
-from squeeze.architectures import ARCHITECTURES
-from squeeze.distillation import Distill, evenly
 from squeeze.errors import ArchitectureUnsupported, ModelAlreadyCompressed, SqueezeError
-from squeeze.rounds import Round, rounds_of
-from squeeze.shapes import BLOCK, of_blocks
-from squeeze.slimming import Slim
-from squeeze.specs import JobSpec
+from squeeze.shapes.architectures import ARCHITECTURES
+from squeeze.shapes.model import BLOCK, of_blocks
+from squeeze.specs.job_spec import JobSpec
+from squeeze.specs.rounds import Round, rounds_of
+from squeeze.steps.distillation import Distill, evenly
+from squeeze.steps.slimming import Slim
 
 
 @dataclass(frozen=True)

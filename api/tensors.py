@@ -6,9 +6,9 @@ from math import prod
 from typing import Any
 
 from api.sources import Files
-from squeeze import adapters
 from squeeze.errors import ModelMalformed
-from squeeze.shapes import MOST, linear_of
+from squeeze.shapes import adapters
+from squeeze.shapes.model import MOST, linear_of
 
 CONFIG_BYTES = 1 << 20
 INDEX_BYTES = 64 << 20

@@ -29,7 +29,8 @@ from models.frame import Frame
 from models.material import read_tokenizer
 from models.progress import Silent
 from models.self_text import sampled_text
-from squeeze.steps import METHODS, Quantize, tag_of
+from squeeze.steps.every import tag_of
+from squeeze.steps.quantization import METHODS, Quantize
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 GENERIC = "generic text"

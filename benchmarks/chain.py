@@ -21,8 +21,8 @@ import torch
 from models.job import Inputs
 from models.pipeline import run
 from models.progress import Silent
-from squeeze.report import Report
-from squeeze.specs import JobSpec
+from squeeze.reports.report import Report
+from squeeze.specs.job_spec import JobSpec
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 

@@ -23,9 +23,9 @@ from models.progress import Silent
 from models.train.checkpoints import Checkpoints
 from models.train.loop import accelerator_of, train
 from models.train.prepare import begun, prepare
-from squeeze.distillation import Distill
-from squeeze.report_training import Distillation
-from squeeze.specs import JobSpec
+from squeeze.reports.training import Distillation
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.distillation import Distill
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 BATCH = 8

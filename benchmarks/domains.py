@@ -31,11 +31,11 @@ from models.prune import smaller
 from models.resources import Clock
 from models.text import standard_library
 from models.train.job import trained
-from squeeze.documents import passages
-from squeeze.report_training import Training
-from squeeze.slimming import Slim
-from squeeze.specs import JobSpec
-from squeeze.training import Train
+from squeeze.reports.training import Training
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.slimming import Slim
+from squeeze.steps.training import Train
+from squeeze.texts.documents import passages
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 CHARACTERS = 1500  # of a record

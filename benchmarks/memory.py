@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from squeeze.compressing import Compress
-from squeeze.memory import needed
-from squeeze.slim_work import slimming_bytes, slimming_memory
-from squeeze.slimming import Slim
-from squeeze.specs import JobSpec
+from squeeze.costs.memory import needed
+from squeeze.costs.slimming_work import slimming_bytes, slimming_memory
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.compressing import Compress
+from squeeze.steps.slimming import Slim
 
 # Every method that looks at text block by block. AutoRound's iterations are few: more take no more memory.
 STEPS = (

@@ -26,12 +26,12 @@ import torch  # noqa: E402
 from scripts.quickstart import running, service_environment, wait_until_ready  # noqa: E402
 from scripts.serve import address  # noqa: E402
 from squeeze import Client  # noqa: E402
-from squeeze.architectures import HELD_BY  # noqa: E402
 from squeeze.errors import FormatUnfit, SqueezeError  # noqa: E402
-from squeeze.formats import CAPACITIES, refuse_unfit  # noqa: E402
-from squeeze.report import Report  # noqa: E402
-from squeeze.specs import JobSpec  # noqa: E402
-from squeeze.steps import Format  # noqa: E402
+from squeeze.names import Format  # noqa: E402
+from squeeze.reports.report import Report  # noqa: E402
+from squeeze.shapes.architectures import HELD_BY  # noqa: E402
+from squeeze.specs.formats import CAPACITIES, refuse_unfit  # noqa: E402
+from squeeze.specs.job_spec import JobSpec  # noqa: E402
 from tests.models.tiny import FAMILIES  # noqa: E402
 
 ROWS = ROOT / "benchmarks/results/methods.jsonl"

@@ -1,8 +1,9 @@
 """Processor seconds of each stage of a job against its counted work: `python benchmarks/pace.py [--methods gptq …]`.
 
-Runs whole jobs on a random Llama, on one thread, and prints for each the seconds, the operations that `squeeze.work`
-counts, and the speed that follows: the figures of `squeeze.pace`, which plans rest on where a service has finished no
-job yet. Seconds are of the processor, the certifying processes' included, so that a busy machine does not matter much.
+Runs whole jobs on a random Llama, on one thread, and prints for each the seconds, the operations that
+`squeeze.costs.work` counts, and the speed that follows: the figures of `squeeze.costs.pace`, which plans rest on where a
+service has finished no job yet. Seconds are of the processor, the certifying processes' included, so that a busy
+machine does not matter much.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from models.pipeline import run
 from models.progress import Silent
 from models.resources import cpu_seconds
 from squeeze.objects import Stage
-from squeeze.steps import METHODS, tag_of
+from squeeze.steps.every import tag_of
+from squeeze.steps.quantization import METHODS
 
 # AutoRound's iterations and AWQ's grid are as they are by default, but for fewer of them: both grow linearly.
 SETTINGS: dict[str, dict[str, Any]] = {"autoround": {"iterations": 10}, "awq": {"grid": 6}, "qat": {"steps": 5}}

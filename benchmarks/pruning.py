@@ -41,11 +41,13 @@ from models.pipeline import run
 from models.progress import Silent
 from models.prune.counting import counted_codes, counted_zeros
 from models.teamwork import frames_of
-from squeeze.compressing import Compress
-from squeeze.report_parts import Quality
-from squeeze.sparsifying import SPARSIFYING_METHODS, Sparsify
-from squeeze.specs import JobSpec
-from squeeze.steps import GPTQ, RTN, Format, tag_of
+from squeeze.names import Format
+from squeeze.reports.parts import Quality
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.compressing import Compress
+from squeeze.steps.every import tag_of
+from squeeze.steps.quantization import GPTQ, RTN
+from squeeze.steps.sparsifying import SPARSIFYING_METHODS, Sparsify
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 PEER = Path(__file__).with_name("peers") / "prune_with_llmcompressor.py"

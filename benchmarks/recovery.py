@@ -31,9 +31,9 @@ from models.formats.directory import linked
 from models.job import Inputs
 from models.pipeline import run
 from models.progress import Silent
-from squeeze.report import Report
-from squeeze.report_training import Training
-from squeeze.specs import JobSpec
+from squeeze.reports.report import Report
+from squeeze.reports.training import Training
+from squeeze.specs.job_spec import JobSpec
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 PRUNED: dict[str, dict[str, Any]] = {

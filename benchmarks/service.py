@@ -38,7 +38,7 @@ from scripts.hub import Hub  # noqa: E402
 from scripts.quickstart import running, service_environment, wait_until_ready  # noqa: E402
 from squeeze import Client  # noqa: E402
 from squeeze.objects import FINAL, Job, Result, Status, Usage  # noqa: E402
-from squeeze.specs import JobSpec  # noqa: E402
+from squeeze.specs.job_spec import JobSpec  # noqa: E402
 from storage import Storage, open_storage  # noqa: E402
 
 LOAD = Path(__file__).with_name("load.py")

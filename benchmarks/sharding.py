@@ -35,9 +35,9 @@ from models.train.checkpoints import Checkpoints  # noqa: E402
 from models.train.loop import accelerator_of, train  # noqa: E402
 from models.train.prepare import begun, prepare  # noqa: E402
 from models.train.processes import Processes  # noqa: E402
-from squeeze.sharding import ZERO_STAGES, Way  # noqa: E402
-from squeeze.specs import JobSpec  # noqa: E402
-from squeeze.training import Train  # noqa: E402
+from squeeze.specs.job_spec import JobSpec  # noqa: E402
+from squeeze.steps.sharding import ZERO_STAGES, Way  # noqa: E402
+from squeeze.steps.training import Train  # noqa: E402
 
 CLEAR_PEAK = "5"  # what /proc/self/clear_refs takes for: from now on
 

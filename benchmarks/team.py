@@ -30,7 +30,8 @@ from models.progress import Silent  # noqa: E402
 from models.quantized import block_files  # noqa: E402
 from models.team import Team  # noqa: E402
 from models.teamwork import follow, frames_of, lead  # noqa: E402
-from squeeze.steps import Quantize, Step  # noqa: E402
+from squeeze.steps.every import Step  # noqa: E402
+from squeeze.steps.quantization import Quantize  # noqa: E402
 
 
 def main() -> None:

@@ -30,8 +30,8 @@ from models.progress import Silent
 from models.train.checkpoints import Checkpoints, Story
 from models.train.loop import Task, accelerator_of, train
 from models.train.prepare import Prepared, begun, prepare
-from squeeze.finetuning import LoRA
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.finetuning import LoRA
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 RANK, ALPHA, RATE, SEED, BATCH, MICRO = 8, 16.0, 1e-3, 3, 8, 4

@@ -16,14 +16,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.memory import BUNDLED, make, watch
-from squeeze.distillation import Distill, evenly
-from squeeze.distillation_memory import DistillationMemory, needed_to_distill
-from squeeze.distillation_work import lessons
-from squeeze.shapes import of_blocks, shape_of
-from squeeze.specs import JobSpec
-from squeeze.trainable import learned
-from squeeze.training import Train
-from squeeze.training_memory import TrainingMemory, needed_to_train
+from squeeze.costs.distillation_memory import DistillationMemory, needed_to_distill
+from squeeze.costs.distillation_work import lessons
+from squeeze.costs.trainable import learned
+from squeeze.costs.training_memory import TrainingMemory, needed_to_train
+from squeeze.shapes.model import of_blocks, shape_of
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.distillation import Distill, evenly
+from squeeze.steps.training import Train
 
 # Students: two blocks of their teacher, and two blocks of half the width that most of these have.
 CUT: dict[str, Any] = {"layers": 2}

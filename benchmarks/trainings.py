@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.methods import cell, key, loads_of, mega, serving, settings  # noqa: E402
 from squeeze import Client  # noqa: E402
 from squeeze.errors import SqueezeError  # noqa: E402
-from squeeze.report import Report  # noqa: E402
+from squeeze.reports.report import Report  # noqa: E402
 
 MODEL = ROOT / "models/bundled"
 ROWS = ROOT / "benchmarks/results/trainings.jsonl"

@@ -29,12 +29,13 @@ from models.formats import layout  # noqa: E402
 from models.frame import Frame  # noqa: E402
 from models.progress import Silent  # noqa: E402
 from models.resources import peak_host_bytes  # noqa: E402
-from squeeze.memory import needed  # noqa: E402
-from squeeze.pace import REFERENCE_MACHINE, reference_seconds  # noqa: E402
-from squeeze.shapes import Shape  # noqa: E402
-from squeeze.specs import JobSpec  # noqa: E402
-from squeeze.steps import METHODS, tag_of  # noqa: E402
-from squeeze.work import counted  # noqa: E402
+from squeeze.costs.memory import needed  # noqa: E402
+from squeeze.costs.pace import REFERENCE_MACHINE, reference_seconds  # noqa: E402
+from squeeze.costs.work import counted  # noqa: E402
+from squeeze.shapes.model import Shape  # noqa: E402
+from squeeze.specs.job_spec import JobSpec  # noqa: E402
+from squeeze.steps.every import tag_of  # noqa: E402
+from squeeze.steps.quantization import METHODS  # noqa: E402
 
 BUNDLED = ROOT / "models/bundled"
 WHOLE = 80  # blocks of the model that has this shape

@@ -6,8 +6,8 @@ from sqlalchemy import exists, select
 from sqlalchemy.orm import Session
 
 from jobs.records import JobRecord, StepRecord
+from squeeze.costs.pace import Past
 from squeeze.objects import Status
-from squeeze.pace import Past
 
 LATEST = 50  # jobs that are looked at
 

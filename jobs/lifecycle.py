@@ -20,7 +20,7 @@ from jobs.records import ArtifactRecord, JobRecord, now
 from jobs.submitting import submit
 from squeeze.errors import Conflict, JobFinal, JobNotFinal, JobNotRetryable, SqueezeError, WorkerLost
 from squeeze.objects import FINAL, JobError, Result, Stage, Status, Usage
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 
 __all__ = [  # submit and the reads live in files of their own
     "Claim",

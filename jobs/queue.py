@@ -8,7 +8,7 @@ from kombu.exceptions import OperationalError
 from kombu.pools import producers
 
 from squeeze.errors import ServiceUnavailable
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 
 TASK = "squeeze.run"
 Queue = Literal["cpu", "gpu"]

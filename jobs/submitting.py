@@ -13,7 +13,7 @@ from jobs.records import FileRecord, JobRecord, LabelRecord, StepRecord, UseReco
 from squeeze.errors import IdempotencyMismatch, SpecInvalid
 from squeeze.names import OWN_ID
 from squeeze.objects import Status
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 
 
 def submit(

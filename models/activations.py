@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.float_codes import LARGEST_E4M3, exact_in, to_e4m3
-from squeeze.schemes import Activations, Scheme
+from squeeze.steps.schemes import Activations, Scheme
 
 LARGEST_INT8 = 127.0
 OUTLIER = 6.0  # the threshold of LLM.int8(), and what bitsandbytes runs with by default

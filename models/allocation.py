@@ -23,11 +23,12 @@ from models.resources import available_host_bytes
 from models.sensitivity import GRADIENT_LENGTH, GRADIENT_SEQUENCES, Errors, measure
 from models.streams import Room
 from squeeze.errors import SpecInvalid
-from squeeze.formats import candidates
+from squeeze.names import Format
 from squeeze.objects import Stage
-from squeeze.report import Allocation, Allotment, Optimum, Trial
-from squeeze.schemes import Scheme
-from squeeze.steps import Format, Grouped, Quantize
+from squeeze.reports.report import Allocation, Allotment, Optimum, Trial
+from squeeze.specs.formats import candidates
+from squeeze.steps.quantization import Grouped, Quantize
+from squeeze.steps.schemes import Scheme
 
 CURVE_STEP_BITS = 0.25
 TENSOR_HEADER_BYTES = 130  # of one tensor in a safetensors file, beside its name; never reached

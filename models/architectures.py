@@ -1,14 +1,14 @@
 """The architecture table: where the decoder blocks of each supported family lie, and what its files call things.
 
 A family whose blocks follow the usual pattern (`model.layers`, linears inside) needs only its name here; a row says
-what differs. Which families exist at all is `squeeze.architectures`, which is importable without torch.
+what differs. Which families exist at all is `squeeze.shapes.architectures`, which is importable without torch.
 """
 
 from dataclasses import dataclass, replace
 from typing import Any
 
-from squeeze.architectures import ARCHITECTURES, refuse_classifier
 from squeeze.errors import ArchitectureUnsupported, ModelAlreadyCompressed, ModelMalformed, ModelUnsafe
+from squeeze.shapes.architectures import ARCHITECTURES, refuse_classifier
 
 
 @dataclass(frozen=True)

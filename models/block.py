@@ -30,10 +30,10 @@ from models.statistics import Statistics
 from models.streams import Stream
 from models.team import SOLO, Team
 from models.wiring import Producer, Wiring, scale_outputs, wiring_of
-from squeeze.compressing import Compress
 from squeeze.errors import NotFinite
-from squeeze.report import Block, Layer
-from squeeze.schemes import Scheme
+from squeeze.reports.report import Block, Layer
+from squeeze.steps.compressing import Compress
+from squeeze.steps.schemes import Scheme
 
 LOCKSTEP_SHARE = 0.5  # of the free memory; what a block needs beside is its weights, Hessians and copies
 

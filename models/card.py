@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from models.disk import write_whole
-from squeeze.finetuning import QLoRA
-from squeeze.report import Report
-from squeeze.report_parts import Quality, Text
-from squeeze.report_training import Training
-from squeeze.report_vocabulary import Trimming
-from squeeze.steps import Format
+from squeeze.names import Format
+from squeeze.reports.parts import Quality, Text
+from squeeze.reports.report import Report
+from squeeze.reports.training import Training
+from squeeze.reports.vocabulary import Trimming
+from squeeze.steps.finetuning import QLoRA
 
 LOADING = {
     "compressed-tensors": "pip install transformers compressed-tensors",

@@ -11,8 +11,8 @@ from models.finite import all_finite
 from models.frame import exact_names, weightless
 from models.plain import CHUNK, within
 from squeeze.errors import ModelAlreadyCompressed, NotFinite
-from squeeze.report import Block, Cast
-from squeeze.shapes import COMPUTED
+from squeeze.reports.report import Block, Cast
+from squeeze.shapes.model import COMPUTED
 
 
 @dataclass(frozen=True)

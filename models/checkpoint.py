@@ -17,7 +17,7 @@ from models.disk import write_whole
 from models.experts import split
 from models.safetensors_file import DTYPE_NAMES, Entry, read, read_header
 from squeeze.errors import ModelMalformed, ModelUnsafe
-from squeeze.shapes import Shape, shape_of
+from squeeze.shapes.model import Shape, shape_of
 
 INDEX = "model.safetensors.index.json"
 LEGACY_INDEX = "pytorch_model.bin.index.json"

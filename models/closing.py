@@ -8,9 +8,9 @@ from models.disk import write_whole
 from models.job import Inputs, Outcome, result_of
 from models.progress import Notify
 from models.resources import Clock, cpu_seconds, peak_gpu_bytes, peak_host_bytes
+from squeeze.names import Format
 from squeeze.objects import Stage
-from squeeze.report import Certificate, Report, Spent
-from squeeze.steps import Format
+from squeeze.reports.report import Certificate, Report, Spent
 
 
 def certified(

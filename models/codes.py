@@ -16,7 +16,7 @@ from models.float_codes import Float4Codes, Float8Codes
 from models.ggml.blocks import Blocks
 from models.normal_float import NormalFloat
 from models.plain import Plain
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 
 class Encoded(Protocol):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from models.documents import documents_of
 from models.text import HELD_OUT_SHARE, Split, standard_library
-from squeeze.documents import grain_for, passages
 from squeeze.errors import DataUnusable
-from squeeze.report_parts import Text
+from squeeze.reports.parts import Text
+from squeeze.texts.documents import grain_for, passages
 
 LEAST_TOKENS = 16  # a sequence shorter than this tells nothing
 CHARACTERS_PER_TOKEN = 6  # first guess of how much text is wanted; raised where a tokenizer packs more

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from squeeze.documents import PARQUET, PIECE_BYTES, Row, Wrong, refuse, rows_in, said, wanted_of
 from squeeze.errors import DataUnusable
-from squeeze.parquet import parquet_rows
-from squeeze.records import blamed
+from squeeze.texts.documents import PARQUET, PIECE_BYTES, Row, Wrong, refuse, rows_in, said, wanted_of
+from squeeze.texts.parquet import parquet_rows
+from squeeze.texts.records import blamed
 
 
 def documents_of(source: Path, param: str, column: str | None = None) -> Iterator[str]:
@@ -21,7 +21,7 @@ def documents_of(source: Path, param: str, column: str | None = None) -> Iterato
 
 
 def rows_of(source: Path, column: str | None = None, wrong: Wrong = refuse, label: str | None = None) -> Iterator[Row]:
-    """The records of a file, or of a directory's files by their names, as `squeeze.documents.rows_in`.
+    """The records of a file, or of a directory's files by their names, as `squeeze.texts.documents.rows_in`.
 
     label: a field beside the text.
     """

@@ -30,11 +30,11 @@ from models.resources import available_host_bytes, return_free_memory
 from models.snapshots import SNAPSHOT_SECONDS, SNAPSHOT_SHARE, Activations, Snapshots
 from models.streams import Room, Stream
 from models.team import SOLO, Team
-from squeeze.compressing import Compress
 from squeeze.errors import DataUnusable, SpecInvalid
 from squeeze.objects import Stage
-from squeeze.report import Block
-from squeeze.schemes import Scheme
+from squeeze.reports.report import Block
+from squeeze.steps.compressing import Compress
+from squeeze.steps.schemes import Scheme
 
 
 @dataclass(frozen=True)

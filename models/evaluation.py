@@ -12,7 +12,7 @@ from models.data import Windows
 from models.frame import Frame
 from models.progress import Notify
 from squeeze.errors import NotFinite
-from squeeze.report_parts import Quality
+from squeeze.reports.parts import Quality
 
 LOGIT_BYTES = 128 << 20  # of one float32 slice of logits; about six such slices live at once
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.architectures import Architecture
 from models.safetensors_file import Entry
 from squeeze.errors import FormatUnfit
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 FUSED = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 

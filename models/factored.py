@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.plain import CHUNK, saturated
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from models.checkpoint import SourceModel
 from models.job import Named
 from models.material import Material
 from squeeze import __version__
-from squeeze.merging import Merge
-from squeeze.report_training import TrainingData
-from squeeze.schemes import Scheme
-from squeeze.specs import JobSpec
-from squeeze.training import Train
+from squeeze.reports.training import TrainingData
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.merging import Merge
+from squeeze.steps.schemes import Scheme
+from squeeze.steps.training import Train
 
 TARGETS = {"target_bits", "target_bytes"}  # decide nothing but the schemes
 

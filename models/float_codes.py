@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 LARGEST_E4M3 = 448.0
 LARGEST_E2M1 = 6.0

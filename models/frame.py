@@ -28,7 +28,7 @@ from models.quantized import Site
 from models.quoting import quoted
 from models.safetensors_file import DTYPE_NAMES, Entry
 from squeeze.errors import ArchitectureUnsupported, ModelAlreadyCompressed, ModelMalformed, NotFinite
-from squeeze.shapes import Shape, shape_of
+from squeeze.shapes.model import Shape, shape_of
 
 COMPUTABLE = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 

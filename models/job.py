@@ -9,15 +9,16 @@ from pathlib import Path
 from models.checkpoint import SourceModel
 from models.formats.directory import weight_bytes
 from models.snapshots import SNAPSHOT_SECONDS
-from squeeze.compressing import Compress
 from squeeze.errors import CertificationFailed, SqueezeError
-from squeeze.merging import Merge
+from squeeze.names import Format
 from squeeze.objects import Result
-from squeeze.report import Report, Size, Source
-from squeeze.slimming import Slim
-from squeeze.specs import JobSpec
-from squeeze.steps import Format, Step
-from squeeze.training import Train
+from squeeze.reports.report import Report, Size, Source
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.compressing import Compress
+from squeeze.steps.every import Step
+from squeeze.steps.merging import Merge
+from squeeze.steps.slimming import Slim
+from squeeze.steps.training import Train
 
 LIBRARIES = (
     "torch",

@@ -11,11 +11,11 @@ from models.frame import Frame
 from models.progress import Notify, Silent
 from models.quoting import quoted
 from models.self_text import refuse_beforehand, sampled_text
-from squeeze.compressing import Compress
 from squeeze.errors import DataUnusable, ModelMalformed, ModelUnsafe
-from squeeze.merging import Merge
-from squeeze.slimming import Slim
-from squeeze.specs import SELF, JobSpec
+from squeeze.specs.job_spec import SELF, JobSpec
+from squeeze.steps.compressing import Compress
+from squeeze.steps.merging import Merge
+from squeeze.steps.slimming import Slim
 
 # On tiny random models at 3 bits GPTQ was worse than round-to-nearest at 3 tokens per input, a fifth better at 16.
 TOKENS_PER_INPUT = 8

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 BLOCK = 64  # weights that share a scale
 NESTED_BLOCK = 256  # scales that share a scale of their own

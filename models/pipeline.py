@@ -49,21 +49,21 @@ from models.train.job import added, for_what_follows, run_training, trained
 from models.train.job import follow as follow_training
 from models.train.optimizers import refuse_without_gpu
 from models.train.prepare import refuse_untrainable
-from squeeze.architectures import HELD_BY, refuse_unrotatable
-from squeeze.compressing import Compress
-from squeeze.distillation import Distill
 from squeeze.errors import FormatUnfit, ModelMalformed
-from squeeze.factoring import SVD, Sides, budget_of
-from squeeze.formats import OF_ANY_FAMILY, candidates
-from squeeze.merging import Entry, Merge
 from squeeze.objects import Stage
-from squeeze.report import Report
-from squeeze.rounds import rounds_of
-from squeeze.slimming import Slim
-from squeeze.sparsifying import Sparsify, refuse_torn_pattern
-from squeeze.specs import JobSpec
-from squeeze.steps import QAT, Grouped, Quantize
-from squeeze.training import Train
+from squeeze.reports.report import Report
+from squeeze.shapes.architectures import HELD_BY, refuse_unrotatable
+from squeeze.specs.formats import OF_ANY_FAMILY, candidates
+from squeeze.specs.job_spec import JobSpec
+from squeeze.specs.rounds import rounds_of
+from squeeze.steps.compressing import Compress
+from squeeze.steps.distillation import Distill
+from squeeze.steps.factoring import SVD, Sides, budget_of
+from squeeze.steps.merging import Entry, Merge
+from squeeze.steps.quantization import QAT, Grouped, Quantize
+from squeeze.steps.slimming import Slim
+from squeeze.steps.sparsifying import Sparsify, refuse_torn_pattern
+from squeeze.steps.training import Train
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 CHUNK = 1 << 22  # weights worked on at once, which bounds what lies beside the result
 TYPES: dict[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -11,8 +11,8 @@ class Notify(Protocol):
     """Takes what the work tells. Every method returns at once."""
 
     def expect(self, work: Mapping[str, float]) -> None:
-        """What there is to do: operations by stage, as `squeeze.work` counts them. Told as soon as that is known, and
-        anew by a step that knows it better.
+        """What there is to do: operations by stage, as `squeeze.costs.work` counts them. Told as soon as that is
+        known, and anew by a step that knows it better.
         """
 
     def stage(self, stage: Stage) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from models.codes import Encoded, restored
 from models.safetensors_file import Entry, read, read_header
-from squeeze.compressing import Compress
-from squeeze.schemes import Scheme
+from squeeze.steps.compressing import Compress
+from squeeze.steps.schemes import Scheme
 
 CHANGED = "changed/"  # before the name of a tensor that is no code
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from models.checkpoint import SourceModel
 from models.frame import Frame
 from models.hadamard import Rotation
-from squeeze import report
-from squeeze.architectures import refuse_unrotatable
 from squeeze.errors import ModelMalformed
+from squeeze.reports import report
+from squeeze.shapes.architectures import refuse_unrotatable
 
 ATTENTION_NORM, FEED_NORM = "input_layernorm", "post_attention_layernorm"
 READERS = {

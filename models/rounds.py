@@ -19,11 +19,11 @@ from models.job import Inputs, Outcome, result_of
 from models.progress import Notify
 from models.work import summed
 from squeeze import __version__
-from squeeze.distillation import Distill
-from squeeze.domains import takes_something
 from squeeze.errors import SqueezeError
-from squeeze.report import Report, Round
-from squeeze.rounds import Round as Part
+from squeeze.reports.report import Report, Round
+from squeeze.specs.rounds import Round as Part
+from squeeze.steps.distillation import Distill
+from squeeze.texts.domains import takes_something
 
 MARK, REPORT = "mark", "report.json"
 Run = Callable[[Inputs, Notify], Outcome]

@@ -36,9 +36,9 @@ from models.resources import return_free_memory
 from models.statistics import Statistics
 from models.streams import Room, Stream
 from models.wiring import Wiring, wiring_of
-from squeeze.compressing import Statistic
-from squeeze.schemes import Scheme
-from squeeze.steps import RTN, Grouped, Quantize
+from squeeze.steps.compressing import Statistic
+from squeeze.steps.quantization import RTN, Grouped, Quantize
+from squeeze.steps.schemes import Scheme
 
 GRADIENT_SEQUENCES, GRADIENT_LENGTH = 16, 512
 SKETCH_ROWS = 128  # of a sketch; the estimate's spread is at most √(2/128), an eighth, and the same for all candidates

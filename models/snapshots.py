@@ -8,7 +8,7 @@ from pathlib import Path
 from models.resources import return_free_memory
 from models.streams import Room, Stream
 from models.team import SOLO, Team
-from squeeze.report import Block
+from squeeze.reports.report import Block
 
 SNAPSHOT_SECONDS = 30.0
 SNAPSHOT_SHARE = 0.1  # of the time that may go into snapshots before that

@@ -12,7 +12,7 @@ from torch import Tensor
 from models.calls import run
 from models.frame import Call, Frame
 from models.resources import return_free_memory
-from squeeze.report import Speed
+from squeeze.reports.report import Speed
 
 PROMPT_TOKENS = 128
 LEAST_ROUNDS, PART_SECONDS = 5, 0.1  # of a part: as many rounds as take so long

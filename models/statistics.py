@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.team import Team
-from squeeze.compressing import Statistic
+from squeeze.steps.compressing import Statistic
 
 TILE = 256  # rows of a Hessian that are summed at once
 WIDE_TILE = 1024

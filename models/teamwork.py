@@ -22,9 +22,9 @@ from models.progress import Notify, Silent
 from models.rotation import Rotated
 from models.snapshots import SNAPSHOT_SECONDS
 from models.team import Team
-from squeeze.compressing import Compress
-from squeeze.report_parts import Text
-from squeeze.schemes import Scheme
+from squeeze.reports.parts import Text
+from squeeze.steps.compressing import Compress
+from squeeze.steps.schemes import Scheme
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from collections.abc import Collection
 
 from models.checkpoint import SourceModel
-from squeeze.compressing import Compress
-from squeeze.distillation import Distill
-from squeeze.distillation_work import Lessons, counted_distillation
-from squeeze.specs import JobSpec
-from squeeze.trainable import learned
-from squeeze.work import counted
+from squeeze.costs.distillation_work import Lessons, counted_distillation
+from squeeze.costs.trainable import learned
+from squeeze.costs.work import counted
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.compressing import Compress
+from squeeze.steps.distillation import Distill
 
 # Before a training; the last two of a base that is rounded first.
 BEFORE_TRAINING = ("loading", "teaching", "compressing", "evaluating")

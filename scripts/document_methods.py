@@ -15,15 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.document_report import type_name  # noqa: E402
-from squeeze.distillation import DISTILLING_METHODS, Distill, Student  # noqa: E402
-from squeeze.factoring import SVD  # noqa: E402
-from squeeze.finetuning import TRAINING_METHODS  # noqa: E402
-from squeeze.formats import CAPACITIES, Capacity, holders  # noqa: E402
-from squeeze.merging import MERGING_METHODS, Entry, Merge  # noqa: E402
-from squeeze.slimming import SLIMMING_METHODS, Slim  # noqa: E402
-from squeeze.sparsifying import SPARSIFYING_METHODS, Sparsify  # noqa: E402
-from squeeze.steps import METHODS, Grouped, Method, Quantize, tag_of  # noqa: E402
-from squeeze.training import Train  # noqa: E402
+from squeeze.specs.formats import CAPACITIES, Capacity, holders  # noqa: E402
+from squeeze.steps.distillation import DISTILLING_METHODS, Distill, Student  # noqa: E402
+from squeeze.steps.every import Method, tag_of  # noqa: E402
+from squeeze.steps.factoring import SVD  # noqa: E402
+from squeeze.steps.finetuning import TRAINING_METHODS  # noqa: E402
+from squeeze.steps.merging import MERGING_METHODS, Entry, Merge  # noqa: E402
+from squeeze.steps.quantization import METHODS, Grouped, Quantize  # noqa: E402
+from squeeze.steps.slimming import SLIMMING_METHODS, Slim  # noqa: E402
+from squeeze.steps.sparsifying import SPARSIFYING_METHODS, Sparsify  # noqa: E402
+from squeeze.steps.training import Train  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 PLAIN = {"dense": "any type as it is", "factored": "factors of linear layers, in any type"}

@@ -1,4 +1,4 @@
-"""Writes docs/report.md from the schema in `squeeze/report.py`: `python scripts/document_report.py`."""
+"""Writes docs/report.md from the schema in `squeeze/reports/report.py`: `python scripts/document_report.py`."""
 
 import inspect
 import re
@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from squeeze import report  # noqa: E402
-from squeeze.report_parts import Part  # noqa: E402
+from squeeze.reports import report  # noqa: E402
+from squeeze.reports.parts import Part  # noqa: E402
 
 PAGE = ROOT / "docs" / "report.md"
 

@@ -29,7 +29,7 @@ from jobs.records import new_id  # noqa: E402
 from jobs.settings import Settings  # noqa: E402
 from scripts.hub import Hub  # noqa: E402
 from squeeze.objects import Result, Usage  # noqa: E402
-from squeeze.specs import JobSpec  # noqa: E402
+from squeeze.specs.job_spec import JobSpec  # noqa: E402
 from storage import open_storage  # noqa: E402
 
 SCHEMATHESIS = "schemathesis==4.32.5"

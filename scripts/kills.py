@@ -138,7 +138,7 @@ def work(model: Path, room: Path, step: dict[str, Any]) -> None:
 
     from models.pipeline import run
     from models.progress import Silent
-    from squeeze.specs import JobSpec
+    from squeeze.specs.job_spec import JobSpec
 
     class Says(Silent):
         def stage(self, stage: Any) -> None:

@@ -22,15 +22,15 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel
 
-from squeeze.compressing import Compress
 from squeeze.download import OnBytes, download, place
 from squeeze.errors import ConnectionFailed, ServiceUnavailable
-from squeeze.merging import Merge
 from squeeze.objects import FINAL, Artifact, Deleted, Event, File, Item, Job, Method, Page, Plan, Status
-from squeeze.report import Report
-from squeeze.slimming import Slim
-from squeeze.specs import JobSpec
-from squeeze.training import Train
+from squeeze.reports.report import Report
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.compressing import Compress
+from squeeze.steps.merging import Merge
+from squeeze.steps.slimming import Slim
+from squeeze.steps.training import Train
 from squeeze.transport import Transport, pause_seconds
 
 DEFAULT_URL = "http://127.0.0.1:8000"

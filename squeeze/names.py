@@ -1,7 +1,11 @@
-"""What a model may be called in a request: an id of the Hub, an earlier job, a directory."""
+"""Names that stand in requests: of formats, and of models (an id of the Hub, an earlier job, a directory)."""
 
 import re
+from typing import Literal
 
+Format = Literal[
+    "compressed-tensors", "gptq", "awq", "bitsandbytes", "safetensors", "safetensors-zst", "onnx", "gguf", "peft"
+]
 HUB_ID = re.compile(r"^(?P<repo>[\w.-]{1,96}/[\w.-]{1,96}|[\w.-]{1,96})(@(?P<revision>[\w./-]{1,128}))?$", re.ASCII)
 OWN_ID = re.compile(r"^(job|file)-[0-9a-z]{8,64}$")
 

@@ -7,10 +7,11 @@ from typing import Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from squeeze.choosing import Choice
-from squeeze.saving import savings
-from squeeze.specs import Data, Evaluation, Limits
-from squeeze.steps import Format, Step
+from squeeze.names import Format
+from squeeze.specs.choosing import Choice
+from squeeze.specs.job_spec import Data, Evaluation, Limits
+from squeeze.specs.saving import savings
+from squeeze.steps.every import Step
 
 
 class Status(StrEnum):

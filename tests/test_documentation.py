@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from scripts import document_methods, document_report
-from squeeze.architectures import ARCHITECTURES
-from squeeze.formats import CAPACITIES
-from squeeze.steps import STEPS, tag_of
+from squeeze.shapes.architectures import ARCHITECTURES
+from squeeze.specs.formats import CAPACITIES
+from squeeze.steps.every import STEPS, tag_of
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"\[[^\]]*\]\(([^)#]+)(?:#[^)]*)?\)")

@@ -22,9 +22,9 @@ from models.team import Team
 from models.train.checkpoints import adopt
 from models.train.division import check_records
 from squeeze.errors import ProcessKilled
-from squeeze.specs import JobSpec
-from squeeze.steps import QAT
-from squeeze.training import Train
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.quantization import QAT
+from squeeze.steps.training import Train
 from storage import Storage, open_storage
 from workers.alone import take
 from workers.channel import Channel, Message, Teller

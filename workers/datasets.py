@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import HfApi, constants, metadata_load
 
 from squeeze.errors import DataUnusable, HubUnavailable
-from squeeze.specs import HubText
+from squeeze.specs.job_spec import HubText
 from workers.download import Snapshot
 from workers.hub import TIMEOUT_SECONDS, Repo, RepoFile, described, patiently, plain_words
 

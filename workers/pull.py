@@ -9,7 +9,7 @@ from pathlib import Path
 from squeeze.errors import SqueezeError
 from squeeze.names import OWN_ID
 from squeeze.objects import Stage
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 from storage import Storage
 from workers.channel import Teller
 from workers.download import Snapshot

@@ -6,7 +6,7 @@ from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 from jobs.places import attempt_prefix
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 
 from squeeze.errors import DiskFull
-from squeeze.factoring import SVD
-from squeeze.merging import Merge
-from squeeze.slimming import Slim
-from squeeze.sparsifying import Sparsify
-from squeeze.specs import JobSpec
-from squeeze.training import Train
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.factoring import SVD
+from squeeze.steps.merging import Merge
+from squeeze.steps.slimming import Slim
+from squeeze.steps.sparsifying import Sparsify
+from squeeze.steps.training import Train
 
 _CODES_SHARE = 0.55  # of 16-bit weights: what the engine keeps between attempts, a byte a weight and scales
 _SKETCH_SHARE = 0.2  # of the weights: sums of gradients, 2 KB for each output of a linear of some thousand inputs

@@ -20,6 +20,7 @@ import structlog
 
 from jobs import lifecycle
 from jobs.database import Database
+from squeeze.costs.pace import Past, expected
 from squeeze.errors import (
     AttemptStale,
     JobNotFound,
@@ -30,7 +31,6 @@ from squeeze.errors import (
     rebuild,
 )
 from squeeze.objects import FINAL, Stage, Status
-from squeeze.pace import Past, expected
 from workers.channel import Channel, Message
 from workers.checkpoints import Safekeeping
 from workers.death import MemoryWatch, explain

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from models.data import CHARACTERS_PER_TOKEN
 from models.text import HELD_OUT_SHARE
-from squeeze.choosing import BATCH_TOKENS
 from squeeze.errors import DataUnusable
 from squeeze.names import OWN_ID
 from squeeze.objects import Stage
-from squeeze.specs import JobSpec, hub_text
-from squeeze.training import Train
+from squeeze.specs.choosing import BATCH_TOKENS
+from squeeze.specs.job_spec import JobSpec, hub_text
+from squeeze.steps.training import Train
 from storage import Storage
 from workers import shards
 from workers.channel import Teller

@@ -7,10 +7,10 @@ import importlib
 
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-from squeeze.architectures import ARCHITECTURES
-from squeeze.compressing import Compress
-from squeeze.formats import CAPACITIES
-from squeeze.steps import STEPS, tag_of
+from squeeze.shapes.architectures import ARCHITECTURES
+from squeeze.specs.formats import CAPACITIES
+from squeeze.steps.compressing import Compress
+from squeeze.steps.every import STEPS, tag_of
 
 importlib.import_module("transformers.models.auto.modeling_auto")
 importlib.import_module("transformers.models.auto.tokenization_auto")

@@ -19,6 +19,7 @@ from jobs.queue import enqueue, queue_of
 from jobs.records import JobRecord
 from jobs.settings import Settings
 from jobs.sweeping import sweep_once
+from squeeze.costs.pace import Past
 from squeeze.errors import (
     DataUnusable,
     DiskFull,
@@ -30,9 +31,8 @@ from squeeze.errors import (
 )
 from squeeze.names import OWN_ID
 from squeeze.objects import Status
-from squeeze.pace import Past
-from squeeze.sharding import refuse_without_library
-from squeeze.training import Train
+from squeeze.steps.sharding import refuse_without_library
+from squeeze.steps.training import Train
 from storage import Storage
 from workers.checkpoints import Safekeeping
 from workers.ending import clear, settle

@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from squeeze.report import Block, Layer, Report
-from squeeze.report_parts import Quality
+from squeeze.reports.parts import Quality
+from squeeze.reports.report import Block, Layer, Report
 
 _HERE = Path(__file__).parent
 _CSS = (_HERE / "report.css").read_text()

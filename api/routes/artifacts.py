@@ -20,7 +20,7 @@ from jobs import lifecycle, listing, views
 from jobs.records import ArtifactRecord, JobRecord
 from squeeze.errors import ArtifactNotFound, JobNotFound, RangeUnsatisfiable, ReportNotReady, StorageUnavailable
 from squeeze.objects import Artifact, Page
-from squeeze.report import Report
+from squeeze.reports.report import Report
 
 TAR = "application/x-tar"
 BINARY = "*/*"  # each has its own

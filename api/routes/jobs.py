@@ -43,9 +43,9 @@ from squeeze.errors import (
     StorageUnavailable,
     Unauthenticated,
 )
-from squeeze.formats import refuse_unfit
 from squeeze.objects import Deleted, Job, Page, Status
-from squeeze.steps import Kind
+from squeeze.specs.formats import refuse_unfit
+from squeeze.steps.every import Kind
 
 ALWAYS = (Unauthenticated, ServiceUnavailable, SpecInvalid)
 _METADATA = re.compile(r"metadata\[([^\[\]]+)\]")

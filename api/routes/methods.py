@@ -9,18 +9,19 @@ from fastapi import APIRouter
 
 from api.auth import Project
 from api.problems import refusals
-from squeeze.architectures import ARCHITECTURES, HELD_BY
-from squeeze.compressing import Compress
 from squeeze.errors import ServiceUnavailable, Unauthenticated
-from squeeze.finetuning import Adapters, Finetune, Head, QLoRA
-from squeeze.formats import CAPACITIES
-from squeeze.merging import Merge
+from squeeze.names import Format
 from squeeze.objects import Load, Method, Page
-from squeeze.schemes import Scheme
-from squeeze.slimming import Slim, Vocabulary
-from squeeze.steps import STEPS, Format, tag_of
-from squeeze.steps import Method as Step
-from squeeze.training import Train
+from squeeze.shapes.architectures import ARCHITECTURES, HELD_BY
+from squeeze.specs.formats import CAPACITIES
+from squeeze.steps.compressing import Compress
+from squeeze.steps.every import STEPS, tag_of
+from squeeze.steps.every import Method as Step
+from squeeze.steps.finetuning import Adapters, Finetune, Head, QLoRA
+from squeeze.steps.merging import Merge
+from squeeze.steps.schemes import Scheme
+from squeeze.steps.slimming import Slim, Vocabulary
+from squeeze.steps.training import Train
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"])
 

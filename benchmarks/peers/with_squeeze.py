@@ -16,7 +16,8 @@ from models.formats import layout
 from models.progress import Silent
 from models.teamwork import frames_of
 from models.train.rounded import Begun, learned_codes, passed_again
-from squeeze.steps import METHODS, QAT, tag_of
+from squeeze.steps.every import tag_of
+from squeeze.steps.quantization import METHODS, QAT
 
 
 def main(job: dict) -> None:

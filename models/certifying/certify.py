@@ -25,9 +25,9 @@ from models.formats.safetensors_zst import restored
 from models.progress import Notify
 from models.resources import available_host_bytes, peak_host_bytes
 from squeeze.errors import CertificationFailed, DiskFull, ProcessKilled, SqueezeError
-from squeeze.formats import CAPACITIES
-from squeeze.report import Certificate
-from squeeze.steps import Format
+from squeeze.names import Format
+from squeeze.reports.report import Certificate
+from squeeze.specs.formats import CAPACITIES
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS_OFFLOADED = 4  # each reads the whole model from disk

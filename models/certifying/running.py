@@ -14,8 +14,8 @@ from typing import Any
 
 from models.data import Windows
 from models.quoting import quoted
-from squeeze.report import Certificate
-from squeeze.steps import Format
+from squeeze.names import Format
+from squeeze.reports.report import Certificate
 
 # Enough tokens to tell a wrong weight from the noise of another kernel; more would only take longer.
 MAX_WINDOWS = 16

@@ -19,7 +19,7 @@ from models.formats.shards import Piece, write_shards
 from models.frame import Frame
 from models.progress import Notify, Silent
 from squeeze.errors import ArchitectureUnsupported, ModelMalformed
-from squeeze.shapes import COMPUTED
+from squeeze.shapes.model import COMPUTED
 
 PARAM = "student.layers"
 INSTEAD = "name a `model` as student"

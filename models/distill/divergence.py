@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from squeeze.distillation import Divergence
+from squeeze.steps.distillation import Divergence
 
 
 def diverged(p: Tensor, q: Tensor, kind: Divergence, beta: float) -> Tensor:

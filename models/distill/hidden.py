@@ -17,8 +17,8 @@ from models.frame import Frame
 from models.train.packing import UNSCORED, Batch
 from models.train.scoring import learned_logits
 from models.train.scoring import own as own_model
-from squeeze.distillation import RELATION_WIDTH, Hidden
 from squeeze.errors import ArchitectureUnsupported
+from squeeze.steps.distillation import RELATION_WIDTH, Hidden
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 

@@ -15,9 +15,9 @@ from models.material import read_tokenizer
 from models.progress import Notify
 from models.train.loop import Task
 from models.train.prepare import Prepared
-from squeeze.distillation import Distill
 from squeeze.objects import Stage
-from squeeze.report_training import Distillation
+from squeeze.reports.training import Distillation
+from squeeze.steps.distillation import Distill
 
 
 class Lesson:

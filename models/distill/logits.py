@@ -10,7 +10,7 @@ from models.distill.stored import Shape, Stored, asked
 from models.distill.teaching import Taught, Teaching
 from models.train.packing import Batch
 from models.train.scoring import against_text, learned_logits
-from squeeze.distillation import Diverging, Logits
+from squeeze.steps.distillation import Diverging, Logits
 
 
 def distill(step: Logits, teaching: Teaching) -> Taught:

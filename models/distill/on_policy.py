@@ -14,7 +14,7 @@ from models.distill.writing import gone_on
 from models.train.examples import Examples
 from models.train.packing import UNSCORED, Batch
 from models.train.scoring import learned_logits, learned_losses, own
-from squeeze.distillation import OnPolicy
+from squeeze.steps.distillation import OnPolicy
 
 
 def distill(step: OnPolicy, teaching: Teaching) -> Taught:

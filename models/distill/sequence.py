@@ -15,10 +15,10 @@ from models.distill.teaching import Taught, Teaching
 from models.distill.writing import ends_of, gone_on
 from models.progress import Notify
 from models.train.scoring import learned_losses
-from squeeze.distillation import Sequence
-from squeeze.distillation_work import WRITTEN_AT_ONCE
+from squeeze.costs.distillation_work import WRITTEN_AT_ONCE
 from squeeze.errors import DataUnusable
-from squeeze.records import Chat, Exchange, Record, Text
+from squeeze.steps.distillation import Sequence
+from squeeze.texts.records import Chat, Exchange, Record, Text
 
 
 def distill(step: Sequence, teaching: Teaching) -> Taught:  # noqa: ARG001 - the teacher has written beforehand

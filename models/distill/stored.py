@@ -21,8 +21,8 @@ from models.frame import Frame
 from models.progress import Notify
 from models.train.examples import Examples
 from models.train.packing import UNSCORED, Batch
-from squeeze.distillation import NARROW_IDS, stored_bytes_per_token
 from squeeze.errors import NotFinite
+from squeeze.steps.distillation import NARROW_IDS, stored_bytes_per_token
 
 IDS, LOGS, STORY = "ids.bin", "logs.bin", "story.json"
 # Of a mass that float32 can't tell from nothing beside 1: what is less is taken to be so much.

@@ -7,7 +7,7 @@ from models.distill.cutting import cut, refuse_uncuttable
 from models.formats.directory import refuse_broken_companions
 from models.frame import Frame
 from models.job import Inputs
-from squeeze.distillation import Distill, evenly
+from squeeze.steps.distillation import Distill, evenly
 
 
 def refuse_unteachable(step: Distill, teacher: Frame) -> None:

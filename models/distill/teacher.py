@@ -12,7 +12,7 @@ from models.progress import Notify
 from models.resources import available_host_bytes, return_free_memory
 from models.streams import Room, Stream
 from models.train.examples import Examples
-from squeeze.distillation_work import CHUNK_TOKENS
+from squeeze.costs.distillation_work import CHUNK_TOKENS
 
 LOGIT_BYTES = 64 << 20  # of one float32 slice of logits
 GRAIN = 16  # sequences are filled up to a multiple of so many tokens, so that there are few shapes of batches

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from models.certifying.running import TEXTS
 from models.material import read_tokenizer
-from squeeze.distillation import Distill
 from squeeze.errors import VocabulariesDiffer
+from squeeze.steps.distillation import Distill
 
 
 def shared_vocabulary(teacher: Path, student: Path) -> int | None:

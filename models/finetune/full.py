@@ -5,7 +5,7 @@ from typing import Any
 
 from models.frame import Frame
 from models.quantized import Site
-from squeeze.finetuning import Full
+from squeeze.steps.finetuning import Full
 
 
 def sites_of(frame: Frame, step: Full) -> list[Site]:  # noqa: ARG001 - all, whatever it says

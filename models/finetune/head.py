@@ -17,8 +17,8 @@ from models.material import read_tokenizer
 from models.quantized import Site
 from models.train.turns import filler_of
 from models.train.whole import write_trained
-from squeeze.architectures import refuse_unclassifiable
-from squeeze.finetuning import Head, LastLayers
+from squeeze.shapes.architectures import refuse_unclassifiable
+from squeeze.steps.finetuning import Head, LastLayers
 
 SPREAD = 0.02  # of the head as it begins, where the config names none
 

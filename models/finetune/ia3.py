@@ -11,7 +11,7 @@ from models.finetune import peft_adapter
 from models.finetune.peft_adapter import adapter_of, write
 from models.frame import Frame
 from models.quantized import Site
-from squeeze.finetuning import IA3
+from squeeze.steps.finetuning import IA3
 
 __all__ = ["Merged", "adapter_of", "finetune", "sites_of", "write"]
 

@@ -9,7 +9,7 @@ from torch import nn
 from models.frame import Frame
 from models.quantized import Site
 from squeeze.errors import ModelMalformed
-from squeeze.finetuning import LastLayers
+from squeeze.steps.finetuning import LastLayers
 
 BLOCK = re.compile(r"(.*?)\.(\d+)\.")  # the path of the list that holds the blocks, and which of them
 

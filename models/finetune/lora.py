@@ -17,7 +17,7 @@ from models.finetune.fused import fuse
 from models.finetune.peft_adapter import adapter_of
 from models.frame import Frame
 from models.quantized import Site
-from squeeze.finetuning import LoRA, LowRank
+from squeeze.steps.finetuning import LoRA, LowRank
 
 # gptqmodel 7.6 keeps an error of its own import for ever, and with it all frames that stand open then. peft would
 # import it while it wraps a model, which would stay in memory for as long as the process lives. In a thread of its own

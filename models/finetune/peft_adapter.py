@@ -20,9 +20,9 @@ from models.formats.directory import write_json
 from models.frame import Frame
 from models.quantized import Site
 from models.safetensors_file import read, read_header
-from squeeze.adapters import CONFIG, PREFIX, WEIGHTS
 from squeeze.errors import ModelMalformed
-from squeeze.finetuning import Adapters
+from squeeze.shapes.adapters import CONFIG, PREFIX, WEIGHTS
+from squeeze.steps.finetuning import Adapters
 
 
 def chosen(frame: Frame, patterns: Sequence[str], usual: Callable[[Site], bool]) -> list[Site]:

@@ -11,7 +11,7 @@ from models.finetune.peft_adapter import adapter_of, write
 from models.frame import Frame
 from models.quantized import Site
 from squeeze.errors import ArchitectureUnsupported
-from squeeze.finetuning import Prefix
+from squeeze.steps.finetuning import Prefix
 
 __all__ = ["adapter_of", "finetune", "sites_of", "write"]
 

@@ -9,7 +9,7 @@ from models.finetune import peft_adapter
 from models.finetune.peft_adapter import adapter_of, write
 from models.frame import Frame
 from models.quantized import Site
-from squeeze.finetuning import Prompt
+from squeeze.steps.finetuning import Prompt
 
 __all__ = ["adapter_of", "finetune", "sites_of", "write"]
 

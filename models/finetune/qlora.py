@@ -22,10 +22,10 @@ from models.normal_float import BLOCK
 from models.quantized import QuantizedModel, Site
 from models.resources import map_large_memory
 from models.train.scoring import own
-from squeeze.architectures import HELD_BY
-from squeeze.bases import BITS, rounding
 from squeeze.errors import FormatUnfit
-from squeeze.finetuning import QLoRA
+from squeeze.shapes.architectures import HELD_BY
+from squeeze.specs.bases import BITS, rounding
+from squeeze.steps.finetuning import QLoRA
 
 __all__ = ["Merged", "adapter_of", "finetune", "load", "sites_of", "start_at_what_is_lost", "write"]
 

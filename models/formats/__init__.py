@@ -9,8 +9,8 @@ from models.checkpoint import SourceModel
 from models.codes import Encoded
 from models.progress import Notify
 from models.quantized import QuantizedModel, Site
-from squeeze.schemes import Scheme
-from squeeze.steps import Format
+from squeeze.names import Format
+from squeeze.steps.schemes import Scheme
 
 
 class Layout(Protocol):

@@ -36,7 +36,7 @@ from models.quantized import QuantizedModel, Site
 from models.safetensors_file import read as read_tensor
 from squeeze import __version__
 from squeeze.errors import FormatUnfit
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 BITS = 4
 PER_WORD = 8

@@ -28,7 +28,7 @@ from models.progress import Notify
 from models.quantized import QuantizedModel, Site
 from models.safetensors_file import read as read_tensor
 from squeeze.errors import FormatUnfit
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 LARGEST, ZERO = 127, 128  # of int8, and what stands for 0 in codes without a sign
 KERNEL_ROWS = 32

@@ -20,7 +20,7 @@ from models.progress import Notify
 from models.quantized import QuantizedModel, Site
 from models.safetensors_file import read as read_tensor
 from squeeze.errors import FormatUnfit, GroupSizeIndivisible
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 
 def refuse(sites: Iterable[Site], schemes: Mapping[str, Scheme]) -> None:

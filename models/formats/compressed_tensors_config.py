@@ -10,7 +10,7 @@ from compressed_tensors.quantization import QuantizationConfig
 
 from models.quantized import QuantizedModel, Site
 from squeeze.errors import FormatUnfit
-from squeeze.schemes import Activations, Element, Group, Scheme
+from squeeze.steps.schemes import Activations, Element, Group, Scheme
 
 # The names that consumers know each layout by.
 PACKED, INTEGERS, FLOATS = "pack-quantized", "int-quantized", "float-quantized"

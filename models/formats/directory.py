@@ -21,7 +21,7 @@ from models.quantized import QuantizedModel, Site
 from models.safetensors_file import Entry
 from models.safetensors_file import read as read_tensor
 from squeeze.errors import ModelMalformed
-from squeeze.shapes import COMPUTED
+from squeeze.shapes.model import COMPUTED
 
 # What stands beside the weights and is taken along: tokenizer, generation settings, chat templates, terms of use.
 COMPANIONS = (

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from models.formats.packing import WORD_BITS
 from models.quantized import Site
 from squeeze.errors import FormatUnfit, GroupSizeIndivisible
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 GROUP_SIZES = (32, 64, 128)
 

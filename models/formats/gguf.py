@@ -35,8 +35,8 @@ from models.progress import Notify
 from models.quantized import QuantizedModel, Site
 from models.safetensors_file import read as read_tensor
 from squeeze.errors import CompressionBug, FormatUnfit
-from squeeze.schemes import Scheme
-from squeeze.shapes import COMPUTED
+from squeeze.shapes.model import COMPUTED
+from squeeze.steps.schemes import Scheme
 
 FILE = "model.gguf"
 GROUP = 32  # columns of a scale in the types that hold integer codes

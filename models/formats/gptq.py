@@ -26,7 +26,7 @@ from models.quantized import QuantizedModel, Site
 from models.safetensors_file import read as read_tensor
 from squeeze import __version__
 from squeeze.errors import FormatUnfit
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 WHOLE_ROW = -1  # what group_size says for one scale a row
 

@@ -30,7 +30,7 @@ from models.progress import Notify
 from models.quantized import QuantizedModel, Site
 from models.safetensors_file import read as read_tensor
 from squeeze.errors import CompressionBug, ModelMalformed
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 FILE, DATA = "model.onnx", "model.onnx_data"
 FALLBACK_CONTEXT = 2048  # tokens, where the config sets no bound

@@ -26,8 +26,8 @@ from models.frame import Frame
 from models.plain import TYPES, Plain, saturated
 from models.progress import Notify
 from models.quantized import QuantizedModel, Site
-from squeeze.schemes import Element, Scheme
-from squeeze.shapes import COMPUTED
+from squeeze.shapes.model import COMPUTED
+from squeeze.steps.schemes import Element, Scheme
 
 
 def refuse(sites: Iterable[Site], schemes: Mapping[str, Scheme]) -> None:

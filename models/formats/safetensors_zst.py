@@ -19,7 +19,7 @@ from models.formats.directory import written_whole
 from models.plain import Plain
 from models.progress import Notify
 from models.quantized import QuantizedModel, Site
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 SUFFIX = ".zst"
 SUMS = "SHA256SUMS"

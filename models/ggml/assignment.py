@@ -10,8 +10,8 @@ from models.ggml.blocks import scheme_of
 from models.ggml.mixture import Build, block_type
 from models.ggml.types import FLOATS
 from models.quantized import Site
-from squeeze.schemes import Scheme
-from squeeze.steps import Mixture
+from squeeze.steps.quantization import Mixture
+from squeeze.steps.schemes import Scheme
 
 
 def schemes_of_mixture(source: SourceModel, sites: Iterable[Site], mixture: Mixture) -> dict[str, Scheme]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from models.ggml.encoder import decode_bytes, encode
 from models.ggml.layout import Grid, pack, unpack
 from models.ggml.types import TYPES, Name
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 
 @dataclass(frozen=True)

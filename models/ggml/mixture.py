@@ -8,7 +8,7 @@ layers.
 from dataclasses import dataclass
 
 from models.ggml.types import Name, fits
-from squeeze.steps import Mixture
+from squeeze.steps.quantization import Mixture
 
 BASE: dict[Mixture, Name] = {
     "q2_k": "q2_k",

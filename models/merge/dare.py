@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from models.merge.vectors import Part, Vectors, summed
-from squeeze.merging import DARE
+from squeeze.steps.merging import DARE
 
 
 def merge(step: DARE, vectors: Vectors) -> Iterator[Part]:

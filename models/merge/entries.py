@@ -20,10 +20,10 @@ from models.job import Named
 from models.merge.likeness import refuse_other_settings, refuse_other_tokens, warnings_of
 from models.quantized import Site
 from models.safetensors_file import Entry, read, read_header
-from squeeze.adapters import CONFIG, PREFIX, WEIGHTS, refuse_unmergeable
 from squeeze.errors import ModelAlreadyCompressed, ModelMalformed, NotFinite, SqueezeError
-from squeeze.merging import Entry as Wanted
-from squeeze.shapes import COMPUTED
+from squeeze.shapes.adapters import CONFIG, PREFIX, WEIGHTS, refuse_unmergeable
+from squeeze.shapes.model import COMPUTED
+from squeeze.steps.merging import Entry as Wanted
 
 PARTS = {"LORA": (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"), "IA3": (".ia3_l",)}
 

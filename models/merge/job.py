@@ -25,14 +25,15 @@ from models.resources import Clock, device_name, return_free_memory
 from models.teamwork import compute_dtype
 from models.work import summed
 from squeeze import __version__
+from squeeze.costs.merging_work import counted_merging
 from squeeze.errors import SqueezeError
-from squeeze.merging import Merge
-from squeeze.merging_work import counted_merging
+from squeeze.names import Format
 from squeeze.objects import Stage
-from squeeze.report import Certificate, MergedEntry, Merging, Report
-from squeeze.specs import JobSpec
-from squeeze.steps import RTN, Format
-from squeeze.training import Train
+from squeeze.reports.report import Certificate, MergedEntry, Merging, Report
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.merging import Merge
+from squeeze.steps.quantization import RTN
+from squeeze.steps.training import Train
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from models.merge.vectors import Part, Vectors, summed
-from squeeze.merging import Linear
+from squeeze.steps.merging import Linear
 
 
 def merge(step: Linear, vectors: Vectors) -> Iterator[Part]:  # noqa: ARG001 - the weights say it all

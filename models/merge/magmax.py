@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from models.merge.vectors import Part, Vectors
-from squeeze.merging import MagMax
+from squeeze.steps.merging import MagMax
 
 
 def merge(step: MagMax, vectors: Vectors) -> Iterator[Part]:  # noqa: ARG001 - the weights say it all

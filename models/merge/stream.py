@@ -26,8 +26,8 @@ from models.plain import saturated
 from models.progress import Notify
 from models.train.merging import stored_dtype
 from squeeze.errors import NotFinite
-from squeeze.merging import Merge
-from squeeze.shapes import COMPUTED
+from squeeze.shapes.model import COMPUTED
+from squeeze.steps.merging import Merge
 
 PART_ELEMENTS = 1 << 20  # of all task vectors together that are in memory at once
 

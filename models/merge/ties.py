@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.merge.vectors import Part, Vectors, summed
-from squeeze.merging import TIES
+from squeeze.steps.merging import TIES
 
 HALF = 1 << 16
 

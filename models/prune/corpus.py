@@ -22,7 +22,7 @@ from models.documents import rows_of, text_of
 from models.progress import Notify
 from models.quoting import quoted
 from squeeze.errors import CertificationFailed, DataUnusable
-from squeeze.records import Chat, Exchange, blamed, record_of
+from squeeze.texts.records import Chat, Exchange, blamed, record_of
 
 BATCH_CHARACTERS, BATCH_TEXTS = 1 << 22, 4096  # that become tokens at once
 LONGEST = 1 << 22  # characters of a text that are read at once

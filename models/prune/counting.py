@@ -14,10 +14,10 @@ from models.formats.directory import WEIGHTS, weight_bytes
 from models.formats.safetensors_zst import LEVEL
 from models.plain import CHUNK
 from models.quantized import QuantizedModel, Site
+from squeeze.costs.work import ZSTD_BYTES
 from squeeze.errors import CompressionBug
-from squeeze.report import Sparsity
-from squeeze.sparsifying import Sparsify
-from squeeze.work import ZSTD_BYTES
+from squeeze.reports.report import Sparsity
+from squeeze.steps.sparsifying import Sparsify
 
 PIECE_BYTES = 4 << 20  # compressed at once; larger pieces gain nothing where no two weights repeat
 

@@ -13,9 +13,9 @@ from models.frame import Frame
 from models.progress import Notify
 from models.prune import pacing, removal
 from models.prune.looking import Looked, Looking, watched
-from squeeze.slim_shapes import Sides, blocks_left, carried
-from squeeze.slim_work import judged_sequences
-from squeeze.slimming import Depth
+from squeeze.costs.slimming_work import judged_sequences
+from squeeze.shapes.slimmed import Sides, blocks_left, carried
+from squeeze.steps.slimming import Depth
 
 INFLUENCE = "1 less the cosine of what a block is given and what it hands on, mean over tokens"
 PERPLEXITY = "perplexity without the block of {tokens:,} tokens of the calibration text; with all of them {whole:.5g}"

@@ -16,11 +16,11 @@ from models.formats.shards import Piece
 from models.frame import Frame
 from models.progress import Notify
 from models.prune.looking import Looked, Looking, watched
-from squeeze.mixtures import CHOSEN, EXPERT, Mixture, experts_left, mixture_of, routes, with_experts
-from squeeze.report_experts import ExpertsLeft
-from squeeze.shapes import BLOCK
-from squeeze.slim_shapes import Sides
-from squeeze.slimming import Experts
+from squeeze.reports.experts import ExpertsLeft
+from squeeze.shapes.mixtures import CHOSEN, EXPERT, Mixture, experts_left, mixture_of, routes, with_experts
+from squeeze.shapes.model import BLOCK
+from squeeze.shapes.slimmed import Sides
+from squeeze.steps.slimming import Experts
 
 IMPORTANCE = (
     "what the router weighs an expert with, times the length of what it puts out: mean over the tokens sent to it"

@@ -13,9 +13,9 @@ from models.quantize.job import compressed
 from models.resources import Clock
 from models.team import Team
 from models.work import summed, work_of
-from squeeze.factoring import SVD
 from squeeze.objects import Stage
-from squeeze.report import Factoring, Report
+from squeeze.reports.report import Factoring, Report
+from squeeze.steps.factoring import SVD
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from models.resources import available_host_bytes
 from models.sensitivity import GRADIENT_LENGTH, GRADIENT_SEQUENCES
 from models.speed import speeds
 from models.streams import Room
-from squeeze.factoring import SVD, Sides
+from squeeze.names import Format
 from squeeze.objects import Stage
-from squeeze.report import Factoring
-from squeeze.report_factoring import FactoredLayer
-from squeeze.schemes import Scheme
-from squeeze.steps import Format
+from squeeze.reports.factoring import FactoredLayer
+from squeeze.reports.report import Factoring
+from squeeze.steps.factoring import SVD, Sides
+from squeeze.steps.schemes import Scheme
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from models.snapshots import SNAPSHOT_SHARE
 from models.streams import Room, Stream
 from models.walk import Kept
 from squeeze.errors import NotFinite
-from squeeze.widths import axes_of, widths_of
+from squeeze.shapes.widths import axes_of, widths_of
 
 NEURONS, GROUPS, CHANNELS = "taylor_neurons", "taylor_groups", "taylor_channels"
 STATES, SUMS = "states", "sums"

@@ -13,10 +13,10 @@ from models.quantize.job import compressed
 from models.resources import Clock
 from models.team import Team
 from models.work import summed, work_of
+from squeeze.names import Format
 from squeeze.objects import Stage
-from squeeze.report import Report, Sparsity
-from squeeze.sparsifying import Sparsify
-from squeeze.steps import Format
+from squeeze.reports.report import Report, Sparsity
+from squeeze.steps.sparsifying import Sparsify
 
 FORMAT: Format = "safetensors"
 

@@ -7,7 +7,7 @@ Source: Han et al., arXiv 1506.02626; compared over a whole layer, as the baseli
 from models.plain import Plain
 from models.prune.masks import lowest_of_layer
 from models.quantize.problem import Problem, Solution
-from squeeze.sparsifying import Magnitude
+from squeeze.steps.sparsifying import Magnitude
 
 
 def prune(problem: Problem, step: Magnitude) -> Solution:

@@ -23,9 +23,9 @@ from models.quantized import Site
 from models.statistics import Moments
 from models.walk import walk
 from squeeze.objects import Stage
-from squeeze.report_zeros import BlockZeros
-from squeeze.schemes import Scheme
-from squeeze.sparsifying import Uneven
+from squeeze.reports.zeros import BlockZeros
+from squeeze.steps.schemes import Scheme
+from squeeze.steps.sparsifying import Uneven
 
 TEXT = "calibration"
 

@@ -18,11 +18,11 @@ from models.prune.looking import Looking
 from models.speed import Seconds, timed
 from models.walk import Kept
 from squeeze.errors import SpecInvalid
-from squeeze.report import Speed
-from squeeze.report_speed import SpeedTarget
-from squeeze.slim_shapes import Sides, carried
-from squeeze.slimming import Paced
-from squeeze.widths import Widths, fuller, narrowing, sides_at, widths_of
+from squeeze.reports.report import Speed
+from squeeze.reports.speed import SpeedTarget
+from squeeze.shapes.slimmed import Sides, carried
+from squeeze.shapes.widths import Widths, fuller, narrowing, sides_at, widths_of
+from squeeze.steps.slimming import Paced
 
 TOLERANCE = 0.1  # by which two measurements of one model differ on a machine that does other things too
 TIMED_BLOCKS = 3  # of those that are alike
@@ -71,9 +71,9 @@ def with_blocks(paced: Mapping[str, Tensor], gone: Sequence[int]) -> dict[str, T
 def of_widths(step: Paced, looking: Looking) -> dict[str, Tensor]:
     """The widest size that is quick enough, and how quick it and the next wider one are.
 
-    Sizes are tried along the way that a share of the parameters takes (`squeeze.widths.narrowing`), halving what is
-    left of it each time: a model is supposed to be the quicker the narrower it is. Each is timed by its first block, of
-    weights that the original's block begins with, in turn with that block; all blocks are alike.
+    Sizes are tried along the way that a share of the parameters takes (`squeeze.shapes.widths.narrowing`), halving what
+    is left of it each time: a model is supposed to be the quicker the narrower it is. Each is timed by its first block,
+    of weights that the original's block begins with, in turn with that block; all blocks are alike.
 
     Raises SpecInvalid, with what can be, where half of everything misses the target.
     """

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from models.prune.spectra import Group
-from squeeze.factoring import SVD, Sides, budget_of, uniform_ranks
+from squeeze.steps.factoring import SVD, Sides, budget_of, uniform_ranks
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from models.resources import available_host_bytes, return_free_memory
 from models.snapshots import SNAPSHOT_SHARE
 from models.streams import Room, Stream
 from models.walk import Kept
+from squeeze.costs.slimming_work import judged_sequences
 from squeeze.errors import NotFinite
-from squeeze.slim_work import judged_sequences
 
 WHOLE, LOSSES = "whole", "losses"
 

@@ -32,15 +32,15 @@ from models.teamwork import compute_dtype
 from models.walk import walk
 from models.work import summed
 from squeeze import __version__
-from squeeze.distillation import Distill
+from squeeze.costs.slimming_work import counted_slimming
+from squeeze.names import Format
 from squeeze.objects import Stage
-from squeeze.report import Certificate, Report, Slimming
-from squeeze.slim_shapes import Sides, carried, narrowed
-from squeeze.slim_work import counted_slimming
-from squeeze.slimming import Experts, Slim, Width
-from squeeze.specs import JobSpec
-from squeeze.steps import Format
-from squeeze.training import Train
+from squeeze.reports.report import Certificate, Report, Slimming
+from squeeze.shapes.slimmed import Sides, carried, narrowed
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.distillation import Distill
+from squeeze.steps.slimming import Experts, Slim, Width
+from squeeze.steps.training import Train
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from models.prune.masks import Group, lowest, lowest_of_layer
 from models.quantize.feedback import factorised
 from models.quantize.problem import Problem, Solution
 from models.statistics import Factor
-from squeeze.sparsifying import SparseGPT
+from squeeze.steps.sparsifying import SparseGPT
 
 BLOCK_COLUMNS = 128  # whose weights are compared with each other; a multiple of every pattern's neighbours
 

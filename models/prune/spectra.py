@@ -27,7 +27,7 @@ from models.sensitivity import GRADIENT_LENGTH, GRADIENT_SEQUENCES, sketch_file,
 from models.statistics import Hessian, Statistics
 from models.streams import Room, Stream
 from models.wiring import wiring_of
-from squeeze.factoring import SVD
+from squeeze.steps.factoring import SVD
 
 SKETCH_ROWS = 512  # of gradients: a quarter of what full moments gain over none is lost with so many
 

@@ -20,7 +20,7 @@ from models.quantize.feedback import DAMPING_FACTOR, MOST_DAMPING
 from models.quantize.problem import Problem, Solution
 from models.statistics import Drift, Hessian
 from squeeze.errors import FactorisationFailed
-from squeeze.factoring import SVD
+from squeeze.steps.factoring import SVD
 
 TILE = 1024  # columns of a second moment that are widened at once
 GRADIENT_DAMPING = 0.1  # a sketch of so many sums knows no more directions than that

@@ -17,7 +17,7 @@ from models.prune.keeping import Kept
 from models.streams import Stream
 from models.walk import walk
 from squeeze.errors import NotFinite
-from squeeze.report_parts import Quality
+from squeeze.reports.parts import Quality
 
 WINDOWS, PASSAGES = "windows", "passages"
 LN2 = math.log(2)

@@ -23,8 +23,8 @@ from models.prune.pieces import Rules, merge_stays, trimmed
 from models.prune.token_ids import renumbered, renumbered_tokenizer
 from models.safetensors_file import Entry, read
 from squeeze.errors import ArchitectureUnsupported
-from squeeze.slim_shapes import Sides
-from squeeze.vocabularies import ROWS, SIZE
+from squeeze.shapes.slimmed import Sides
+from squeeze.shapes.vocabularies import ROWS, SIZE
 
 BAND_BYTES = 16 << 20  # of an embedding that are read at once
 RULES, SETTINGS, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"

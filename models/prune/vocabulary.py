@@ -32,14 +32,14 @@ from models.prune.trimming import GENERATION, Words, trimmed_config, words_of, w
 from models.resources import Clock, return_free_memory
 from models.speed import speeds
 from models.teamwork import compute_dtype
+from squeeze.costs.slimming_work import counted_slimming
 from squeeze.errors import ArchitectureUnsupported
 from squeeze.objects import Stage
-from squeeze.report import Slimming
-from squeeze.report_vocabulary import Corpus, Trimming, Unseen
-from squeeze.slim_shapes import Sides
-from squeeze.slim_work import counted_slimming
-from squeeze.slimming import Vocabulary
-from squeeze.vocabularies import ROWS, rows_asked
+from squeeze.reports.report import Slimming
+from squeeze.reports.vocabulary import Corpus, Trimming, Unseen
+from squeeze.shapes.slimmed import Sides
+from squeeze.shapes.vocabularies import ROWS, rows_asked
+from squeeze.steps.slimming import Vocabulary
 
 IMPORTANCE = "whether a token is in the text, all of it read, or one that is in it is merged from it"
 CONVERTER = (

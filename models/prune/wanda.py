@@ -9,7 +9,7 @@ no token came is judged by its weights alone.
 from models.plain import Plain
 from models.prune.masks import lowest_of_rows
 from models.quantize.problem import Problem, Solution
-from squeeze.sparsifying import Wanda
+from squeeze.steps.sparsifying import Wanda
 
 
 def prune(problem: Problem, step: Wanda) -> Solution:

@@ -17,11 +17,11 @@ from models.frame import Frame
 from models.progress import Notify
 from models.prune import gradient, pacing
 from models.prune.looking import Looked, Looking, watched
-from squeeze.shapes import BLOCK
-from squeeze.slim_shapes import Sides
-from squeeze.slim_work import judged_sequences
-from squeeze.slimming import Width
-from squeeze.widths import Widths, axes_of, sides_at, widths_left, widths_of
+from squeeze.costs.slimming_work import judged_sequences
+from squeeze.shapes.model import BLOCK
+from squeeze.shapes.slimmed import Sides
+from squeeze.shapes.widths import Widths, axes_of, sides_at, widths_left, widths_of
+from squeeze.steps.slimming import Width
 
 IMPORTANCE = {
     "activation": "magnitudes of what neurons put out, lengths of what heads do, magnitudes of normed channels: mean "

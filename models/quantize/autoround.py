@@ -23,8 +23,8 @@ from models.codes import Codes, storable
 from models.quantize.grid import fit
 from models.quantize.problem import Solution
 from models.statistics import Moments
-from squeeze.schemes import Scheme
-from squeeze.steps import AutoRound
+from squeeze.steps.quantization import AutoRound
+from squeeze.steps.schemes import Scheme
 
 SAMPLES = 8  # a step looks at, at least; the paper's batch
 LEAST_FACTOR, MOST_FACTOR = 0.5, 1.5  # of either end of a range

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.codes import Codes
 from models.quantize.grid import bands, least, residual, round_to
 from models.quantize.problem import Problem, Solution
-from squeeze.steps import AWQ
+from squeeze.steps.quantization import AWQ
 
 SMALLEST = 1e-4  # of a scale before it is normalised, as in the released code
 SEARCH_ROWS = 1024  # of the weights, evenly spaced, at most, tell the error of a scale: trials cost rows · in²

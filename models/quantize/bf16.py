@@ -2,7 +2,7 @@
 
 from models.plain import TYPES, Plain, saturated
 from models.quantize.problem import Problem, Solution
-from squeeze.steps import BF16
+from squeeze.steps.quantization import BF16
 
 
 def quantize(problem: Problem, step: BF16) -> Solution:  # noqa: ARG001 - the scheme says it all

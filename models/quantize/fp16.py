@@ -2,7 +2,7 @@
 
 from models.plain import TYPES, Plain, saturated
 from models.quantize.problem import Problem, Solution
-from squeeze.steps import FP16
+from squeeze.steps.quantization import FP16
 
 
 def quantize(problem: Problem, step: FP16) -> Solution:  # noqa: ARG001 - the scheme says it all

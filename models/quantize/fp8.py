@@ -11,7 +11,7 @@ from torch import Tensor
 from models.float_codes import LARGEST_E4M3, Float8Codes, exact_in, to_e4m3
 from models.quantize.grid import FITTED_WEIGHTS, bands
 from models.quantize.problem import Problem, Solution
-from squeeze.steps import FP8
+from squeeze.steps.quantization import FP8
 
 OCTAVE_STEPS = 16
 

@@ -29,7 +29,7 @@ from models.quantize.feedback import Levels, factorised, factorised_in_order, ro
 from models.quantize.grid import fit
 from models.quantize.problem import Problem, Solution, pruned
 from models.statistics import Factor
-from squeeze.steps import GPTQ, RTN
+from squeeze.steps.quantization import GPTQ, RTN
 
 # With fewer, layers are rounded to nearest: on the bundled model at 2 bits GPTQ lost to that with 64 tokens for 256
 # columns (divergence 0.090 against 0.086) and won with 128 (0.080); at 4 bits it won with 64 too (0.0034, 0.0040).

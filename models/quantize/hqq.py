@@ -15,7 +15,7 @@ from torch import Tensor
 from models.codes import Codes, storable
 from models.quantize.grid import SHRINK_LEAST, SHRINK_STEPS, dequantize, fit, round_to
 from models.quantize.problem import Problem, Solution
-from squeeze.steps import HQQ
+from squeeze.steps.quantization import HQQ
 
 P = 0.7
 TURNS = 4  # whole zero points settle in one or two

@@ -8,7 +8,7 @@ import torch
 
 from models.codes import Codes
 from models.quantize.problem import Problem, Solution
-from squeeze.steps import Int8
+from squeeze.steps.quantization import Int8
 
 LARGEST = 127
 ZERO = 128

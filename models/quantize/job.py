@@ -46,15 +46,16 @@ from models.teamwork import Frames, frames_of, lead
 from models.train import rounded
 from models.work import work_of
 from squeeze import __version__
-from squeeze.compressing import Compress
-from squeeze.factoring import SVD
+from squeeze.names import Format
 from squeeze.objects import Stage
-from squeeze.report import Allocation, Block, Certificate, Factoring, Report, Sparsity
-from squeeze.report_training import Tuning
-from squeeze.report_zeros import BlockZeros
-from squeeze.schemes import Scheme
-from squeeze.sparsifying import Sparsify, Uneven
-from squeeze.steps import QAT, Format, Grouped, Quantize
+from squeeze.reports.report import Allocation, Block, Certificate, Factoring, Report, Sparsity
+from squeeze.reports.training import Tuning
+from squeeze.reports.zeros import BlockZeros
+from squeeze.steps.compressing import Compress
+from squeeze.steps.factoring import SVD
+from squeeze.steps.quantization import QAT, Grouped, Quantize
+from squeeze.steps.schemes import Scheme
+from squeeze.steps.sparsifying import Sparsify, Uneven
 
 
 def run_compression(

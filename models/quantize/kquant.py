@@ -18,8 +18,8 @@ from models.ggml.types import TYPES
 from models.quantize.feedback import Levels, factorised, round_columns
 from models.quantize.problem import Problem, Solution
 from models.quantized import Site
-from squeeze.schemes import Scheme
-from squeeze.steps import KQuant
+from squeeze.steps.quantization import KQuant
+from squeeze.steps.schemes import Scheme
 
 
 def schemes(source: SourceModel, sites: list[Site], step: KQuant) -> dict[str, Scheme]:

@@ -4,7 +4,7 @@ import torch
 
 from models.normal_float import Joined, encode
 from models.quantize.problem import Problem, Solution
-from squeeze.steps import NF4
+from squeeze.steps.quantization import NF4
 
 
 def quantize(problem: Problem, step: NF4) -> Solution:  # noqa: ARG001 - the scheme says it all

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.float_codes import LARGEST_E2M1, LARGEST_E4M3, Float4Codes, e2m1, to_e2m1, to_e4m3
 from models.quantize.problem import Problem, Solution
-from squeeze.steps import NVFP4
+from squeeze.steps.quantization import NVFP4
 
 STRETCHES = tuple(0.7 + 0.05 * number for number in range(18))  # of the scale that puts a block's largest weight at 6
 LEAST_SCALE = 2.0**-9  # E4M3's smallest positive number

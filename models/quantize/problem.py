@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.codes import Encoded
 from models.statistics import Statistics
-from squeeze.schemes import Scheme
+from squeeze.steps.schemes import Scheme
 
 MANY_ZEROS = 0.05  # of a weight: then they are taken for pruned, and stay
 

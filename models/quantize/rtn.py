@@ -5,7 +5,7 @@ import torch
 from models.codes import Codes
 from models.quantize.grid import fit, round_to
 from models.quantize.problem import Problem, Solution
-from squeeze.steps import RTN
+from squeeze.steps.quantization import RTN
 
 
 def quantize(problem: Problem, step: RTN) -> Solution:  # noqa: ARG001 - the scheme says it all

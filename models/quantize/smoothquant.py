@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.quantize import gptq, rtn
 from models.quantize.problem import Problem, Solution
-from squeeze.steps import GPTQ, RTN, SmoothQuant
+from squeeze.steps.quantization import GPTQ, RTN, SmoothQuant
 
 LEAST = 1e-5  # of a column's largest magnitude: what was never active can't tell how far it reaches
 

@@ -19,12 +19,12 @@ from models.train.counting import work_of
 from models.train.examples import Examples
 from models.train.prepare import Prepared
 from models.work import ahead
-from squeeze.bases import base_of
 from squeeze.errors import DataUnusable
 from squeeze.objects import Stage
-from squeeze.records import DATA
-from squeeze.report import Block
-from squeeze.report_parts import Quality, Text
+from squeeze.reports.parts import Quality, Text
+from squeeze.reports.report import Block
+from squeeze.specs.bases import base_of
+from squeeze.texts.records import DATA
 
 BASE = "base"  # in the work directory, its codes
 

@@ -17,7 +17,7 @@ from models.formats.shards import Piece, write_pieces
 from models.team import SOLO, Team
 from models.train.processes import whole
 from models.train.zero import Part
-from squeeze.report_training import HeldOutLoss, TrainingStep
+from squeeze.reports.training import HeldOutLoss, TrainingStep
 
 TENSORS, STORY, MARK = "state.safetensors", "state.json", "fingerprint"
 

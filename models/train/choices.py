@@ -1,5 +1,5 @@
-"""What `"auto"` comes to for one training: by the rules of `squeeze.choosing`, from the examples, the model and the
-memory that is there; chosen once, and kept beside the checkpoints, so that every attempt goes on with the same.
+"""What `"auto"` comes to for one training: by the rules of `squeeze.specs.choosing`, from the examples, the model and
+the memory that is there; chosen once, and kept beside the checkpoints, so that every attempt goes on with the same.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ from models.train.checkpoints import random_tensors, restore_random
 from models.train.loop import Task
 from models.train.packing import batch_of
 from squeeze import __version__
-from squeeze.choosing import Choice, batch_for, length_for, micro_batch_for, rate_for, settled
-from squeeze.finetuning import Finetune
-from squeeze.specs import JobSpec
-from squeeze.trainable import learned
-from squeeze.training_memory import needed_to_train
+from squeeze.costs.trainable import learned
+from squeeze.costs.training_memory import needed_to_train
+from squeeze.specs.choosing import Choice, batch_for, length_for, micro_batch_for, rate_for, settled
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.finetuning import Finetune
 
 FILE = "choices.json"
 

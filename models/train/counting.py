@@ -3,15 +3,15 @@
 from models.train.packing import Plan
 from models.train.prepare import Prepared
 from models.work import work_of_distilling
-from squeeze.distillation import Distill
-from squeeze.distillation_work import Lessons
-from squeeze.specs import JobSpec
-from squeeze.trainable import FEWEST_LABELS, learned
-from squeeze.training_work import counted_training
+from squeeze.costs.distillation_work import Lessons
+from squeeze.costs.trainable import FEWEST_LABELS, learned
+from squeeze.costs.training_work import counted_training
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.distillation import Distill
 
 
 def work_of(prepared: Prepared, plan: Plan, spec: JobSpec) -> dict[str, float]:
-    """Operations by stage, as `squeeze.work` counts them."""
+    """Operations by stage, as `squeeze.costs.work` counts them."""
     step, source, data = prepared.step, prepared.source, prepared.split.data
     tokens = int(plan.steps * step.sequences * data.tokens / len(plan.rows))  # as full as sequences are on average
     if isinstance(step, Distill):

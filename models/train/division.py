@@ -10,8 +10,9 @@ from pathlib import Path
 from models.data import grain_of
 from models.documents import rows_of
 from models.text import HELD_OUT_SHARE
-from squeeze.documents import Wrong, refuse
-from squeeze.domains import (
+from squeeze.errors import DataUnusable
+from squeeze.texts.documents import Wrong, refuse
+from squeeze.texts.domains import (
     Domained,
     domained_in,
     refuse_few_domains,
@@ -19,9 +20,8 @@ from squeeze.domains import (
     refuse_missing_domains,
     refuse_unknown_domains,
 )
-from squeeze.errors import DataUnusable
-from squeeze.labels import Labelled, labelled_in, name_of, names_in_order, refuse_one_label, refuse_unknown
-from squeeze.records import (
+from squeeze.texts.labels import Labelled, labelled_in, name_of, names_in_order, refuse_one_label, refuse_unknown
+from squeeze.texts.records import (
     DATA,
     EVALUATION,
     Faults,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.train.examples import Examples
 from models.train.packing import Plan, Row, order_of
-from squeeze.report_training import Domain, HeldOutLoss
+from squeeze.reports.training import Domain, HeldOutLoss
 
 EVEN_SHARE = 1e-4  # of the weights, that all domains have equal parts of: none is ever out of sight
 FEW_TIMES = 4  # that the same text may be seen with hardly less gain than new text (arXiv 2305.16264)

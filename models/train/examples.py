@@ -17,11 +17,11 @@ from torch import Tensor
 
 from models.train.division import Known, Read, divided, looked_through
 from models.train.turns import labelled_tokens, pieces_of, tokens_of
-from squeeze.domains import Domained, counted_domains, refuse_few_domains, refuse_unknown_domains
 from squeeze.errors import DataUnusable
-from squeeze.labels import Labelled, counted, doubts, listed, name_of, refuse_one_label, refuse_unknown
-from squeeze.records import DATA, EVALUATION, Text, blamed
-from squeeze.report_training import TrainingData
+from squeeze.reports.training import TrainingData
+from squeeze.texts.domains import Domained, counted_domains, refuse_few_domains, refuse_unknown_domains
+from squeeze.texts.labels import Labelled, counted, doubts, listed, name_of, refuse_one_label, refuse_unknown
+from squeeze.texts.records import DATA, EVALUATION, Text, blamed
 
 
 @dataclass(frozen=True)

@@ -45,15 +45,15 @@ from models.train.whole import write_trained
 from models.train.zeros import kept_zeros
 from models.work import ahead, summed
 from squeeze import __version__
-from squeeze.distillation import Distill, Sequence
-from squeeze.finetuning import Adapters, Head, QLoRA
+from squeeze.names import Format
 from squeeze.objects import Stage
-from squeeze.report import Certificate, Report
-from squeeze.report_training import Training
-from squeeze.sharding import ZERO_STAGES
-from squeeze.specs import JobSpec
-from squeeze.steps import Format
-from squeeze.training import Train
+from squeeze.reports.report import Certificate, Report
+from squeeze.reports.training import Training
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.distillation import Distill, Sequence
+from squeeze.steps.finetuning import Adapters, Head, QLoRA
+from squeeze.steps.sharding import ZERO_STAGES
+from squeeze.steps.training import Train
 
 LIBRARIES = ("peft", "accelerate")
 

@@ -15,12 +15,12 @@ from models.resources import available_device_bytes, available_host_bytes
 from models.team import Team
 from models.train.prepare import Prepared
 from models.train.processes import ALONE, Processes
-from squeeze.choosing import Choice
-from squeeze.distillation import Distill, Hidden, OnPolicy
 from squeeze.errors import OutOfMemoryHost
-from squeeze.finetuning import Adapters, Full, QLoRA
-from squeeze.sharding import ZERO_STAGES, Way, state_bytes, way_for
-from squeeze.specs import JobSpec
+from squeeze.specs.choosing import Choice
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.distillation import Distill, Hidden, OnPolicy
+from squeeze.steps.finetuning import Adapters, Full, QLoRA
+from squeeze.steps.sharding import ZERO_STAGES, Way, state_bytes, way_for
 
 WORDS: dict[Way, str] = {
     "ddp": "each of them holds all weights",

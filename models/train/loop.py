@@ -38,8 +38,8 @@ from models.train.scoring import Objective, Turning, accuracy, example_losses, l
 from models.train.zero import Part
 from models.train.zeros import put_back, still_gradients
 from squeeze.errors import NotFinite
-from squeeze.report_training import HeldOutLoss, TrainingStep
-from squeeze.training import Train
+from squeeze.reports.training import HeldOutLoss, TrainingStep
+from squeeze.steps.training import Train
 
 SNAPSHOT_SHARE = 0.1  # of the time that may go into checkpoints before `snapshot_seconds` are over
 TOLD_SECONDS = 1.0  # between two events

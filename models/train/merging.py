@@ -12,7 +12,7 @@ from models.formats.shards import Piece, write_shards
 from models.plain import saturated
 from models.progress import Notify
 from models.quantized import Site
-from squeeze.shapes import COMPUTED
+from squeeze.shapes.model import COMPUTED
 
 Learned = tuple[Site, Literal["weight", "bias"]]
 

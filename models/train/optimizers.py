@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from squeeze.errors import SpecInvalid
-from squeeze.training import Train
+from squeeze.steps.training import Train
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 BLOCK = re.compile(r".*?\.\d+\.")  # the path of a decoder block, at the beginning of a parameter's name

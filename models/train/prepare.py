@@ -33,16 +33,16 @@ from models.train.scoring import own, packs
 from models.train.texts import examples_of
 from models.train.whole import load_whole
 from models.train.zeros import pruned_names, zeros_of
-from squeeze.choosing import LENGTH_MOST, Choice, settled
-from squeeze.descent import Precision
-from squeeze.distillation import Distill
-from squeeze.distillation import Sequence as Written
 from squeeze.errors import DataUnusable, ModelMalformed, SpecInvalid
-from squeeze.finetuning import Adapters, Finetune, Head, QLoRA, VirtualTokens
-from squeeze.records import DATA
-from squeeze.sharding import refuse_without_library
-from squeeze.specs import JobSpec
-from squeeze.training import Train
+from squeeze.specs.choosing import LENGTH_MOST, Choice, settled
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.descent import Precision
+from squeeze.steps.distillation import Distill
+from squeeze.steps.distillation import Sequence as Written
+from squeeze.steps.finetuning import Adapters, Finetune, Head, QLoRA, VirtualTokens
+from squeeze.steps.sharding import refuse_without_library
+from squeeze.steps.training import Train
+from squeeze.texts.records import DATA
 
 TRAINING = "train"  # in the work directory, what one keeps
 TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

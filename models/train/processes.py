@@ -24,8 +24,8 @@ from models.team import SOLO, Team
 from models.train.examples import Examples
 from models.train.packing import Batch, Row, batch_of, micro_batches
 from models.train.zero import Part, Zero
-from squeeze.sharding import ZERO_STAGES, Way
-from squeeze.training import Train
+from squeeze.steps.sharding import ZERO_STAGES, Way
+from squeeze.steps.training import Train
 
 REPLICAS = 2  # that hybrid sharding keeps of everything
 

@@ -35,14 +35,14 @@ from models.train.loop import Task, accelerator_of, train
 from models.train.packing import Batch, Plan
 from models.train.prepare import TYPES, resolved
 from models.train.scoring import learned_logits, learned_losses
+from squeeze.costs.memory import needed
 from squeeze.errors import DataUnusable
-from squeeze.memory import needed
 from squeeze.objects import Stage
-from squeeze.report import Layer
-from squeeze.report_training import Tuning
-from squeeze.schemes import Scheme
-from squeeze.specs import JobSpec
-from squeeze.steps import QAT, Quantize
+from squeeze.reports.report import Layer
+from squeeze.reports.training import Tuning
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.quantization import QAT, Quantize
+from squeeze.steps.schemes import Scheme
 
 
 @dataclass(frozen=True)

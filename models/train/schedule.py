@@ -2,7 +2,7 @@
 
 import math
 
-from squeeze.descent import Schedule
+from squeeze.steps.descent import Schedule
 
 
 def learning_rate(peak: float, schedule: Schedule, step: int, steps: int, warmup_steps: int) -> float:

@@ -13,7 +13,7 @@ from models.train.examples import Examples
 from models.train.loop import Task
 from models.train.prepare import Prepared
 from models.train.zero import numel
-from squeeze.report_training import Training
+from squeeze.reports.training import Training
 
 
 def training_part(prepared: Prepared, task: Task, story: Story, after: tuple[Tensor, Tensor]) -> Training:

@@ -20,15 +20,15 @@ from models.train.division import divided
 from models.train.examples import Split, read_examples
 from models.train.whole import load_whole
 from models.work import ahead, work_of_distilling
-from squeeze.distillation import Sequence
-from squeeze.distillation_work import lessons_written
-from squeeze.domains import Domained
-from squeeze.finetuning import Head
-from squeeze.labels import Labelled
+from squeeze.costs.distillation_work import lessons_written
+from squeeze.costs.training_work import tokens_asked
 from squeeze.objects import Stage
-from squeeze.records import row_of
-from squeeze.training import Train
-from squeeze.training_work import tokens_asked
+from squeeze.steps.distillation import Sequence
+from squeeze.steps.finetuning import Head
+from squeeze.steps.training import Train
+from squeeze.texts.domains import Domained
+from squeeze.texts.labels import Labelled
+from squeeze.texts.records import row_of
 
 EVERYTHING = 1 << 62  # characters
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from models.quoting import quoted
 from squeeze.errors import DataUnusable
-from squeeze.records import Chat, Exchange, Record, Text
+from squeeze.texts.records import Chat, Exchange, Record, Text
 
 Tokens = tuple[list[int], list[bool]]  # ids, and whether each is learned
 

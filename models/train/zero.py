@@ -20,8 +20,8 @@ from torch.nn import functional
 from models.resources import map_large_memory, return_free_memory
 from models.team import Team
 from models.train.optimizers import optimizer_of
-from squeeze.sharding import ZERO_STAGES, Way
-from squeeze.training import Train
+from squeeze.steps.sharding import ZERO_STAGES, Way
+from squeeze.steps.training import Train
 
 BUCKET = 2**23  # numbers that are sent at once, and that the buffers for it hold
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -11,9 +11,9 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from squeeze.objects import Duration, Event, File, Job, Method, Plan
-from squeeze.report import Factoring, Report, Round, Slimming
-from squeeze.report_training import Domain, Training
-from squeeze.report_vocabulary import Trimming
+from squeeze.reports.report import Factoring, Report, Round, Slimming
+from squeeze.reports.training import Domain, Training
+from squeeze.reports.vocabulary import Trimming
 
 WIDTH_WITHOUT_TERMINAL = 160
 TASKS = {"prompt": "reading a prompt", "writing": "writing"}

@@ -14,9 +14,10 @@ from squeeze.cli.jobs import finish
 from squeeze.cli.options import OneOf, given, method_name, option, step_options
 from squeeze.client import Client, Purpose
 from squeeze.errors import SpecInvalid
-from squeeze.specs import Data, Evaluation, JobSpec, Limits
-from squeeze.steps import STEPS, Format, Method
-from squeeze.training import Train
+from squeeze.names import Format
+from squeeze.specs.job_spec import Data, Evaluation, JobSpec, Limits
+from squeeze.steps.every import STEPS, Method
+from squeeze.steps.training import Train
 
 NO_FILE = re.compile(r"^(file-[0-9a-z]{8,64}|hub:.*|self)$")
 TO_UPLOAD = "file-toupload"  # in the place of an id that is not there yet

@@ -13,7 +13,7 @@ import pytest
 from jobs import lifecycle
 from jobs.lifecycle import NewArtifact
 from squeeze.objects import Usage
-from squeeze.report import Report
+from squeeze.reports.report import Report
 from storage import CHUNK_BYTES
 from tests.api.serving import RESULT, Running, report
 

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from squeeze.objects import Method
-from squeeze.steps import STEPS, tag_of
+from squeeze.steps.every import STEPS, tag_of
 from tests.api.serving import NOWHERE, SPEC, Running
 
 

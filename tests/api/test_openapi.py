@@ -9,7 +9,7 @@ import pytest
 
 from api import openapi
 from squeeze.objects import Job
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 
 CONTRACT: dict[str, Any] = json.loads(openapi.text())
 OPERATIONS = [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from api.pages.report import page as page_of
-from squeeze.report import Report
+from squeeze.reports.report import Report
 from tests.api.serving import Running, report
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}

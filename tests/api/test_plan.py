@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from jobs.settings import Settings
+from squeeze.costs.work import counted
 from squeeze.objects import Plan
-from squeeze.shapes import shape_of
-from squeeze.specs import JobSpec
-from squeeze.work import counted
+from squeeze.shapes.model import shape_of
+from squeeze.specs.job_spec import JobSpec
 from tests.api.serving import SPEC, Running, report, serve
 from tests.hub import FaultyHub
 

@@ -10,7 +10,7 @@ from api.pages.report import page
 from jobs.settings import Settings
 from squeeze.cli import show
 from squeeze.objects import Plan
-from squeeze.report import Report
+from squeeze.reports.report import Report
 from tests.api.serving import report, serve
 from tests.api.test_plan import LLAMA, _safetensors, _shapes
 from tests.hub import FaultyHub

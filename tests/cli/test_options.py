@@ -12,7 +12,8 @@ from squeeze.cli import main
 from squeeze.cli.options import option, step_options
 from squeeze.cli.submit import checked, spec_of, spec_parameters
 from squeeze.errors import SpecInvalid
-from squeeze.steps import METHODS, STEPS, Grouped, Quantize, tag_of
+from squeeze.steps.every import STEPS, tag_of
+from squeeze.steps.quantization import METHODS, Grouped, Quantize
 
 
 class Wanda(Quantize):

@@ -3,7 +3,7 @@
 import pytest
 
 from squeeze.cli import show
-from squeeze.report import Report
+from squeeze.reports.report import Report
 from tests.client.service import REPORT
 
 

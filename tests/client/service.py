@@ -16,7 +16,7 @@ from jobs import lifecycle
 from jobs.database import Database
 from jobs.settings import Settings
 from squeeze.objects import Result, Stage, Usage
-from squeeze.report import Report
+from squeeze.reports.report import Report
 from storage import Storage, open_storage
 
 PATIENCE_SECONDS = 30.0

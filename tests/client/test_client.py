@@ -10,8 +10,8 @@ import pytest
 from jobs import keys
 from squeeze import Client, errors
 from squeeze.objects import Stage, Status
-from squeeze.specs import JobSpec
-from squeeze.steps import GPTQ
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.quantization import GPTQ
 from tests.client.faults import Cut, Lose, Proxy, Refuse, proxy
 from tests.client.service import Service
 
@@ -245,7 +245,7 @@ def test_a_download_that_is_sent_elsewhere_does_not_take_the_key_along(
 
 def test_the_package_loads_no_library_of_the_service_and_the_types_load_no_http() -> None:
     program = (
-        "import sys, squeeze.specs, squeeze.objects, squeeze.report; early = set(sys.modules)\n"
+        "import sys, squeeze.specs.job_spec, squeeze.objects, squeeze.reports.report; early = set(sys.modules)\n"
         "import squeeze; squeeze.Client; import squeeze.cli\n"
         "foreign = {'torch', 'transformers', 'fastapi', 'sqlalchemy', 'celery', 'obstore', 'jobs', 'models'}\n"
         "assert 'httpx' not in early, 'httpx'; assert not foreign & set(sys.modules), foreign & set(sys.modules)"

@@ -9,7 +9,7 @@ from jobs import lifecycle
 from jobs.records import JobRecord
 from squeeze.errors import NotFinite
 from squeeze.objects import Result, Status, Usage
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 
 MODEL = "HuggingFaceTB/SmolLM2-135M"
 LEASE_SECONDS = 30.0

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 from jobs import history, lifecycle
 from jobs.database import Database
 from jobs.records import now
-from squeeze.pace import Past
+from squeeze.costs.pace import Past
 from tests.jobs.making import RESULT, USAGE, claim, expire, submit
 
 SPENT = {"seconds": {"compressing": 12.5, "certifying": 6.0}, "work": {"compressing": 1e12, "certifying": 6e11}}

@@ -13,8 +13,8 @@ from models.evaluation import measure
 from models.frame import Frame
 from models.progress import Silent
 from models.teamwork import compute_dtype
-from squeeze.report_parts import Quality, Text
-from squeeze.steps import RTN, Quantize
+from squeeze.reports.parts import Quality, Text
+from squeeze.steps.quantization import RTN, Quantize
 from tests.models.tiny import VOCABULARY
 
 CPU = torch.device("cpu")

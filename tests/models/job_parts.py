@@ -9,7 +9,7 @@ from typing import Any
 from models.pipeline import Inputs
 from models.progress import Silent
 from squeeze.objects import Stage
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 
 BOTH = ["compressed-tensors", "gptq"]
 

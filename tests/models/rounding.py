@@ -11,8 +11,8 @@ from models.checkpoint import SourceModel, open_model
 from models.codes import Codes
 from models.frame import Frame
 from models.quantized import QuantizedModel, Site, block_file, tensors_of
-from squeeze.schemes import Scheme
-from squeeze.steps import RTN, GroupSize
+from squeeze.steps.quantization import RTN, GroupSize
+from squeeze.steps.schemes import Scheme
 
 
 def rounded(

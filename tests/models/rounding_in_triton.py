@@ -20,7 +20,7 @@ from models.quantize.feedback import Levels, factorised
 from models.quantize.grid import fit
 from models.quantize.problem import Problem
 from models.statistics import Factor, Statistics
-from squeeze.steps import GPTQ, KQuant
+from squeeze.steps.quantization import GPTQ, KQuant
 
 TIES = 16  # columns
 

@@ -26,7 +26,8 @@ from models.evaluation import measure
 from models.progress import Silent
 from models.team import Team
 from models.teamwork import follow, frames_of, lead
-from squeeze.steps import Quantize, Step
+from squeeze.steps.every import Step
+from squeeze.steps.quantization import Quantize
 from tests.models.engine_parts import CPU, thrown
 
 MODELING = ("transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral")

@@ -18,8 +18,8 @@ from models.formats import layout
 from models.pipeline import check
 from models.progress import Silent
 from squeeze.errors import FormatUnfit
-from squeeze.specs import JobSpec
-from squeeze.steps import FP8, RTN, SmoothQuant
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.quantization import FP8, RTN, SmoothQuant
 from tests.models.engine_parts import compressed, frame_of, thrown
 from tests.models.job_parts import spec_of
 from tests.models.tiny import FAMILIES, llama
@@ -141,7 +141,7 @@ def test_a_cache_of_eight_bits_is_refused_before_any_work_where_consumers_find_n
 
 
 def test_formats_without_cache_scales_refuse_them_and_name_the_one_that_has_them() -> None:
-    from squeeze.formats import refuse_unfit
+    from squeeze.specs.formats import refuse_unfit
 
     spec: JobSpec = spec_of({"method": "rtn", "kv_cache": "fp8"}, formats=["gptq"])
 

@@ -19,10 +19,11 @@ from models.frame import Frame
 from models.pipeline import check, run
 from models.progress import Silent
 from squeeze.errors import FormatUnfit, SpecInvalid
-from squeeze.formats import candidates, refuse_unfit
-from squeeze.report import Allocation
-from squeeze.schemes import Scheme
-from squeeze.steps import GPTQ, RTN, Format, Grouped
+from squeeze.names import Format
+from squeeze.reports.report import Allocation
+from squeeze.specs.formats import candidates, refuse_unfit
+from squeeze.steps.quantization import GPTQ, RTN, Grouped
+from squeeze.steps.schemes import Scheme
 from tests.models.engine_parts import frame_of, thrown
 from tests.models.job_parts import inputs_of, spec_of
 from tests.models.tiny import FAMILIES, VOCABULARY

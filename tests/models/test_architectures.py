@@ -15,9 +15,9 @@ from models.formats import layout
 from models.frame import Frame
 from models.pipeline import check, run
 from models.progress import Silent
-from squeeze.architectures import HELD_BY
 from squeeze.errors import FormatUnfit
-from squeeze.steps import Format
+from squeeze.names import Format
+from squeeze.shapes.architectures import HELD_BY
 from tests.models.engine_parts import CPU, frame_of, thrown
 from tests.models.job_parts import inputs_of, spec_of
 from tests.models.rounding import place

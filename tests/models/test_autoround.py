@@ -9,8 +9,8 @@ from torch import Tensor
 
 from models.quantize import autoround
 from models.quantize.autoround import Learned
-from squeeze.schemes import Scheme
-from squeeze.steps import AutoRound
+from squeeze.steps.quantization import AutoRound
+from squeeze.steps.schemes import Scheme
 from tests.models.engine_parts import compressed, thrown
 from tests.models.tiny import FAMILIES
 

@@ -12,7 +12,8 @@ from models.progress import Silent
 from models.quantize import awq, rtn
 from models.quantize.problem import Problem
 from models.statistics import Statistics
-from squeeze.steps import AWQ, RTN, Format
+from squeeze.names import Format
+from squeeze.steps.quantization import AWQ, RTN
 from tests.models.engine_parts import compressed, frame_of, thrown
 from tests.models.test_quantize import correlated, statistics_of
 from tests.models.tiny import FAMILIES

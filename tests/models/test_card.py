@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 
 from models.card import write_card
-from squeeze.report import Certificate, Report, Size, Source, Spent
-from squeeze.report_parts import Quality, Text
-from squeeze.report_training import Training, TrainingData
+from squeeze.reports.parts import Quality, Text
+from squeeze.reports.report import Certificate, Report, Size, Source, Spent
+from squeeze.reports.training import Training, TrainingData
 
 TEXT = Text(
     origin="standard library of Python 3.11",

@@ -16,8 +16,8 @@ from models.pipeline import run
 from models.plain import Plain, saturated
 from models.progress import Silent
 from squeeze.errors import ModelAlreadyCompressed, NotFinite
-from squeeze.schemes import Scheme
-from squeeze.steps import BF16, FP16, Quantize
+from squeeze.steps.quantization import BF16, FP16, Quantize
+from squeeze.steps.schemes import Scheme
 from tests.models.engine_parts import CPU, frame_of, perplexity_in_transformers, thrown
 from tests.models.job_parts import inputs_of, spec_of
 from tests.models.tiny import FAMILIES, gpt2, llama

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from models.coverage import coverage, coverage_warnings, repeated_share, repetition_warnings
 from models.data import calibration_batches
 from models.material import Material, read_tokenizer
-from squeeze.specs import JobSpec
-from squeeze.steps import GPTQ
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.quantization import GPTQ
 from tests.models.engine_parts import frame_of
 from tests.models.tiny import FAMILIES
 

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from models.documents import documents_of
-from squeeze.documents import BLOCK_CHARACTERS
 from squeeze.errors import DataUnusable
+from squeeze.texts.documents import BLOCK_CHARACTERS
 
 TEXT = "one\ntwo grün ☃\nthree\n"
 ROWS = [{"text": "one"}, {"text": "two grün ☃"}]

@@ -17,7 +17,7 @@ from models.frame import Frame
 from models.progress import Silent
 from models.quantized import block_files
 from squeeze.errors import ModelMalformed, NotFinite
-from squeeze.steps import GPTQ, RTN
+from squeeze.steps.quantization import GPTQ, RTN
 from tests.models import tiny
 from tests.models.rounding import place
 

@@ -12,7 +12,7 @@ from models.float_codes import E2M1, Float4Codes, Float8Codes
 from models.quantize import fp8, mxfp4, nvfp4, smoothquant
 from models.quantize.problem import Problem, Solution
 from models.statistics import Statistics
-from squeeze.steps import FP8, MXFP4, NVFP4, Quantize, SmoothQuant, Statistic
+from squeeze.steps.quantization import FP8, MXFP4, NVFP4, Quantize, SmoothQuant, Statistic
 
 VALUES = torch.tensor(sorted({*E2M1, *(-value for value in E2M1)}))
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from models.data import calibration_batches, evaluation_windows
 from models.evaluation import measure
 from models.frame import Frame
 from models.progress import Silent
-from squeeze.steps import GPTQ
+from squeeze.steps.quantization import GPTQ
 from tests.models import tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]

@@ -7,7 +7,7 @@ from torch import Tensor
 from models.codes import Codes
 from models.quantize import hqq, rtn
 from models.quantize.problem import Problem
-from squeeze.steps import HQQ, RTN
+from squeeze.steps.quantization import HQQ, RTN
 
 
 def heavy_tailed(rows: int, columns: int, seed: int) -> Tensor:

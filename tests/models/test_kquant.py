@@ -15,7 +15,7 @@ from models.quantize.kquant import quantize
 from models.quantize.problem import Problem
 from models.statistics import Statistics
 from squeeze.errors import FormatUnfit
-from squeeze.steps import KQuant
+from squeeze.steps.quantization import KQuant
 from tests.models.engine_parts import compressed, thrown
 from tests.models.tiny import FAMILIES
 

@@ -10,8 +10,8 @@ from models.checkpoint import open_model
 from models.formats.directory import refuse_broken_companions
 from models.material import Material, read_tokenizer
 from squeeze.errors import DataUnusable, ModelMalformed, ModelUnsafe
-from squeeze.specs import JobSpec
-from squeeze.steps import RTN
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.quantization import RTN
 from tests.models.engine_parts import frame_of
 from tests.models.tiny import FAMILIES, VOCABULARY
 

@@ -15,7 +15,8 @@ from models.formats import layout
 from models.progress import Silent
 from models.safetensors_file import read_header
 from squeeze.errors import ModelAlreadyCompressed, ModelMalformed, ModelUnsafe, NotFinite
-from squeeze.steps import GPTQ, Format
+from squeeze.names import Format
+from squeeze.steps.quantization import GPTQ
 from tests.models.engine_parts import compressed, perplexity_in_transformers, thrown
 from tests.models.tiny import FAMILIES, VOCABULARY
 

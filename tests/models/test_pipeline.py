@@ -26,7 +26,7 @@ from squeeze.errors import (
     ModelMalformed,
 )
 from squeeze.objects import Stage
-from squeeze.report import Report
+from squeeze.reports.report import Report
 from tests.models.engine_parts import perplexity_in_transformers
 from tests.models.job_parts import BOTH, Heard, digests, inputs_of, spec_of
 from tests.models.tiny import FAMILIES

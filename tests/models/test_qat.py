@@ -12,8 +12,8 @@ from models.quantize import gptq, qat, rtn
 from models.quantize.problem import Problem
 from models.quantize.qat import Learner
 from models.statistics import Statistics
-from squeeze.schemes import Scheme
-from squeeze.steps import GPTQ, QAT, RTN
+from squeeze.steps.quantization import GPTQ, QAT, RTN
+from squeeze.steps.schemes import Scheme
 
 ROWS, COLUMNS, GROUP = 12, 64, 32
 BOTH = pytest.mark.parametrize("symmetric", [True, False])

@@ -13,7 +13,7 @@ from models.quantize import feedback, gptq, rtn
 from models.quantize.problem import Problem, Solution
 from models.statistics import LEAST_ROUNDED, Hessian, Statistics
 from squeeze.errors import FactorisationFailed
-from squeeze.steps import GPTQ, RTN, Quantize
+from squeeze.steps.quantization import GPTQ, RTN, Quantize
 
 CPU = torch.device("cpu")
 

@@ -14,10 +14,11 @@ from models.architectures import TABLE, architecture_of
 from models.finetune import ia3
 from models.formats import Layout
 from models.frame import Frame
-from squeeze.architectures import ARCHITECTURES, HELD_BY
-from squeeze.finetuning import IA3
-from squeeze.formats import CAPACITIES
-from squeeze.steps import STEPS, Format, Kind, tag_of
+from squeeze.names import Format
+from squeeze.shapes.architectures import ARCHITECTURES, HELD_BY
+from squeeze.specs.formats import CAPACITIES
+from squeeze.steps.every import STEPS, Kind, tag_of
+from squeeze.steps.finetuning import IA3
 from tests.models.engine_parts import frame_of
 from tests.models.tiny import FAMILIES
 

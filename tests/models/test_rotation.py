@@ -17,9 +17,9 @@ from models.frame import Frame
 from models.pipeline import check
 from models.progress import Silent
 from models.rotation import Rotated, told
-from squeeze.architectures import ARCHITECTURES, ROTATABLE, refuse_unrotatable
 from squeeze.errors import ArchitectureUnsupported
-from squeeze.steps import RTN
+from squeeze.shapes.architectures import ARCHITECTURES, ROTATABLE, refuse_unrotatable
+from squeeze.steps.quantization import RTN
 from tests.models.engine_parts import CPU, ROUNDING, frame_of, thrown
 from tests.models.job_parts import spec_of
 from tests.models.tiny import FAMILIES, VOCABULARY

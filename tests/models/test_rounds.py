@@ -12,7 +12,7 @@ from models.checkpoint import open_model
 from models.pipeline import check, run
 from squeeze.errors import SpecInvalid
 from squeeze.objects import Stage
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 from tests.models.job_parts import Heard, digests, inputs_of
 from tests.models.prune.slim_parts import text
 from tests.models.tiny import FAMILIES

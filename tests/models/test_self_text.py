@@ -14,8 +14,8 @@ from models.pipeline import check
 from models.self_text import COOLING_TOKENS, need_of, refuse_too_large, sampled_text, temperature_at
 from squeeze.errors import DataUnusable, NotFinite
 from squeeze.objects import Stage
-from squeeze.specs import JobSpec
-from squeeze.steps import GPTQ, RTN
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.quantization import GPTQ, RTN
 from tests.models.engine_parts import frame_of
 from tests.models.job_parts import Heard
 from tests.models.tiny import FAMILIES, VOCABULARY

@@ -10,7 +10,7 @@ from models.calls import Calls, run
 from models.certifying import certify, in_transformers, running
 from models.quantize import autoround, awq, feedback, grid
 from models.wiring import wiring_of
-from squeeze import memory, work
+from squeeze.costs import memory, work
 from tests.models import tiny
 from tests.models.engine_parts import frame_of
 

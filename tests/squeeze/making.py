@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from squeeze.shapes import Shape, shape_of
-from squeeze.specs import JobSpec
+from squeeze.shapes.model import Shape, shape_of
+from squeeze.specs.job_spec import JobSpec
 
 WIDTH = 256
 

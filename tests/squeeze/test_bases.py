@@ -2,9 +2,9 @@
 
 import pytest
 
-from squeeze.bases import base_of, rounding
-from squeeze.steps import GPTQ, GroupSize
-from squeeze.training import Train
+from squeeze.specs.bases import base_of, rounding
+from squeeze.steps.quantization import GPTQ, GroupSize
+from squeeze.steps.training import Train
 from tests.squeeze.making import llama, training
 
 

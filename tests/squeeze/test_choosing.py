@@ -3,9 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
-from squeeze.choosing import Choice, batch_for, length_for, micro_batch_for, rate_for, settled, supposed
-from squeeze.finetuning import Finetune
-from squeeze.specs import JobSpec
+from squeeze.specs.choosing import Choice, batch_for, length_for, micro_batch_for, rate_for, settled, supposed
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.finetuning import Finetune
 
 AUTO = {"learning_rate": "auto", "batch_size": "auto", "micro_batch_size": "auto"}
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from squeeze.distillation import Distill, evenly
-from squeeze.distillation_memory import DistillationMemory, needed_to_distill
-from squeeze.distillation_work import Lessons
-from squeeze.shapes import of_blocks, shape_of
-from squeeze.trainable import learned
+from squeeze.costs.distillation_memory import DistillationMemory, needed_to_distill
+from squeeze.costs.distillation_work import Lessons
+from squeeze.costs.trainable import learned
+from squeeze.shapes.model import of_blocks, shape_of
+from squeeze.steps.distillation import Distill, evenly
 from tests.squeeze.making import config, distilling, tensors
 
 TWO: dict[str, Any] = {"micro_batch_size": 2, "batch_size": 4}

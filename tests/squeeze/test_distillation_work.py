@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from squeeze.distillation import Distill, Sequence, evenly
-from squeeze.distillation_work import CHUNK_TOKENS, GENERIC_BYTES, Lessons, counted_distillation, lessons
-from squeeze.shapes import of_blocks, shape_of
-from squeeze.specs import JobSpec
-from squeeze.trainable import learned
-from squeeze.training_work import BYTES_PER_TOKEN, counted_training
-from squeeze.work import STAGES, Count, of_head, of_token
+from squeeze.costs.distillation_work import CHUNK_TOKENS, GENERIC_BYTES, Lessons, counted_distillation, lessons
+from squeeze.costs.trainable import learned
+from squeeze.costs.training_work import BYTES_PER_TOKEN, counted_training
+from squeeze.costs.work import STAGES, Count, of_head, of_token
+from squeeze.shapes.model import of_blocks, shape_of
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.distillation import Distill, Sequence, evenly
 from tests.squeeze.making import config, distilling, llama, tensors
 
 TOLD = Lessons(read=100_000, seen=8 * 256 * 10, examples=500)

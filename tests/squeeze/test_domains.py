@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from squeeze.distillation import DISTILLING_METHODS
-from squeeze.domains import domained_in, takes_something
 from squeeze.errors import DataUnusable
-from squeeze.finetuning import LoRA
-from squeeze.records import Chat, Exchange, Faults, Text
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.distillation import DISTILLING_METHODS
+from squeeze.steps.finetuning import LoRA
+from squeeze.texts.domains import domained_in, takes_something
+from squeeze.texts.records import Chat, Exchange, Faults, Text
 
 WEIGHED = {"domain_column": "kind", "evaluate_every": 5}
 WIDTH = {"kind": "prune", "method": "width", "params_target": 0.9}

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from squeeze.documents import Row
 from squeeze.errors import DataUnusable
-from squeeze.labels import (
+from squeeze.texts.documents import Row
+from squeeze.texts.labels import (
     Labelled,
     doubts,
     labelled_in,
@@ -15,7 +15,7 @@ from squeeze.labels import (
     refuse_one_label,
     refuse_unknown,
 )
-from squeeze.records import Faults
+from squeeze.texts.records import Faults
 
 GOOD = {"text": "a", "label": "x"}
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from squeeze.memory import Memory, needed
-from squeeze.shapes import Shape
+from squeeze.costs.memory import Memory, needed
+from squeeze.shapes.model import Shape
 from tests.squeeze.making import llama, spec
 
 # Largest resident bytes of the job's process, and of all of its processes at one moment, in millions: measured on

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from squeeze.costs.merging_work import counted_merging, merging_bytes
 from squeeze.errors import FormatUnfit
-from squeeze.formats import refuse_unfit
-from squeeze.merging import Merge
-from squeeze.merging_work import counted_merging, merging_bytes
-from squeeze.shapes import shape_of
-from squeeze.specs import JobSpec
+from squeeze.shapes.model import shape_of
+from squeeze.specs.formats import refuse_unfit
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.merging import Merge
 
 GPTQ = {"kind": "quantize", "method": "gptq"}
 LORA = {"kind": "finetune", "method": "lora"}

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from squeeze.errors import SpecInvalid
-from squeeze.mixtures import experts_left, mixture_of, with_experts
-from squeeze.slim_shapes import elements_of, narrowed
-from squeeze.slimming import Experts
+from squeeze.shapes.mixtures import experts_left, mixture_of, with_experts
+from squeeze.shapes.slimmed import elements_of, narrowed
+from squeeze.steps.slimming import Experts
 
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8, "hidden_size": 64}
 GROUPED = {"model_type": "deepseek_v3", "n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}

@@ -2,9 +2,10 @@
 
 import pytest
 
-from squeeze.pace import NEAREST, REFERENCE_METHODS, Past, duration, expected, reference_seconds
-from squeeze.steps import METHODS, tag_of
-from squeeze.work import STAGES, counted
+from squeeze.costs.pace import NEAREST, REFERENCE_METHODS, Past, duration, expected, reference_seconds
+from squeeze.costs.work import STAGES, counted
+from squeeze.steps.every import tag_of
+from squeeze.steps.quantization import METHODS
 from tests.squeeze.making import llama, spec
 
 GPU = "NVIDIA H200"

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from squeeze.rounds import rounds_of
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
+from squeeze.specs.rounds import rounds_of
 
 GPTQ = {"kind": "quantize", "method": "gptq"}
 DEPTH = {"kind": "prune", "method": "depth", "params_target": 0.9}

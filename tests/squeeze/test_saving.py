@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from squeeze.saving import savings
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
+from squeeze.specs.saving import savings
 
 GPTQ = {"kind": "quantize", "method": "gptq"}
 

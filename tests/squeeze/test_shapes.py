@@ -1,6 +1,6 @@
 """What headers tell of a model's shape: blocks, inputs that linears share, experts, what is left alone."""
 
-from squeeze.shapes import Group, shape_of
+from squeeze.shapes.model import Group, shape_of
 from tests.squeeze.making import config, llama, tensors
 
 

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from squeeze.costs.slimming_work import counted_slimming, looking_bytes, slimming_bytes
 from squeeze.errors import FormatUnfit, SpecInvalid
-from squeeze.formats import refuse_unfit
-from squeeze.shapes import shape_of
-from squeeze.slim_shapes import blocks_left, carried, elements_of, narrowed
-from squeeze.slim_work import counted_slimming, looking_bytes, slimming_bytes
-from squeeze.slimming import Depth, Slim, Width
-from squeeze.specs import JobSpec
+from squeeze.shapes.model import shape_of
+from squeeze.shapes.slimmed import blocks_left, carried, elements_of, narrowed
+from squeeze.specs.formats import refuse_unfit
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.slimming import Depth, Slim, Width
 
 GPTQ = {"kind": "quantize", "method": "gptq"}
 LORA = {"kind": "finetune", "method": "lora"}

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from squeeze.finetuning import Finetune
-from squeeze.shapes import shape_of
-from squeeze.steps import Format
-from squeeze.trainable import learned
-from squeeze.training_memory import TrainingMemory, needed_to_train
+from squeeze.costs.trainable import learned
+from squeeze.costs.training_memory import TrainingMemory, needed_to_train
+from squeeze.names import Format
+from squeeze.shapes.model import shape_of
+from squeeze.steps.finetuning import Finetune
 from tests.squeeze.making import config, tensors, training
 
 BOTH: dict[Format, int] = {"peft": 0}

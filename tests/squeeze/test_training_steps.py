@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from squeeze.errors import FormatUnfit
-from squeeze.formats import refuse_unfit
-from squeeze.specs import JobSpec
+from squeeze.specs.formats import refuse_unfit
+from squeeze.specs.job_spec import JobSpec
 
 DATA = {"source": "file-abcdefgh"}
 GPTQ = {"kind": "quantize", "method": "gptq"}

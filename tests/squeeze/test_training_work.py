@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from squeeze.finetuning import Finetune
-from squeeze.shapes import Shape
-from squeeze.specs import JobSpec
-from squeeze.trainable import Learned, learned
-from squeeze.training_work import UPDATE_VISITS, counted_training, tokens_to_train
-from squeeze.work import TEXTS, VISIT, Count, of_head, of_token
-from squeeze.work import counted as quantizing
+from squeeze.costs.trainable import Learned, learned
+from squeeze.costs.training_work import UPDATE_VISITS, counted_training, tokens_to_train
+from squeeze.costs.work import TEXTS, VISIT, Count, of_head, of_token
+from squeeze.costs.work import counted as quantizing
+from squeeze.shapes.model import Shape
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.finetuning import Finetune
 from tests.squeeze.making import config, llama, spec, tensors, training
 
 TOKENS = 8 * 256 * 10

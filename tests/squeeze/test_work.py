@@ -2,8 +2,9 @@
 
 import pytest
 
-from squeeze.steps import METHODS, tag_of
-from squeeze.work import BYTE, JUDGED_ROWS, KEEP_VISITS, VISIT, Count, Tokens, counted, of_block
+from squeeze.costs.work import BYTE, JUDGED_ROWS, KEEP_VISITS, VISIT, Count, Tokens, counted, of_block
+from squeeze.steps.every import tag_of
+from squeeze.steps.quantization import METHODS
 from tests.squeeze.making import llama, spec
 
 NAMES = [tag_of(one).partition(".")[2] for one in METHODS]

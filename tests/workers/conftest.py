@@ -20,7 +20,7 @@ from jobs.queue import celery_app, enqueue
 from jobs.records import EventRecord, JobRecord, new_id
 from jobs.settings import Settings
 from squeeze.objects import Status
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 from storage import open_storage
 from tests.hub import FaultyHub
 from workers.forkserver import DEFAULT_ENTRY

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from squeeze.objects import Status
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 from workers.processors import devices_of
 from workers.spawn import ForkServer
 from workers.worker import Worker

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 
 from models.documents import documents_of
 from squeeze.errors import DataUnusable, DiskFull, HubUnavailable
-from squeeze.specs import Data, hub_text
+from squeeze.specs.job_spec import Data, hub_text
 from tests.hub import FaultyHub
 from workers import shards
 from workers.datasets import Dataset, choose, matches, parts_of, resolve, spread

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from squeeze.costs.work import STAGES
 from squeeze.objects import Stage
-from squeeze.work import STAGES
 from workers.fraction import WEIGHTS, Course
 
 

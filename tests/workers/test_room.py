@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from squeeze.errors import DiskFull
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 from workers.room import demand
 
 SPEC = JobSpec.model_validate({"model": "org/model", "steps": [{"kind": "quantize", "method": "rtn", "bits": 4}]})

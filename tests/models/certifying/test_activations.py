@@ -11,8 +11,8 @@ from models.evaluation import measure
 from models.formats import layout
 from models.formats.compressed_tensors_parts import weights_in
 from models.progress import Silent
-from squeeze.report import Certificate
-from squeeze.steps import FP8, MXFP4, RTN, Quantize, SmoothQuant
+from squeeze.reports.report import Certificate
+from squeeze.steps.quantization import FP8, MXFP4, RTN, Quantize, SmoothQuant
 from tests.models.engine_parts import compressed, frame_of, thrown
 from tests.models.tiny import llama
 

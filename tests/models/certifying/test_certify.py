@@ -21,9 +21,9 @@ from models.data import Windows
 from models.formats import layout
 from models.progress import Silent
 from squeeze.errors import CertificationFailed, ProcessKilled
-from squeeze.report import Certificate
-from squeeze.report_parts import Text
-from squeeze.steps import Format
+from squeeze.names import Format
+from squeeze.reports.parts import Text
+from squeeze.reports.report import Certificate
 from tests.models.rounding import dequantized, rounded
 from tests.models.tiny import llama
 

@@ -8,7 +8,7 @@ from models.progress import Silent
 from models.train.checkpoints import Checkpoints
 from models.train.loop import accelerator_of, train
 from models.train.whole import write_trained
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 from tests.models.tiny import FAMILIES
 from tests.models.train.parts import begin, inputs_for, spec_of
 

@@ -13,10 +13,10 @@ from models.architectures import architecture_of
 from models.checkpoint import open_model
 from models.distill.cutting import cut
 from models.pipeline import check
-from squeeze.architectures import ARCHITECTURES
-from squeeze.distillation import evenly
 from squeeze.errors import ArchitectureUnsupported, ModelMalformed
-from squeeze.specs import JobSpec
+from squeeze.shapes.architectures import ARCHITECTURES
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.distillation import evenly
 from tests.models.tiny import FAMILIES, FIELDS
 
 COMMON = ("bloom", "cohere2", "deepseek_v3", "gpt2", "llama", "mixtral", "opt", "qwen2_moe", "smollm3")

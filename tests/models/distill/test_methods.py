@@ -18,8 +18,8 @@ from models.material import read_tokenizer
 from models.pipeline import run
 from models.train.loop import accelerator_of
 from models.train.packing import Batch, batch_of
-from squeeze.distillation import Distill
 from squeeze.errors import ArchitectureUnsupported
+from squeeze.steps.distillation import Distill
 from tests.models.distill.parts import inputs_of, teacher
 from tests.models.job_parts import Heard
 from tests.models.tiny import FAMILIES, VOCABULARY

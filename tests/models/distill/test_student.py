@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from models.distill.vocabulary import shared_vocabulary
 from models.pipeline import check_student
 from models.train.prepare import prepare
-from squeeze.distillation import Distill
 from squeeze.errors import ModelAlreadyCompressed, VocabulariesDiffer
+from squeeze.steps.distillation import Distill
 from tests.models.distill.parts import distilling, inputs_of
 from tests.models.tiny import FAMILIES, VOCABULARY
 from tests.models.train.parts import go_on

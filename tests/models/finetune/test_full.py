@@ -11,7 +11,7 @@ from models.finetune import full, last_layers
 from models.pipeline import check
 from models.train.whole import write_trained
 from squeeze.errors import ModelMalformed
-from squeeze.finetuning import Full, LastLayers
+from squeeze.steps.finetuning import Full, LastLayers
 from tests.models.engine_parts import frame_of
 from tests.models.tiny import FAMILIES
 from tests.models.train.parts import spec_of

@@ -23,11 +23,11 @@ from models.train.examples import read_examples
 from models.train.loop import accelerator_of
 from models.train.scoring import example_losses
 from models.train.turns import labelled_tokens
-from squeeze.architectures import ARCHITECTURES, CLASSIFIABLE
+from squeeze.costs.trainable import learned
 from squeeze.errors import ArchitectureUnsupported, DataUnusable
-from squeeze.finetuning import Head
-from squeeze.labels import Labelled
-from squeeze.trainable import learned
+from squeeze.shapes.architectures import ARCHITECTURES, CLASSIFIABLE
+from squeeze.steps.finetuning import Head
+from squeeze.texts.labels import Labelled
 from tests.models.job_parts import Heard
 from tests.models.tiny import FAMILIES, tokenizer
 from tests.models.train.parts import begin, go_on, inputs_for, seen, spec_of, written

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from models.checkpoint import open_model
 from models.finetune import ia3, peft_adapter
 from models.train.merging import write_merged
-from squeeze.adapters import PREFIX
-from squeeze.finetuning import IA3
+from squeeze.shapes.adapters import PREFIX
+from squeeze.steps.finetuning import IA3
 from tests.models.engine_parts import frame_of
 from tests.models.job_parts import Heard
 from tests.models.tiny import FAMILIES, VOCABULARY

@@ -13,7 +13,7 @@ from models.checkpoint import open_model
 from models.finetune import lora
 from models.frame import Frame
 from squeeze.errors import ModelMalformed
-from squeeze.finetuning import LoRA
+from squeeze.steps.finetuning import LoRA
 from tests.models.tiny import FAMILIES, VOCABULARY
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from models.codes import Codes, storable
 from models.finetune import packed
 from models.finetune.packed import PackedLinear
-from squeeze.schemes import Group, Scheme
+from squeeze.steps.schemes import Group, Scheme
 
 
 def codes_of(rows: int, columns: int, group_size: Group, bits: int = 4) -> Codes:

@@ -16,7 +16,7 @@ from models.train.packing import UNSCORED, batch_of
 from models.train.prepare import method_of
 from models.train.scoring import learned_losses, logits_of, own, packs
 from squeeze.errors import ArchitectureUnsupported, DataUnusable
-from squeeze.finetuning import Prefix
+from squeeze.steps.finetuning import Prefix
 from tests.models.engine_parts import frame_of
 from tests.models.tiny import FAMILIES, VOCABULARY
 from tests.models.train.parts import begin, go_on, inputs_for, spec_of

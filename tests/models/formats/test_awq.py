@@ -13,7 +13,7 @@ from models.formats import layout
 from models.progress import Silent
 from models.quantized import QuantizedModel, Site
 from squeeze.errors import FormatUnfit
-from squeeze.steps import RTN, GroupSize
+from squeeze.steps.quantization import RTN, GroupSize
 from tests.models.rounding import dequantized, rounded
 from tests.models.tiny import FAMILIES
 

@@ -18,10 +18,10 @@ from models.progress import Silent
 from models.quantize import int8, nf4
 from models.quantize.problem import Problem
 from models.quantized import Site
-from squeeze.architectures import HELD_BY
 from squeeze.errors import FormatUnfit
-from squeeze.schemes import Scheme
-from squeeze.steps import NF4, Int8, Quantize
+from squeeze.shapes.architectures import HELD_BY
+from squeeze.steps.quantization import NF4, Int8, Quantize
+from squeeze.steps.schemes import Scheme
 from tests.models.engine_parts import frame_of
 from tests.models.rounding import dequantized
 from tests.models.tiny import FAMILIES, llama

@@ -23,8 +23,8 @@ from models.progress import Silent
 from models.quantize.problem import Problem
 from models.quantized import QuantizedModel, Site, block_file, tensors_of
 from squeeze.errors import FormatUnfit, GroupSizeIndivisible
-from squeeze.schemes import Scheme
-from squeeze.steps import FP8, MXFP4, NVFP4, RTN, Quantize, SmoothQuant
+from squeeze.steps.quantization import FP8, MXFP4, NVFP4, RTN, Quantize, SmoothQuant
+from squeeze.steps.schemes import Scheme
 from tests.models.formats.test_consumers import logits
 from tests.models.rounding import dequantized
 from tests.models.tiny import gpt2, llama

@@ -19,8 +19,9 @@ from models.codes import Codes
 from models.formats import layout
 from models.progress import Silent
 from models.quantized import QuantizedModel
-from squeeze.architectures import HELD_BY
-from squeeze.steps import Format, GroupSize
+from squeeze.names import Format
+from squeeze.shapes.architectures import HELD_BY
+from squeeze.steps.quantization import GroupSize
 from tests.models.rounding import dequantized, nearest, rounded
 from tests.models.tiny import FAMILIES, KINDS, MIXTURES, llama
 

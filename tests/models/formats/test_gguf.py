@@ -26,8 +26,8 @@ from models.progress import Silent
 from models.quantized import QuantizedModel, Site
 from models.text import standard_library
 from squeeze.errors import FormatUnfit
-from squeeze.schemes import Scheme
-from squeeze.steps import RTN, GroupSize
+from squeeze.steps.quantization import RTN, GroupSize
+from squeeze.steps.schemes import Scheme
 from tests.models.rounding import dequantized, rounded
 from tests.models.tiny import FAMILIES
 

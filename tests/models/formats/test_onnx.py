@@ -17,9 +17,9 @@ from models.formats.onnx import DATA, FILE
 from models.frame import weightless
 from models.progress import Silent
 from models.quantized import QuantizedModel
-from squeeze.architectures import HELD_BY
 from squeeze.errors import CertificationFailed
-from squeeze.report import Certificate
+from squeeze.reports.report import Certificate
+from squeeze.shapes.architectures import HELD_BY
 from tests.models.engine_parts import thrown as thrown_windows
 from tests.models.rounding import dequantized, rounded
 from tests.models.tiny import FAMILIES, llama

@@ -11,7 +11,8 @@ from models.formats import layout
 from models.progress import Silent
 from models.quantized import Site
 from squeeze.errors import FormatUnfit, GroupSizeIndivisible
-from squeeze.steps import RTN, Format, GroupSize
+from squeeze.names import Format
+from squeeze.steps.quantization import RTN, GroupSize
 from tests.models.rounding import rounded
 from tests.models.tiny import gpt2, llama
 

@@ -14,7 +14,7 @@ from models.formats.directory import weight_bytes
 from models.formats.safetensors_zst import restored
 from models.pipeline import run
 from models.progress import Silent
-from squeeze.sparsifying import Magnitude
+from squeeze.steps.sparsifying import Magnitude
 from tests.models.engine_parts import compressed
 from tests.models.job_parts import Heard, digests, inputs_of
 from tests.models.prune.parts import spec_of, zeroing

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from models.merge.job import merged
 from models.resources import Clock
-from squeeze.merging import Merge
+from squeeze.steps.merging import Merge
 from tests.models.job_parts import Heard
 from tests.models.merge.parts import merging_inputs, spec_of
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.job import Inputs, Named
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 from tests.models import tiny
 from tests.models.job_parts import inputs_of
 

@@ -18,8 +18,8 @@ from models.merge.job import Done, merged
 from models.pipeline import check, check_entry, run
 from models.resources import Clock
 from squeeze.errors import ModelAlreadyCompressed, ModelMalformed, NotFinite, SqueezeError, VocabulariesDiffer
-from squeeze.merging import Entry, Merge
 from squeeze.objects import Stage
+from squeeze.steps.merging import Entry, Merge
 from tests.models import tiny
 from tests.models.job_parts import Heard, digests
 from tests.models.merge.parts import adapter, base_model, finetuned, merging_inputs, spec_of

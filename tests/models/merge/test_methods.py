@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.merge.ties import thresholds
 from models.merge.vectors import Part, Vectors
-from squeeze.merging import DARE, TIES, Linear, MagMax, Merge
+from squeeze.steps.merging import DARE, TIES, Linear, MagMax, Merge
 
 N, K, PART = 3, 2000, 300
 

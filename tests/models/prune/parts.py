@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 
 SIZES: dict[str, Any] = {"data": {"samples": 16, "sequence_length": 64}, "evaluation": {"samples": 4}}
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from models.prune.smaller import Done, slimmed
 from models.resources import Clock
-from squeeze.slimming import Slim
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.slimming import Slim
 from tests.models.job_parts import Heard, inputs_of
 
 

@@ -8,7 +8,7 @@ from models.prune.factoring import Ranked, ranked
 from models.quantized import QuantizedModel
 from models.team import SOLO
 from models.teamwork import frames_of, lead
-from squeeze.factoring import SVD
+from squeeze.steps.factoring import SVD
 from tests.models.engine_parts import CPU, thrown
 
 

@@ -14,7 +14,7 @@ from models.material import read_tokenizer
 from models.pipeline import check, run
 from models.prune.experts import prune
 from squeeze.errors import ArchitectureUnsupported, SpecInvalid
-from squeeze.mixtures import FAMILIES
+from squeeze.shapes.mixtures import FAMILIES
 from tests.models import tiny
 from tests.models.job_parts import Heard, digests, inputs_of
 from tests.models.prune.slim_parts import slim, spec_of, text

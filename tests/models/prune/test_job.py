@@ -23,8 +23,8 @@ from models.pipeline import check, run
 from models.progress import Silent
 from models.prune.counting import counted_zeros, saved_by_zeros, zstd_bytes
 from squeeze.errors import CompressionBug, ModelAlreadyCompressed, ModelMalformed, SpecInvalid
-from squeeze.report import Report
-from squeeze.sparsifying import Magnitude, SparseGPT, Wanda
+from squeeze.reports.report import Report
+from squeeze.steps.sparsifying import Magnitude, SparseGPT, Wanda
 from tests.models.engine_parts import compressed, frame_of, perplexity_in_transformers, thrown
 from tests.models.job_parts import Heard, digests, inputs_of
 from tests.models.prune.killed import STEPS

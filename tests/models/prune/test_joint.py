@@ -20,8 +20,9 @@ from models.quantize import gptq
 from models.quantize.problem import Problem
 from models.statistics import Statistics
 from squeeze.errors import SpecInvalid
-from squeeze.sparsifying import SparseGPT
-from squeeze.steps import GPTQ, QAT, Format
+from squeeze.names import Format
+from squeeze.steps.quantization import GPTQ, QAT
+from squeeze.steps.sparsifying import SparseGPT
 from tests.models.engine_parts import frame_of, thrown
 from tests.models.job_parts import Heard, inputs_of
 from tests.models.prune.parts import spec_of

@@ -11,8 +11,8 @@ from models.prune.masks import lowest
 from models.quantize import gptq, rtn
 from models.quantize.problem import Problem
 from models.statistics import Hessian, Statistics
-from squeeze.sparsifying import Magnitude, SparseGPT, Sparsify, Wanda
-from squeeze.steps import GPTQ, RTN
+from squeeze.steps.quantization import GPTQ, RTN
+from squeeze.steps.sparsifying import Magnitude, SparseGPT, Sparsify, Wanda
 from tests.models.test_quantize import CPU, correlated
 
 PATTERNS = [{"sparsity": 0.5}, {"sparsity": 0.3}, {"pattern": "2:4"}, {"pattern": "4:8"}]

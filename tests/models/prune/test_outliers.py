@@ -16,7 +16,7 @@ from models.pipeline import run
 from models.progress import Silent
 from models.prune.masks import lowest_of_rows
 from models.prune.outliers import shares_of, spread
-from squeeze.sparsifying import Magnitude, SparseGPT, Uneven, Wanda
+from squeeze.steps.sparsifying import Magnitude, SparseGPT, Uneven, Wanda
 from tests.models.engine_parts import frame_of, thrown
 from tests.models.job_parts import Heard, digests, inputs_of
 from tests.models.prune.killed import UNEVEN

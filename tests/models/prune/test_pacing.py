@@ -9,10 +9,10 @@ import torch
 
 from models.prune.pacing import _first, measured, quick_enough
 from squeeze.errors import SpecInvalid
-from squeeze.report import Speed
-from squeeze.report_speed import SpeedTarget
-from squeeze.slimming import Depth
-from squeeze.widths import Widths
+from squeeze.reports.report import Speed
+from squeeze.reports.speed import SpeedTarget
+from squeeze.shapes.widths import Widths
+from squeeze.steps.slimming import Depth
 from tests.models import tiny
 from tests.models.job_parts import Heard, digests
 from tests.models.prune.slim_parts import slim

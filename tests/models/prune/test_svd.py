@@ -11,8 +11,8 @@ from models.prune.svd import GRADIENT_DAMPING, decomposed, prune
 from models.quantize.problem import Problem
 from models.statistics import Hessian, Statistics
 from squeeze.errors import SpecInvalid
-from squeeze.factoring import SVD, Sides, budget_of, uniform_ranks
-from squeeze.schemes import Scheme
+from squeeze.steps.factoring import SVD, Sides, budget_of, uniform_ranks
+from squeeze.steps.schemes import Scheme
 
 OUT, IN, TOKENS = 24, 40, 400
 

@@ -19,8 +19,8 @@ from models.progress import Silent
 from models.prune.factored_frame import FactoredFrame
 from models.prune.factoring import saved_by_factors
 from squeeze.errors import ModelMalformed, SpecInvalid
-from squeeze.factoring import SVD
-from squeeze.report import Report
+from squeeze.reports.report import Report
+from squeeze.steps.factoring import SVD
 from tests.models.engine_parts import frame_of, perplexity_in_transformers, thrown
 from tests.models.job_parts import Heard, digests, inputs_of
 from tests.models.prune.parts import spec_of, zeroing

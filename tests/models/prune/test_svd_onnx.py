@@ -11,8 +11,8 @@ from models.factored import Factored
 from models.formats import layout
 from models.formats.onnx import DATA, FILE
 from models.progress import Silent
-from squeeze.architectures import HELD_BY
-from squeeze.factoring import SVD
+from squeeze.shapes.architectures import HELD_BY
+from squeeze.steps.factoring import SVD
 from tests.models.formats.test_onnx import Running, thrown
 from tests.models.prune.svd_parts import factored
 from tests.models.rounding import dequantized

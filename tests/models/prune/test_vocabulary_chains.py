@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.job import Outcome
 from models.pipeline import run
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 from tests.models.job_parts import Heard, inputs_of
 from tests.models.prune.slim_parts import spec_of
 from tests.models.prune.tokenizers_of import byte_level, model_with, words

@@ -12,7 +12,7 @@ from models.checkpoint import open_model
 from models.pipeline import check, run
 from models.prune.width import prune
 from squeeze.errors import ArchitectureUnsupported, GroupSizeIndivisible, SpecInvalid
-from squeeze.widths import FAMILIES
+from squeeze.shapes.widths import FAMILIES
 from tests.models import tiny
 from tests.models.job_parts import Heard, digests, inputs_of
 from tests.models.prune.slim_parts import slim, spec_of, text

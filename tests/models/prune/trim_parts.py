@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from models.prune.smaller import Done, slimmed
 from models.resources import Clock
-from squeeze.slimming import Slim
+from squeeze.steps.slimming import Slim
 from tests.models.job_parts import Heard, inputs_of
 from tests.models.prune.slim_parts import spec_of
 from tests.models.prune.tokenizers_of import words

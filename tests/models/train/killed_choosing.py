@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from models.pipeline import run
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 from tests.models.train.killed import Suicidal
 from tests.models.train.parts import inputs_for, spec_of
 

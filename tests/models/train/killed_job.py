@@ -13,7 +13,7 @@ from typing import Any
 
 from models.job import Inputs
 from models.pipeline import run
-from squeeze.specs import JobSpec
+from squeeze.specs.job_spec import JobSpec
 from tests.models.train.killed import Suicidal
 from tests.models.train.parts import inputs_for, kinds, spec_of
 

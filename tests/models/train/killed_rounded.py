@@ -19,8 +19,8 @@ from models.progress import Notify, Silent
 from models.team import SOLO
 from models.teamwork import frames_of, lead
 from models.train.rounded import Begun, learned_codes
-from squeeze.specs import JobSpec
-from squeeze.steps import QAT
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.quantization import QAT
 from tests.models import job_parts
 from tests.models.train.killed import Suicidal
 

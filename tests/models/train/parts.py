@@ -12,10 +12,10 @@ from models.train.bases import rounded_base
 from models.train.checkpoints import Checkpoints, Story
 from models.train.loop import Task, accelerator_of, train
 from models.train.prepare import Prepared, begun, prepare
-from squeeze.distillation import Distill
-from squeeze.report_training import TrainingStep
-from squeeze.specs import JobSpec
-from squeeze.training import Train
+from squeeze.reports.training import TrainingStep
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.distillation import Distill
+from squeeze.steps.training import Train
 from tests.models.job_parts import Heard, inputs_of
 
 QUICK: dict[str, Any] = {"steps": 12, "learning_rate": 0.01, "batch_size": 4}

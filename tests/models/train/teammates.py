@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from models.resources import Clock, peak_host_bytes
 from models.team import Team
 from models.train import job
-from squeeze.training import Train
+from squeeze.steps.training import Train
 from tests.models.job_parts import Heard
 from tests.models.teammates import serve
 from tests.models.train.parts import inputs_for, kinds, seen_in, spec_of, sums

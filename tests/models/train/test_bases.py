@@ -15,9 +15,9 @@ from models.resources import Clock
 from models.train.bases import Base, rounded_base
 from models.train.prepare import prepare
 from squeeze.errors import DataUnusable
-from squeeze.finetuning import QLoRA
 from squeeze.objects import Stage
-from squeeze.steps import GPTQ
+from squeeze.steps.finetuning import QLoRA
+from squeeze.steps.quantization import GPTQ
 from tests.models.job_parts import Heard, digests
 from tests.models.tiny import FAMILIES
 from tests.models.train.parts import inputs_for, spec_of

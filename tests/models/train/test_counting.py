@@ -9,10 +9,10 @@ from models.resources import Clock
 from models.train.counting import work_of
 from models.train.job import trained
 from models.work import ahead, summed
-from squeeze.distillation import Distill
-from squeeze.finetuning import Finetune
-from squeeze.trainable import learned
-from squeeze.work import counted
+from squeeze.costs.trainable import learned
+from squeeze.costs.work import counted
+from squeeze.steps.distillation import Distill
+from squeeze.steps.finetuning import Finetune
 from tests.models.distill.parts import inputs_of as distilling_inputs
 from tests.models.job_parts import Heard
 from tests.models.job_parts import spec_of as quantizing

@@ -17,10 +17,10 @@ from models.train.domains import EVEN_SHARE, Domains, evenly
 from models.train.examples import Examples
 from models.train.job import trained
 from models.train.packing import Plan, Row, rows_apart
-from squeeze.report_training import HeldOutLoss, Training
-from squeeze.slimming import Slim
-from squeeze.specs import JobSpec
-from squeeze.training import Train
+from squeeze.reports.training import HeldOutLoss, Training
+from squeeze.specs.job_spec import JobSpec
+from squeeze.steps.slimming import Slim
+from squeeze.steps.training import Train
 from tests.models.job_parts import Heard
 from tests.models.tiny import FAMILIES
 from tests.models.train.parts import inputs_for, kinds, seen_in

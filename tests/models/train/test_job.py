@@ -16,7 +16,7 @@ from models.pipeline import check, run
 from models.quantized import Site
 from squeeze.errors import ModelMalformed
 from squeeze.objects import Stage
-from squeeze.report import Report
+from squeeze.reports.report import Report
 from tests.models.engine_parts import frame_of
 from tests.models.job_parts import Heard, digests
 from tests.models.tiny import FAMILIES

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from models.pipeline import run
-from squeeze.report import Report
-from squeeze.report_training import Training, Tuning
+from squeeze.reports.report import Report
+from squeeze.reports.training import Training, Tuning
 from tests.models.job_parts import Heard, digests
 from tests.models.tiny import FAMILIES
 from tests.models.train.killed_job import STEPS, WAYS, inputs_of

@@ -13,9 +13,9 @@ from models.train.averages import share
 from models.train.checkpoints import Checkpoints
 from models.train.loop import accelerator_of, train
 from models.train.optimizers import BAdam, GaLore, blocks_of, optimizer_of, optimizer_tensors
+from squeeze.costs.trainable import learned
 from squeeze.errors import SpecInvalid
-from squeeze.finetuning import Full
-from squeeze.trainable import learned
+from squeeze.steps.finetuning import Full
 from tests.models.job_parts import Heard
 from tests.models.tiny import FAMILIES
 from tests.models.train.parts import begin, go_on, inputs_for, seen, spec_of

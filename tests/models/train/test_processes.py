@@ -18,8 +18,8 @@ from models.train.packing import UNSCORED
 from models.train.prepare import prepare
 from models.train.processes import Processes
 from squeeze.errors import SpecInvalid
-from squeeze.sharding import refuse_without_library, state_bytes, way_for
-from squeeze.training import Train
+from squeeze.steps.sharding import refuse_without_library, state_bytes, way_for
+from squeeze.steps.training import Train
 from tests.models import tiny
 from tests.models.train.parts import inputs_for, spec_of
 

@@ -17,7 +17,7 @@ from models.pipeline import check, run
 from models.progress import Silent
 from models.train.rounded import learned_codes, passed_again
 from squeeze.errors import DataUnusable
-from squeeze.report_training import Tuning
+from squeeze.reports.training import Tuning
 from tests.models.job_parts import Heard, inputs_of
 from tests.models.job_parts import spec_of as any_spec_of
 from tests.models.tiny import FAMILIES

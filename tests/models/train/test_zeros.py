@@ -14,8 +14,8 @@ from models.pipeline import run
 from models.train.zeros import kept_zeros
 from squeeze.errors import CompressionBug
 from squeeze.objects import Stage
-from squeeze.report import Report
-from squeeze.specs import JobSpec
+from squeeze.reports.report import Report
+from squeeze.specs.job_spec import JobSpec
 from tests.models.engine_parts import frame_of
 from tests.models.job_parts import Heard, digests, inputs_of
 from tests.models.test_rounds import Stopped, Torn

@@ -1,0 +1,1 @@
+"""What a job takes: memory, operations, time; told beforehand."""

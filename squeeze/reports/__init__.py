@@ -1,0 +1,1 @@
+"""What a job tells of what it did, part by part."""

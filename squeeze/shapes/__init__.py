@@ -1,0 +1,1 @@
+"""What config and headers tell of a model, and of what becomes of it; no torch."""

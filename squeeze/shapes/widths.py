@@ -1,0 +1,224 @@
+"""How wide a model is, and which sides of its tensors say so: what is cut to what, from shapes alone; no torch.
+
+A tensor's sides are named: `hidden`, the channels of the hidden state; `inner`, the neurons of the feed-forward part;
+`query` and `key`, the heads of queries and those of keys and values, times their dimension.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil, prod
+from typing import Any
+
+from squeeze.errors import ArchitectureUnsupported, SpecInvalid
+from squeeze.shapes.model import BLOCK, number_of
+from squeeze.shapes.speed import products
+from squeeze.steps.slimming import MULTIPLE, Width
+
+# Of which it was tried that what is left is what it was.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+Sides = Mapping[str, tuple[int, ...]]
+LEAST_SHARE = 0.5  # of neurons, then of heads, then of channels, that `params_target` leaves before the next are cut
+
+AXES: dict[str, tuple[str | None, ...]] = {
+    "embed_tokens.weight": (None, "hidden"),
+    "lm_head.weight": (None, "hidden"),
+    "norm.weight": ("hidden",),
+    "input_layernorm.weight": ("hidden",),
+    "post_attention_layernorm.weight": ("hidden",),
+    "q_proj.weight": ("query", "hidden"),
+    "q_proj.bias": ("query",),
+    "k_proj.weight": ("key", "hidden"),
+    "k_proj.bias": ("key",),
+    "v_proj.weight": ("key", "hidden"),
+    "v_proj.bias": ("key",),
+    "o_proj.weight": ("hidden", "query"),
+    "o_proj.bias": ("hidden",),
+    "q_norm.weight": (None,),
+    "k_norm.weight": (None,),
+    "gate_proj.weight": ("inner", "hidden"),
+    "gate_proj.bias": ("inner",),
+    "up_proj.weight": ("inner", "hidden"),
+    "up_proj.bias": ("inner",),
+    "down_proj.weight": ("hidden", "inner"),
+    "down_proj.bias": ("hidden",),
+}
+
+
+@dataclass(frozen=True)
+class Widths:
+    """groups: of heads that share keys and values. each: heads of a group. dimension: of a head."""
+
+    hidden: int
+    inner: int
+    groups: int
+    each: int
+    dimension: int
+
+    @property
+    def heads(self) -> int:
+        return self.groups * self.each
+
+    def side(self, axis: str) -> int:
+        return {
+            "hidden": self.hidden,
+            "inner": self.inner,
+            "query": self.heads * self.dimension,
+            "key": self.groups * self.dimension,
+        }[axis]
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """As config.json has them."""
+        return {
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.groups,
+            "head_dim": self.dimension,
+        }
+
+
+def widths_of(config: Mapping[str, Any], sides: Sides) -> Widths:
+    """Of a model. Raises ArchitectureUnsupported where nobody has tried to cut its family."""
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ArchitectureUnsupported(
+            f"a {kind} can't be cut in width; {', '.join(FAMILIES)} can. Take the method depth", param="method"
+        )
+    # By the tensors: what a config leaves out, each family fills in by rules of its own.
+    found = {axis: side for name in sides for axis, side in zip(axes_of(name), sides[name], strict=True)}
+    heads, rows = number_of(config, "num_attention_heads"), found.get("query", 0)
+    dimension = rows // heads if heads else 0
+    groups = found.get("key", 0) // dimension if dimension else 0
+    if not groups or heads % groups or rows != heads * dimension or found["key"] != groups * dimension:
+        raise ArchitectureUnsupported("the heads of this model are in no whole groups, so that none can be left out")
+    return Widths(found["hidden"], found["inner"], groups, heads // groups, dimension)
+
+
+def axes_of(name: str) -> tuple[str | None, ...]:
+    """The sides of a tensor, by its name in the files. Raises where it is none that these families have."""
+    found = AXES.get(".".join(name.rsplit(".", 2)[-2:]))
+    if found is None:
+        raise ArchitectureUnsupported(f"the model has a tensor {name}, which nobody has tried to cut in width")
+    return found
+
+
+def sides_at(widths: Widths, sides: Sides) -> dict[str, tuple[int, ...]]:
+    """Shapes of the same tensors in a model of these widths."""
+    return {
+        name: tuple(was if axis is None else widths.side(axis) for axis, was in zip(axes_of(name), each, strict=True))
+        for name, each in sides.items()
+    }
+
+
+def widths_left(step: Width, config: Mapping[str, Any], sides: Sides) -> Widths:
+    """What a step leaves of a model; with a `speed_target` an estimate. sides: of what is carried over.
+
+    Raises SpecInvalid, with what would do.
+    """
+    whole = widths_of(config, sides)
+    if step.speed_target is not None:
+        return _at_speed(step, config, whole, sides)
+    if step.params_target is None:
+        return _asked(step, whole)
+    share = partial(_elements, sides=sides)
+    most, path = step.params_target * share(whole), narrowing(whole)
+    for one in path:
+        if share(one) <= most:
+            return next(each for each in fuller(one, whole) if share(each) <= most)
+    least = ceil(1000 * share(path[-1]) / share(whole)) / 1000
+    raise SpecInvalid(
+        f"half of the neurons, of the heads and of the channels is what a target leaves at least, and that is "
+        f"{least:.1%} of the parameters: the least that params_target can be is {least:g}; or say the sizes themselves",
+        param="params_target",
+    )
+
+
+def narrowing(whole: Widths) -> list[Widths]:
+    """What a target tries, from the model itself to half of its neurons, then of its heads, then of its channels."""
+    fewest = ceil(LEAST_SHARE * whole.groups)
+    flat = replace(whole, inner=_half(whole.inner))
+    return [
+        *(replace(whole, inner=inner) for inner in _multiples(whole.inner)),
+        *(replace(flat, groups=groups) for groups in range(whole.groups - 1, fewest - 1, -1)),
+        *(replace(flat, groups=fewest, hidden=hidden) for hidden in list(_multiples(whole.hidden))[1:]),
+    ]
+
+
+def fuller(one: Widths, whole: Widths) -> list[Widths]:
+    """The same with more neurons, from all that the model has: what room the last step left is theirs."""
+    return [replace(one, inner=inner) for inner in _multiples(whole.inner) if inner >= one.inner]
+
+
+def _at_speed(step: Width, config: Mapping[str, Any], whole: Widths, sides: Sides) -> Widths:
+    """About what a target of speed leaves, by multiply-adds. Raises where half of everything would miss it for sure."""
+    assert step.speed_target is not None, "asked for where there is one"
+    target, path, vocabulary = step.speed_target, narrowing(whole), number_of(config, "vocab_size")
+
+    def work(widths: Widths) -> float:
+        return products(_of_blocks(widths, sides), widths.hidden * vocabulary, step.speed_of)
+
+    most = _of_blocks(whole, sides) / _of_blocks(path[-1], sides)
+    if target >= most:
+        raise SpecInvalid(
+            f"half of the neurons, of the heads and of the channels is what a target leaves at least, and with that a "
+            f"model is less than {most:.3g} times as fast: speed_target is less than that, not {target:g}; or say the "
+            "sizes themselves",
+            param="speed_target",
+        )
+    found = next((one for one in path[1:] if work(one) * target <= work(whole)), path[-1])
+    quick = (each for each in fuller(found, whole) if each != whole and work(each) * target <= work(whole))
+    return next(quick, found)
+
+
+def _of_blocks(widths: Widths, sides: Sides) -> float:
+    """Weights of the blocks that tokens are multiplied with."""
+    cut = sides_at(widths, sides)
+    return sum(prod(each) for name, each in cut.items() if len(each) > 1 and BLOCK.search(name))
+
+
+def _asked(step: Width, whole: Widths) -> Widths:
+    for field, asked, has, by in (
+        ("intermediate_size", step.intermediate_size, whole.inner, MULTIPLE),
+        ("hidden_size", step.hidden_size, whole.hidden, MULTIPLE),
+        ("heads", step.heads, whole.heads, whole.each),
+    ):
+        if asked is not None and asked >= has:
+            least, most = (by, (has - 1) // by * by)
+            fits = f"from {least} to {most}" if most >= least else "fewer, and none would do"
+            raise SpecInvalid(f"the model has {has}, and {field} says how many stay: {fits}, not {asked}", param=field)
+    if step.heads is not None and step.heads % whole.each:
+        below = step.heads // whole.each * whole.each
+        near = " or ".join(str(one) for one in (below, below + whole.each) if 0 < one < whole.heads)
+        raise SpecInvalid(
+            f"{whole.each} heads share their keys and values, and go together: heads={step.heads} can't be, {near} can",
+            param="heads",
+        )
+    return replace(
+        whole,
+        inner=step.intermediate_size or whole.inner,
+        hidden=step.hidden_size or whole.hidden,
+        groups=(step.heads or whole.heads) // whole.each,
+    )
+
+
+def _elements(widths: Widths, sides: Sides) -> int:
+    return sum(map(prod, sides_at(widths, sides).values()))
+
+
+def _multiples(size: int) -> Iterator[int]:
+    """From the size itself down to half of it: what later rounding in groups can divide."""
+    by = _grain(size)
+    yield size
+    yield from range((size - 1) // by * by, _half(size) - 1, -by)
+
+
+def _half(size: int) -> int:
+    by = _grain(size)
+    return min(size, ceil(LEAST_SHARE * size / by) * by)
+
+
+def _grain(size: int) -> int:
+    """The largest usual size of a group that divides it, and is small beside it."""
+    return next((by for by in (128, 64) if size % by == 0 and 8 * by <= size), MULTIPLE)

@@ -1,0 +1,1 @@
+"""What a job may ask for as a whole, and what is wrong with it before it runs."""

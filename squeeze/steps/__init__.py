@@ -1,0 +1,1 @@
+"""What a step of a job takes, a class for each method."""

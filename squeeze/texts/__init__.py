@@ -1,0 +1,1 @@
+"""Records of the user's texts, as they stand in files."""
