@@ -21,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from models import engine
-from models.checkpoint import open_model
-from models.data import Windows, calibration_batches, evaluation_windows
-from models.evaluation import measure
-from models.frame import Frame
-from models.material import read_tokenizer
+from models.files.checkpoint import open_model
+from models.measuring.evaluation import measure
 from models.progress import Silent
-from models.self_text import sampled_text
+from models.streaming import engine
+from models.streaming.frame import Frame
+from models.texts.data import Windows, calibration_batches, evaluation_windows
+from models.texts.material import read_tokenizer
+from models.texts.self_text import sampled_text
 from squeeze.steps.every import tag_of
 from squeeze.steps.quantization import METHODS, Quantize
 

@@ -27,9 +27,9 @@ import torch
 
 from models.job import Inputs
 from models.progress import Silent
-from models.prune import smaller
+from models.prune.slimming import smaller
 from models.resources import Clock
-from models.text import standard_library
+from models.texts.generic import standard_library
 from models.train.job import trained
 from squeeze.reports.training import Training
 from squeeze.specs.job_spec import JobSpec

@@ -107,7 +107,7 @@ def inputs_of(spec: JobSpec, model: Path, folder: Path) -> Any:
 
 def foretold(model: Path, step: dict[str, Any]) -> tuple[int, int]:
     """What a plan says of it: (of the job's process, of all at one moment), bytes."""
-    from models.checkpoint import open_model
+    from models.files.checkpoint import open_model
 
     spec, source = spec_of(step), open_model(model)
     shape, asked = source.shape(), spec.steps[0]

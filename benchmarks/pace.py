@@ -1,8 +1,8 @@
 """Processor seconds of each stage of a job against its counted work: `python benchmarks/pace.py [--methods gptq …]`.
 
 Runs whole jobs on a random Llama, on one thread, and prints for each the seconds, the operations that
-`squeeze.costs.work` counts, and the speed that follows: the figures of `squeeze.costs.pace`, which plans rest on where a
-service has finished no job yet. Seconds are of the processor, the certifying processes' included, so that a busy
+`squeeze.costs.work` counts, and the speed that follows: the figures of `squeeze.costs.pace`, which plans rest on where
+a service has finished no job yet. Seconds are of the processor, the certifying processes' included, so that a busy
 machine does not matter much.
 """
 

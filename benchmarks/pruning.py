@@ -28,19 +28,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models import engine, speed
-from models.checkpoint import SourceModel, open_model
-from models.data import Windows, calibration_batches, evaluation_windows
-from models.evaluation import measure
+from models.files.checkpoint import SourceModel, open_model
 from models.formats import layout
 from models.formats.directory import weight_bytes
-from models.frame import Frame
 from models.job import Inputs
-from models.material import read_tokenizer
+from models.measuring import speed
+from models.measuring.evaluation import measure
 from models.pipeline import run
 from models.progress import Silent
-from models.prune.counting import counted_codes, counted_zeros
-from models.teamwork import frames_of
+from models.prune.zeroing.counting import counted_codes, counted_zeros
+from models.streaming import engine
+from models.streaming.frame import Frame
+from models.streaming.teamwork import frames_of
+from models.texts.data import Windows, calibration_batches, evaluation_windows
+from models.texts.material import read_tokenizer
 from squeeze.names import Format
 from squeeze.reports.parts import Quality
 from squeeze.specs.job_spec import JobSpec

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models.data import calibration_batches, evaluation_windows
+from models.texts.data import calibration_batches, evaluation_windows
 
 HERE = Path(__file__).resolve().parent
 BUNDLED = HERE.parent / "models" / "bundled"

@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.checkpoint import open_model
-from models.data import generic_passages
+from models.files.checkpoint import open_model
 from models.formats.directory import linked
 from models.job import Inputs
 from models.pipeline import run
 from models.progress import Silent
+from models.texts.data import generic_passages
 from squeeze.reports.report import Report
 from squeeze.reports.training import Training
 from squeeze.specs.job_spec import JobSpec

@@ -26,11 +26,11 @@ from torch import nn  # noqa: E402
 from torch.optim import AdamW  # noqa: E402
 
 from benchmarks.wide import make  # noqa: E402
-from models.checkpoint import INDEX, open_model  # noqa: E402
+from models.files.checkpoint import INDEX, open_model  # noqa: E402
 from models.job import Inputs  # noqa: E402
 from models.progress import Silent  # noqa: E402
 from models.resources import peak_host_bytes, return_free_memory  # noqa: E402
-from models.team import Team  # noqa: E402
+from models.streaming.team import Team  # noqa: E402
 from models.train.checkpoints import Checkpoints  # noqa: E402
 from models.train.loop import accelerator_of, train  # noqa: E402
 from models.train.prepare import begun, prepare  # noqa: E402

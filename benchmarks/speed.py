@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.quality import judge
-from models.data import calibration_batches, evaluation_windows
+from models.texts.data import calibration_batches, evaluation_windows
 
 HERE = Path(__file__).resolve().parent
 BUNDLED = HERE.parent / "models" / "bundled"

@@ -24,12 +24,12 @@ from pydantic import TypeAdapter  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 from benchmarks.wide import make  # noqa: E402
-from models.checkpoint import open_model  # noqa: E402
-from models.data import calibration_batches  # noqa: E402
+from models.files.checkpoint import open_model  # noqa: E402
 from models.progress import Silent  # noqa: E402
-from models.quantized import block_files  # noqa: E402
-from models.team import Team  # noqa: E402
-from models.teamwork import follow, frames_of, lead  # noqa: E402
+from models.streaming.team import Team  # noqa: E402
+from models.streaming.teamwork import follow, frames_of, lead  # noqa: E402
+from models.texts.data import calibration_batches  # noqa: E402
+from models.weights.quantized import block_files  # noqa: E402
 from squeeze.steps.every import Step  # noqa: E402
 from squeeze.steps.quantization import Quantize  # noqa: E402
 

@@ -108,7 +108,7 @@ def inputs_of(spec: JobSpec, model: Path, folder: Path, length: int) -> Any:
 
 def foretold(model: Path, length: int, step: dict[str, Any]) -> TrainingMemory | DistillationMemory:
     """What a plan says of it."""
-    from models.checkpoint import open_model
+    from models.files.checkpoint import open_model
 
     spec, source = spec_of(length, step), open_model(model)
     (training,) = spec.steps

@@ -22,13 +22,13 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoTokenizer, LlamaConfig  # noqa: E402
 
-from models import engine  # noqa: E402
-from models.checkpoint import open_model  # noqa: E402
-from models.data import calibration_batches  # noqa: E402
+from models.files.checkpoint import open_model  # noqa: E402
 from models.formats import layout  # noqa: E402
-from models.frame import Frame  # noqa: E402
 from models.progress import Silent  # noqa: E402
 from models.resources import peak_host_bytes  # noqa: E402
+from models.streaming import engine  # noqa: E402
+from models.streaming.frame import Frame  # noqa: E402
+from models.texts.data import calibration_batches  # noqa: E402
 from squeeze.costs.memory import needed  # noqa: E402
 from squeeze.costs.pace import REFERENCE_MACHINE, reference_seconds  # noqa: E402
 from squeeze.costs.work import counted  # noqa: E402

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from models.disk import write_whole
+from models.files.disk import write_whole
 from squeeze.names import Format
 from squeeze.reports.parts import Quality, Text
 from squeeze.reports.report import Report

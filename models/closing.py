@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from models.card import write_card
-from models.disk import write_whole
+from models.files.disk import write_whole
 from models.job import Inputs, Outcome, result_of
 from models.progress import Notify
 from models.resources import Clock, cpu_seconds, peak_gpu_bytes, peak_host_bytes

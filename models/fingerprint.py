@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from models.checkpoint import SourceModel
+from models.files.checkpoint import SourceModel
 from models.job import Named
-from models.material import Material
+from models.texts.material import Material
 from squeeze import __version__
 from squeeze.reports.training import TrainingData
 from squeeze.specs.job_spec import JobSpec

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from models.checkpoint import SourceModel
+from models.files.checkpoint import SourceModel
 from models.formats.directory import weight_bytes
-from models.snapshots import SNAPSHOT_SECONDS
+from models.streaming.snapshots import SNAPSHOT_SECONDS
 from squeeze.errors import CertificationFailed, SqueezeError
 from squeeze.names import Format
 from squeeze.objects import Result

@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 
-from models import engine
-from models.allocation import allots, mixed
-from models.architectures import architecture_of
-from models.checkpoint import SourceModel, read_config
-from models.disk import disk_faults
-from models.experts import refuse_torn
+from models.bits.allocation import allots, mixed
+from models.files.architectures import architecture_of
+from models.files.checkpoint import SourceModel, read_config
+from models.files.disk import disk_faults
 from models.formats import layout
-from models.frame import Frame
 from models.job import (
     Inputs,
     Outcome,
@@ -32,18 +29,22 @@ from models.job import (
     slimming_step,
     training_step,
 )
-from models.kv_cache import refuse_unknown_attention
-from models.material import refuse_too_large_for_self
 from models.merge import entries
 from models.merge import job as merge
 from models.progress import Notify
-from models.prune import factored_job, smaller
 from models.prune import job as prune
+from models.prune.factors import job as factored_job
+from models.prune.slimming import smaller
 from models.quantize.job import run_compression
+from models.quantize.kv_cache import refuse_unknown_attention
 from models.resources import Clock
 from models.rounds import counted_from, run_in_rounds
-from models.team import SOLO, Team
-from models.teamwork import follow as follow_quantizing
+from models.streaming import engine
+from models.streaming.experts import refuse_torn
+from models.streaming.frame import Frame
+from models.streaming.team import SOLO, Team
+from models.streaming.teamwork import follow as follow_quantizing
+from models.texts.material import refuse_too_large_for_self
 from models.train import rounded
 from models.train.job import added, for_what_follows, run_training, trained
 from models.train.job import follow as follow_training

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint import open_model
-from models.disk import write_whole
+from models.files.checkpoint import open_model
+from models.files.disk import write_whole
 from models.job import Inputs, Outcome, result_of
 from models.progress import Notify
 from models.work import summed

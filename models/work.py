@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from models.checkpoint import SourceModel
+from models.files.checkpoint import SourceModel
 from squeeze.costs.distillation_work import Lessons, counted_distillation
 from squeeze.costs.trainable import learned
 from squeeze.costs.work import counted

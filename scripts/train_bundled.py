@@ -1,8 +1,8 @@
 """Trains the bundled model from nothing: `python scripts/train_bundled.py --out models/bundled`.
 
 A Llama of about 5 million parameters with its own byte-level BPE, trained on the source text of the running
-interpreter's standard library (see `models/text.py`). It exists so that the service can be tried, and compression
-can be seen to hurt, on a machine without a network. Writes the model directory and `training.json`, the curve's end
+interpreter's standard library (see `models/texts/generic.py`). It exists so that the service can be tried, and
+compression can be seen to hurt, on a machine without a network. Writes the model directory and `training.json`, the curve's end
 figures.
 """
 
@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.text import standard_library
+from models.texts.generic import standard_library
 
 VOCABULARY = 4096
 CONTEXT = 512

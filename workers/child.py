@@ -17,8 +17,8 @@ import torch
 import workers.warm  # noqa: F401 - for its imports
 from models import pipeline
 from models.job import Inputs, Named, merging_step
-from models.snapshots import SNAPSHOT_SECONDS
-from models.team import Team
+from models.streaming.snapshots import SNAPSHOT_SECONDS
+from models.streaming.team import Team
 from models.train.checkpoints import adopt
 from models.train.division import check_records
 from squeeze.errors import ProcessKilled

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from models.documents import documents_of
+from models.texts.documents import documents_of
 from squeeze.errors import DataUnusable, DiskFull
 from workers.datasets import Dataset
 from workers.download import Snapshot

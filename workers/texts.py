@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.data import CHARACTERS_PER_TOKEN
-from models.text import HELD_OUT_SHARE
+from models.texts.data import CHARACTERS_PER_TOKEN
+from models.texts.generic import HELD_OUT_SHARE
 from squeeze.errors import DataUnusable
 from squeeze.names import OWN_ID
 from squeeze.objects import Stage

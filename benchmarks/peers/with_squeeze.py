@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from usage import Usage
 
-from models import engine
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.formats import layout
 from models.progress import Silent
-from models.teamwork import frames_of
+from models.streaming import engine
+from models.streaming.teamwork import frames_of
 from models.train.rounded import Begun, learned_codes, passed_again
 from squeeze.steps.every import tag_of
 from squeeze.steps.quantization import METHODS, QAT

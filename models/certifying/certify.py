@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from models.certifying.running import NEW_TOKENS, Ended, Sample, environment, judge, run_program
-from models.checkpoint import read_config, tensor_entries
-from models.data import Windows
-from models.disk import says_full
+from models.files.checkpoint import read_config, tensor_entries
+from models.files.disk import says_full
 from models.formats.compressed_tensors_config import rounds_while_running
 from models.formats.compressed_tensors_parts import weights_in
 from models.formats.directory import weight_bytes
 from models.formats.safetensors_zst import restored
 from models.progress import Notify
 from models.resources import available_host_bytes, peak_host_bytes
+from models.texts.data import Windows
 from squeeze.errors import CertificationFailed, DiskFull, ProcessKilled, SqueezeError
 from squeeze.names import Format
 from squeeze.reports.report import Certificate

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.data import Windows
 from models.quoting import quoted
+from models.texts.data import Windows
 from squeeze.names import Format
 from squeeze.reports.report import Certificate
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from models.architectures import Architecture
-from models.checkpoint import SourceModel, open_model
-from models.disk import write_whole
+from models.files.architectures import Architecture
+from models.files.checkpoint import SourceModel, open_model
+from models.files.disk import write_whole
 from models.formats.directory import without_private, write_companions, write_json, written_whole
 from models.formats.shards import Piece, write_shards
-from models.frame import Frame
 from models.progress import Notify, Silent
+from models.streaming.frame import Frame
 from squeeze.errors import ArchitectureUnsupported, ModelMalformed
 from squeeze.shapes.model import COMPUTED
 

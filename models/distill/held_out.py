@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.disk import write_whole
 from models.distill.divergence import diverged
 from models.distill.teacher import chunks_of, logits_in_slices, places_of, read_chunk
-from models.frame import Frame
+from models.files.disk import write_whole
 from models.progress import Notify
 from models.resources import return_free_memory
+from models.streaming.frame import Frame
 from models.train.examples import Examples
 from models.train.loop import Task
 from models.train.packing import UNSCORED, batch_of, micro_batches

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.distill.divergence import diverged
 from models.distill.logits import mixed
 from models.distill.teaching import Taught, Teaching
-from models.frame import Frame
+from models.streaming.frame import Frame
 from models.train.packing import UNSCORED, Batch
 from models.train.scoring import learned_logits
 from models.train.scoring import own as own_model

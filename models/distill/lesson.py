@@ -9,10 +9,10 @@ from torch import Tensor
 from models.distill.held_out import Apart, apart, losses_said, read_held_out
 from models.distill.teaching import Taught, Teaching
 from models.distill.writing import ends_of
-from models.frame import Frame
 from models.job import Inputs
-from models.material import read_tokenizer
 from models.progress import Notify
+from models.streaming.frame import Frame
+from models.texts.material import read_tokenizer
 from models.train.loop import Task
 from models.train.prepare import Prepared
 from squeeze.objects import Stage

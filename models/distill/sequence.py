@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.disk import write_once, write_whole
 from models.distill.teaching import Taught, Teaching
 from models.distill.writing import ends_of, gone_on
+from models.files.disk import write_once, write_whole
 from models.progress import Notify
 from models.train.scoring import learned_losses
 from squeeze.costs.distillation_work import WRITTEN_AT_ONCE

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.disk import write_whole
 from models.distill.divergence import in_buckets
 from models.distill.teacher import chunks_of, logits_in_slices, places_of, read_chunk
-from models.frame import Frame
+from models.files.disk import write_whole
 from models.progress import Notify
+from models.streaming.frame import Frame
 from models.train.examples import Examples
 from models.train.packing import UNSCORED, Batch
 from squeeze.errors import NotFinite

@@ -2,11 +2,11 @@
 
 import torch
 
-from models.checkpoint import SourceModel, open_or_convert
 from models.distill.cutting import cut, refuse_uncuttable
+from models.files.checkpoint import SourceModel, open_or_convert
 from models.formats.directory import refuse_broken_companions
-from models.frame import Frame
 from models.job import Inputs
+from models.streaming.frame import Frame
 from squeeze.steps.distillation import Distill, evenly
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.calls import TOKENS_PER_BATCH, TOKENS_PER_BATCH_CPU, run
-from models.frame import Call, Frame
 from models.progress import Notify
 from models.resources import available_host_bytes, return_free_memory
-from models.streams import Room, Stream
+from models.streaming.calls import TOKENS_PER_BATCH, TOKENS_PER_BATCH_CPU, run
+from models.streaming.frame import Call, Frame
+from models.streaming.streams import Room, Stream
 from models.train.examples import Examples
 from squeeze.costs.distillation_work import CHUNK_TOKENS
 

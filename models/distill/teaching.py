@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from models.frame import Frame
 from models.progress import Notify
+from models.streaming.frame import Frame
 from models.train.examples import Examples
 from models.train.scoring import Objective
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from models.certifying.running import TEXTS
-from models.material import read_tokenizer
+from models.texts.material import read_tokenizer
 from squeeze.errors import VocabulariesDiffer
 from squeeze.steps.distillation import Distill
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from models.frame import Frame
-from models.quantized import Site
+from models.streaming.frame import Frame
+from models.weights.quantized import Site
 from squeeze.steps.finetuning import Full
 
 

@@ -10,13 +10,13 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelFor
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import logging as transformers_logging
 
-from models.checkpoint import SourceModel
+from models.files.checkpoint import SourceModel
 from models.finetune import last_layers
-from models.frame import Frame
-from models.material import read_tokenizer
-from models.quantized import Site
+from models.streaming.frame import Frame
+from models.texts.material import read_tokenizer
 from models.train.turns import filler_of
 from models.train.whole import write_trained
+from models.weights.quantized import Site
 from squeeze.shapes.architectures import refuse_unclassifiable
 from squeeze.steps.finetuning import Head, LastLayers
 

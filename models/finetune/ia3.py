@@ -9,8 +9,8 @@ from torch import Tensor
 
 from models.finetune import peft_adapter
 from models.finetune.peft_adapter import adapter_of, write
-from models.frame import Frame
-from models.quantized import Site
+from models.streaming.frame import Frame
+from models.weights.quantized import Site
 from squeeze.steps.finetuning import IA3
 
 __all__ = ["Merged", "adapter_of", "finetune", "sites_of", "write"]

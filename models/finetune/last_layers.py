@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from models.frame import Frame
-from models.quantized import Site
+from models.streaming.frame import Frame
+from models.weights.quantized import Site
 from squeeze.errors import ModelMalformed
 from squeeze.steps.finetuning import LastLayers
 

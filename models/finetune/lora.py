@@ -15,8 +15,8 @@ from torch import Tensor
 from models.finetune import peft_adapter
 from models.finetune.fused import fuse
 from models.finetune.peft_adapter import adapter_of
-from models.frame import Frame
-from models.quantized import Site
+from models.streaming.frame import Frame
+from models.weights.quantized import Site
 from squeeze.steps.finetuning import LoRA, LowRank
 
 # gptqmodel 7.6 keeps an error of its own import for ever, and with it all frames that stand open then. peft would

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.checkpoint import SourceModel
-from models.codes import Codes
+from models.files.checkpoint import SourceModel
 from models.formats.packing import pack, unpack
-from models.frame import Frame
-from models.quantized import QuantizedModel
+from models.streaming.frame import Frame
+from models.weights.codes import Codes
+from models.weights.quantized import QuantizedModel
 
 BAND_WEIGHTS = 1 << 22  # that are restored together: what stands between codes and weights takes nine bytes each
 

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from models.files.safetensors_file import read, read_header
 from models.formats.directory import write_json
-from models.frame import Frame
-from models.quantized import Site
-from models.safetensors_file import read, read_header
+from models.streaming.frame import Frame
+from models.weights.quantized import Site
 from squeeze.errors import ModelMalformed
 from squeeze.shapes.adapters import CONFIG, PREFIX, WEIGHTS
 from squeeze.steps.finetuning import Adapters

@@ -8,8 +8,8 @@ from peft import PrefixTuningConfig
 
 from models.finetune import peft_adapter
 from models.finetune.peft_adapter import adapter_of, write
-from models.frame import Frame
-from models.quantized import Site
+from models.streaming.frame import Frame
+from models.weights.quantized import Site
 from squeeze.errors import ArchitectureUnsupported
 from squeeze.steps.finetuning import Prefix
 

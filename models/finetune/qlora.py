@@ -10,18 +10,18 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from models.checkpoint import SourceModel
+from models.files.checkpoint import SourceModel
 from models.finetune import lora, packed
 from models.finetune.lora import Merged
 from models.finetune.peft_adapter import adapter_of, write
 from models.formats.bitsandbytes import KERNEL_ROWS
 from models.formats.fitness import refuse_torn_groups
 from models.formats.packing import WORD_BITS
-from models.frame import Frame
-from models.normal_float import BLOCK
-from models.quantized import QuantizedModel, Site
 from models.resources import map_large_memory
+from models.streaming.frame import Frame
 from models.train.scoring import own
+from models.weights.normal_float import BLOCK
+from models.weights.quantized import QuantizedModel, Site
 from squeeze.errors import FormatUnfit
 from squeeze.shapes.architectures import HELD_BY
 from squeeze.specs.bases import BITS, rounding

@@ -5,10 +5,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from models.checkpoint import SourceModel
-from models.codes import Encoded
+from models.files.checkpoint import SourceModel
 from models.progress import Notify
-from models.quantized import QuantizedModel, Site
+from models.weights.codes import Encoded
+from models.weights.quantized import QuantizedModel, Site
 from squeeze.names import Format
 from squeeze.steps.schemes import Scheme
 

@@ -18,8 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from models.checkpoint import SourceModel, read_config, tensor_entries
-from models.codes import Codes
+from models.files.checkpoint import SourceModel, read_config, tensor_entries
+from models.files.safetensors_file import read as read_tensor
 from models.formats.directory import (
     Skeleton,
     pieces_of,
@@ -32,8 +32,8 @@ from models.formats.fitness import refuse_torn_groups, torn_fusions
 from models.formats.packing import pack, unpack
 from models.formats.shards import SHARD_BYTES, Piece, Shape, write_shards
 from models.progress import Notify
-from models.quantized import QuantizedModel, Site
-from models.safetensors_file import read as read_tensor
+from models.weights.codes import Codes
+from models.weights.quantized import QuantizedModel, Site
 from squeeze import __version__
 from squeeze.errors import FormatUnfit
 from squeeze.steps.schemes import Scheme

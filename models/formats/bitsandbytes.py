@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
-from models.activations import OUTLIER
-from models.checkpoint import SourceModel, tensor_entries
-from models.codes import Codes, Encoded
+from models.files.checkpoint import SourceModel, tensor_entries
+from models.files.safetensors_file import read as read_tensor
 from models.formats.directory import pieces_of, skeleton_of, write_companions, write_config, written_whole
 from models.formats.shards import SHARD_BYTES, Piece, Shape, write_shards
-from models.normal_float import BLOCK, NESTED_BLOCK, NF4, NormalFloat, dynamic_map
 from models.progress import Notify
-from models.quantized import QuantizedModel, Site
-from models.safetensors_file import read as read_tensor
+from models.streaming.activations import OUTLIER
+from models.weights.codes import Codes, Encoded
+from models.weights.normal_float import BLOCK, NESTED_BLOCK, NF4, NormalFloat, dynamic_map
+from models.weights.quantized import QuantizedModel, Site
 from squeeze.errors import FormatUnfit
 from squeeze.steps.schemes import Scheme
 

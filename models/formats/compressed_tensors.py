@@ -9,16 +9,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from models.checkpoint import SourceModel, read_config, tensor_entries
-from models.codes import Encoded
+from models.files.checkpoint import SourceModel, read_config, tensor_entries
+from models.files.safetensors_file import read as read_tensor
 from models.formats.compressed_tensors_config import INTEGERS, NVFP4, entry_of, layout_name, quantization_config
 from models.formats.compressed_tensors_parts import piece_of, restore
 from models.formats.directory import pieces_of, skeleton_of, write_companions, write_config, written_whole
 from models.formats.fitness import refuse_torn_groups, torn_fusions
 from models.formats.shards import SHARD_BYTES, Piece, write_shards
 from models.progress import Notify
-from models.quantized import QuantizedModel, Site
-from models.safetensors_file import read as read_tensor
+from models.weights.codes import Encoded
+from models.weights.quantized import QuantizedModel, Site
 from squeeze.errors import FormatUnfit, GroupSizeIndivisible
 from squeeze.steps.schemes import Scheme
 

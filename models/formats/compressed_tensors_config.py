@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 
-from models.quantized import QuantizedModel, Site
+from models.weights.quantized import QuantizedModel, Site
 from squeeze.errors import FormatUnfit
 from squeeze.steps.schemes import Activations, Element, Group, Scheme
 

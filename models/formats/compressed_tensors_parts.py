@@ -21,13 +21,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from models.codes import Codes, Encoded
-from models.float_codes import Float4Codes, Float8Codes
+from models.files.safetensors_file import Entry, read
 from models.formats.compressed_tensors_config import FLOATS, INTEGERS, MXFP4, NVFP4, PACKED, layout_name, scheme_of
 from models.formats.packing import pack, unpack, words_for
 from models.formats.shards import Piece, Shape
-from models.quantized import QuantizedModel, Site
-from models.safetensors_file import Entry, read
+from models.weights.codes import Codes, Encoded
+from models.weights.float_codes import Float4Codes, Float8Codes
+from models.weights.quantized import QuantizedModel, Site
 
 Read = Callable[[str], Tensor]
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from models.checkpoint import SourceModel
-from models.disk import disk_faults
+from models.files.checkpoint import SourceModel
+from models.files.disk import disk_faults
+from models.files.safetensors_file import Entry
+from models.files.safetensors_file import read as read_tensor
 from models.formats.shards import Piece
-from models.frame import weightless
-from models.quantized import QuantizedModel, Site
-from models.safetensors_file import Entry
-from models.safetensors_file import read as read_tensor
+from models.streaming.frame import weightless
+from models.weights.quantized import QuantizedModel, Site
 from squeeze.errors import ModelMalformed
 from squeeze.shapes.model import COMPUTED
 

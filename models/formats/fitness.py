@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from models.formats.packing import WORD_BITS
-from models.quantized import Site
+from models.weights.quantized import Site
 from squeeze.errors import FormatUnfit, GroupSizeIndivisible
 from squeeze.steps.schemes import Scheme
 

@@ -20,20 +20,20 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from torch import Tensor
 
-from models.checkpoint import SourceModel
-from models.codes import Codes, Encoded
-from models.ends import KIND, fits
+from models.files.checkpoint import SourceModel
+from models.files.safetensors_file import read as read_tensor
 from models.formats.directory import skeleton_of, written_whole
 from models.formats.gguf_families import EXPERT, FAMILIES, Family, Heads, config_of, family_of, heads_of, tensor_name
 from models.formats.gguf_metadata import extra_tensors, write_settings
 from models.formats.gguf_vocabulary import refuse_vocabulary, write_vocabulary
 from models.ggml.blocks import Blocks, scheme_of
 from models.ggml.encoder import encode
+from models.ggml.ends import KIND, fits
 from models.ggml.layout import Grid, pack
 from models.ggml.types import TYPES, Name, number_of, row_bytes
 from models.progress import Notify
-from models.quantized import QuantizedModel, Site
-from models.safetensors_file import read as read_tensor
+from models.weights.codes import Codes, Encoded
+from models.weights.quantized import QuantizedModel, Site
 from squeeze.errors import CompressionBug, FormatUnfit
 from squeeze.shapes.model import COMPUTED
 from squeeze.steps.schemes import Scheme

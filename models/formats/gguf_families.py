@@ -14,8 +14,8 @@ import gguf
 import torch
 from torch import Tensor
 
-from models.checkpoint import SourceModel
-from models.frame import weightless
+from models.files.checkpoint import SourceModel
+from models.streaming.frame import weightless
 from squeeze.errors import FormatUnfit
 
 EXPERT = re.compile(r"\.layers\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight$")

@@ -15,15 +15,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from models.checkpoint import SourceModel, read_config, tensor_entries
-from models.codes import Codes
+from models.files.checkpoint import SourceModel, read_config, tensor_entries
+from models.files.safetensors_file import read as read_tensor
 from models.formats.directory import pieces_of, skeleton_of, write_companions, write_config, write_json, written_whole
 from models.formats.fitness import fused_names, refuse_torn_groups, refuse_torn_words, torn_fusions
 from models.formats.packing import pack, unpack, words_for
 from models.formats.shards import SHARD_BYTES, Piece, write_shards
 from models.progress import Notify
-from models.quantized import QuantizedModel, Site
-from models.safetensors_file import read as read_tensor
+from models.weights.codes import Codes
+from models.weights.quantized import QuantizedModel, Site
 from squeeze import __version__
 from squeeze.errors import FormatUnfit
 from squeeze.steps.schemes import Scheme

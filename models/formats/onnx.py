@@ -18,17 +18,17 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from models.checkpoint import SourceModel
-from models.codes import Codes
-from models.factored import Factored
+from models.files.checkpoint import SourceModel
+from models.files.safetensors_file import read as read_tensor
 from models.formats.directory import without_private, write_companions, write_json, written_whole
 from models.formats.fitness import refuse_torn_groups
 from models.formats.onnx_graph import Blocks, Thin, graph_of, narrow
 from models.formats.packing import pack, unpack
-from models.frame import weightless
 from models.progress import Notify
-from models.quantized import QuantizedModel, Site
-from models.safetensors_file import read as read_tensor
+from models.streaming.frame import weightless
+from models.weights.codes import Codes
+from models.weights.factored import Factored
+from models.weights.quantized import QuantizedModel, Site
 from squeeze.errors import CompressionBug, ModelMalformed
 from squeeze.steps.schemes import Scheme
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
-from models.frame import weightless
+from models.streaming.frame import weightless
 
 OPSET = 20
 DOMAIN = "com.microsoft"

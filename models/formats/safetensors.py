@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.casts import castable
-from models.checkpoint import SourceModel, open_model
+from models.files.checkpoint import SourceModel, open_model
 from models.formats.directory import (
     pieces_of,
     skeleton_of,
@@ -22,10 +21,11 @@ from models.formats.directory import (
     written_whole,
 )
 from models.formats.shards import SHARD_BYTES, Piece, write_shards
-from models.frame import Frame
-from models.plain import TYPES, Plain, saturated
 from models.progress import Notify
-from models.quantized import QuantizedModel, Site
+from models.streaming.frame import Frame
+from models.weights.casts import castable
+from models.weights.plain import TYPES, Plain, saturated
+from models.weights.quantized import QuantizedModel, Site
 from squeeze.shapes.model import COMPUTED
 from squeeze.steps.schemes import Element, Scheme
 

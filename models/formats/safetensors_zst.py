@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pyarrow
 
-from models.checkpoint import SourceModel
+from models.files.checkpoint import SourceModel
 from models.formats import safetensors
 from models.formats.directory import written_whole
-from models.plain import Plain
 from models.progress import Notify
-from models.quantized import QuantizedModel, Site
+from models.weights.plain import Plain
+from models.weights.quantized import QuantizedModel, Site
 from squeeze.steps.schemes import Scheme
 
 SUFFIX = ".zst"

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from models.checkpoint import INDEX
+from models.files.checkpoint import INDEX
+from models.files.safetensors_file import DTYPE_NAMES
 from models.progress import Notify
-from models.safetensors_file import DTYPE_NAMES
 from squeeze.errors import CompressionBug
 
 SHARD_BYTES = 4_000_000_000

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 
 import gguf
 
-from models.checkpoint import SourceModel
+from models.files.checkpoint import SourceModel
 from models.formats.gguf_families import config_of, family_of, heads_of, tensor_name
 from models.ggml.blocks import scheme_of
 from models.ggml.mixture import Build, block_type
 from models.ggml.types import FLOATS
-from models.quantized import Site
+from models.weights.quantized import Site
 from squeeze.steps.quantization import Mixture
 from squeeze.steps.schemes import Scheme
 

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from models.checkpoint import SourceModel, open_or_convert
-from models.finite import all_finite
-from models.frame import COMPUTABLE, Frame
+from models.files.checkpoint import SourceModel, open_or_convert
+from models.files.safetensors_file import Entry, read, read_header
 from models.job import Named
 from models.merge.likeness import refuse_other_settings, refuse_other_tokens, warnings_of
-from models.quantized import Site
-from models.safetensors_file import Entry, read, read_header
+from models.streaming.frame import COMPUTABLE, Frame
+from models.weights.finite import all_finite
+from models.weights.quantized import Site
 from squeeze.errors import ModelAlreadyCompressed, ModelMalformed, NotFinite, SqueezeError
 from squeeze.shapes.adapters import CONFIG, PREFIX, WEIGHTS, refuse_unmergeable
 from squeeze.shapes.model import COMPUTED

@@ -7,22 +7,22 @@ from typing import Any
 
 import torch
 
-from models import engine
 from models.certifying.certify import certify
 from models.certifying.running import tokenized
-from models.checkpoint import SourceModel, open_model, open_or_convert
 from models.closing import certified, closed, spent
-from models.evaluation import Measured, measure
+from models.files.checkpoint import SourceModel, open_model, open_or_convert
 from models.fingerprint import merging_fingerprint
 from models.formats.directory import linked, refuse_broken_companions
-from models.frame import Frame
 from models.job import Inputs, Outcome, libraries, params_named, size_part, source_part
-from models.material import Material, read_tokenizer
+from models.measuring.evaluation import Measured, measure
 from models.merge.entries import Source, open_entry
 from models.merge.stream import Counts, write_merged
 from models.progress import Notify
 from models.resources import Clock, device_name, return_free_memory
-from models.teamwork import compute_dtype
+from models.streaming import engine
+from models.streaming.frame import Frame
+from models.streaming.teamwork import compute_dtype
+from models.texts.material import Material, read_tokenizer
 from models.work import summed
 from squeeze import __version__
 from squeeze.costs.merging_work import counted_merging

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from models.checkpoint import SourceModel, read_config
 from models.distill.vocabulary import shared_vocabulary
+from models.files.checkpoint import SourceModel, read_config
 from models.formats.directory import without_private
 from models.quoting import quoted
 from squeeze.errors import ModelAlreadyCompressed, ModelMalformed, VocabulariesDiffer

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.checkpoint import SourceModel
-from models.finite import all_finite
+from models.files.checkpoint import SourceModel
 from models.formats.directory import without_private, write_companions, write_json
 from models.formats.shards import SHARD_BYTES, Journal, Piece, write_shards
 from models.merge.entries import Source, rows_of
 from models.merge.vectors import Part, Vectors
-from models.plain import saturated
 from models.progress import Notify
 from models.train.merging import stored_dtype
+from models.weights.finite import all_finite
+from models.weights.plain import saturated
 from squeeze.errors import NotFinite
 from squeeze.shapes.model import COMPUTED
 from squeeze.steps.merging import Merge

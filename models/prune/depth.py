@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import SourceModel
 from models.distill.cutting import cut, refuse_uneven
-from models.frame import Frame
+from models.files.checkpoint import SourceModel
 from models.progress import Notify
-from models.prune import pacing, removal
-from models.prune.looking import Looked, Looking, watched
+from models.prune.slimming import pacing, removal
+from models.prune.slimming.looking import Looked, Looking, watched
+from models.streaming.frame import Frame
 from squeeze.costs.slimming_work import judged_sequences
 from squeeze.shapes.slimmed import Sides, blocks_left, carried
 from squeeze.steps.slimming import Depth

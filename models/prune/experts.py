@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import SourceModel
 from models.distill.cutting import written
-from models.experts import Experts as Mixed
+from models.files.checkpoint import SourceModel
 from models.formats.directory import without_private
 from models.formats.shards import Piece
-from models.frame import Frame
 from models.progress import Notify
-from models.prune.looking import Looked, Looking, watched
+from models.prune.slimming.looking import Looked, Looking, watched
+from models.streaming.experts import Experts as Mixed
+from models.streaming.frame import Frame
 from squeeze.reports.experts import ExpertsLeft
 from squeeze.shapes.mixtures import CHOSEN, EXPERT, Mixture, experts_left, mixture_of, routes, with_experts
 from squeeze.shapes.model import BLOCK

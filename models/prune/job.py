@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-from models.checkpoint import SourceModel, open_or_convert
+from models.files.checkpoint import SourceModel, open_or_convert
 from models.formats import layout
 from models.job import Inputs, source_part
 from models.progress import Notify
 from models.quantize.job import compressed
 from models.resources import Clock
-from models.team import Team
+from models.streaming.team import Team
 from models.work import summed, work_of
 from squeeze.names import Format
 from squeeze.objects import Stage

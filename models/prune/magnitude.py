@@ -4,9 +4,9 @@ Source: Han et al., arXiv 1506.02626; compared over a whole layer, as the baseli
 2306.11695 §4).
 """
 
-from models.plain import Plain
-from models.prune.masks import lowest_of_layer
+from models.prune.zeroing.masks import lowest_of_layer
 from models.quantize.problem import Problem, Solution
+from models.weights.plain import Plain
 from squeeze.steps.sparsifying import Magnitude
 
 

@@ -14,11 +14,11 @@ and 27 % less at 70 %.
 import torch
 from torch import Tensor
 
-from models.plain import Plain, saturated
-from models.prune.masks import Group, lowest, lowest_of_layer
+from models.prune.zeroing.masks import Group, lowest, lowest_of_layer
 from models.quantize.feedback import factorised
 from models.quantize.problem import Problem, Solution
-from models.statistics import Factor
+from models.streaming.statistics import Factor
+from models.weights.plain import Plain, saturated
 from squeeze.steps.sparsifying import SparseGPT
 
 BLOCK_COLUMNS = 128  # whose weights are compared with each other; a multiple of every pattern's neighbours

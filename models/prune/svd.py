@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.factored import Factored
-from models.plain import saturated
 from models.quantize.feedback import DAMPING_FACTOR, MOST_DAMPING
 from models.quantize.problem import Problem, Solution
-from models.statistics import Drift, Hessian
+from models.streaming.statistics import Drift, Hessian
+from models.weights.factored import Factored
+from models.weights.plain import saturated
 from squeeze.errors import FactorisationFailed
 from squeeze.steps.factoring import SVD
 

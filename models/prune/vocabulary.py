@@ -11,27 +11,27 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
-from models.checkpoint import SourceModel, open_or_convert
-from models.data import Windows, bytes_of, evaluation_passages
-from models.documents import documents_of
-from models.evaluation import Measured
+from models.files.checkpoint import SourceModel, open_or_convert
 from models.fingerprint import fingerprint
 from models.formats.directory import refuse_broken_companions
-from models.frame import Frame
 from models.job import Inputs, params_named
-from models.material import Material
+from models.measuring.evaluation import Measured
+from models.measuring.speed import speeds
 from models.progress import Notify
-from models.prune import corpus
-from models.prune.corpus import Found, Pass, Survey, Texts
-from models.prune.keeping import Kept, keep
-from models.prune.pieces import Pieces, bytes_are_characters, named_by
-from models.prune.smaller import Done, material_of, sides_of
-from models.prune.token_ids import named_in
-from models.prune.trimmed_quality import Judged, judged
-from models.prune.trimming import GENERATION, Words, trimmed_config, words_of, write_beside, write_trimmed
+from models.prune.slimming.smaller import Done, material_of, sides_of
+from models.prune.vocabularies import corpus
+from models.prune.vocabularies.corpus import Found, Pass, Survey, Texts
+from models.prune.vocabularies.keeping import Kept, keep
+from models.prune.vocabularies.pieces import Pieces, bytes_are_characters, named_by
+from models.prune.vocabularies.token_ids import named_in
+from models.prune.vocabularies.trimmed_quality import Judged, judged
+from models.prune.vocabularies.trimming import GENERATION, Words, trimmed_config, words_of, write_beside, write_trimmed
 from models.resources import Clock, return_free_memory
-from models.speed import speeds
-from models.teamwork import compute_dtype
+from models.streaming.frame import Frame
+from models.streaming.teamwork import compute_dtype
+from models.texts.data import Windows, bytes_of, evaluation_passages
+from models.texts.documents import documents_of
+from models.texts.material import Material
 from squeeze.costs.slimming_work import counted_slimming
 from squeeze.errors import ArchitectureUnsupported
 from squeeze.objects import Stage
@@ -59,7 +59,7 @@ class Read:
 
 
 def prune(found: Set[int], always: Set[int], pieces: Pieces, rows: int, asked: int | None, multiple: int) -> Kept:
-    """Which tokens stay; as `models.prune.keeping.keep`."""
+    """Which tokens stay; as `models.prune.vocabularies.keeping.keep`."""
     return keep(found, always, pieces, rows, asked, multiple)
 
 

@@ -6,9 +6,9 @@ half zeros 2 to 3 % less divergence than after those before it were, at 70 % 6 t
 no token came is judged by its weights alone.
 """
 
-from models.plain import Plain
-from models.prune.masks import lowest_of_rows
+from models.prune.zeroing.masks import lowest_of_rows
 from models.quantize.problem import Problem, Solution
+from models.weights.plain import Plain
 from squeeze.steps.sparsifying import Wanda
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import SourceModel
 from models.distill.cutting import written
+from models.files.checkpoint import SourceModel
 from models.formats.directory import without_private
 from models.formats.shards import Piece
-from models.frame import Frame
 from models.progress import Notify
-from models.prune import gradient, pacing
-from models.prune.looking import Looked, Looking, watched
+from models.prune.slimming import gradient, pacing
+from models.prune.slimming.looking import Looked, Looking, watched
+from models.streaming.frame import Frame
 from squeeze.costs.slimming_work import judged_sequences
 from squeeze.shapes.model import BLOCK
 from squeeze.shapes.slimmed import Sides

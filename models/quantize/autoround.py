@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from models.block import BlockWork
-from models.calls import Batch, run
-from models.codes import Codes, storable
 from models.quantize.grid import fit
 from models.quantize.problem import Solution
-from models.statistics import Moments
+from models.streaming.block import BlockWork
+from models.streaming.calls import Batch, run
+from models.streaming.statistics import Moments
+from models.weights.codes import Codes, storable
 from squeeze.steps.quantization import AutoRound
 from squeeze.steps.schemes import Scheme
 

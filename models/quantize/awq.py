@@ -12,9 +12,9 @@ whatever can take a scale over does, also repeated values of grouped-query atten
 import torch
 from torch import Tensor
 
-from models.codes import Codes
 from models.quantize.grid import bands, least, residual, round_to
 from models.quantize.problem import Problem, Solution
+from models.weights.codes import Codes
 from squeeze.steps.quantization import AWQ
 
 SMALLEST = 1e-4  # of a scale before it is normalised, as in the released code

@@ -1,7 +1,7 @@
 """A cast to bfloat16: no codes, no scales, no data."""
 
-from models.plain import TYPES, Plain, saturated
 from models.quantize.problem import Problem, Solution
+from models.weights.plain import TYPES, Plain, saturated
 from squeeze.steps.quantization import BF16
 
 

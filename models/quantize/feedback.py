@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from models.statistics import Factor, Hessian, multiplies_bfloat16
+from models.streaming.statistics import Factor, Hessian, multiplies_bfloat16
 from squeeze.errors import FactorisationFailed
 
 FEW_COLUMNS = 32  # rounded one by one, before what they put on others becomes a product; group sizes are multiples
@@ -245,6 +245,6 @@ def _round_block_on(device: torch.device) -> RoundBlock | None:
     """The Triton kernel, on a GPU where Triton is: torch's CUDA wheels bring it, and its CPU wheel does not."""
     if find_spec("triton") is None:
         return None
-    from models import feedback_triton
+    from models.quantize import feedback_triton
 
     return feedback_triton.round_block if feedback_triton.runs_on(device) else None

@@ -8,9 +8,9 @@ and among them is one under which the grid lies best.
 import torch
 from torch import Tensor
 
-from models.float_codes import LARGEST_E4M3, Float8Codes, exact_in, to_e4m3
 from models.quantize.grid import FITTED_WEIGHTS, bands
 from models.quantize.problem import Problem, Solution
+from models.weights.float_codes import LARGEST_E4M3, Float8Codes, exact_in, to_e4m3
 from squeeze.steps.quantization import FP8
 
 OCTAVE_STEPS = 16

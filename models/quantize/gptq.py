@@ -21,14 +21,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from models.codes import Codes
-from models.prune.masks import lowest_of_layer
 from models.prune.sparsegpt import zero_columns
+from models.prune.zeroing.masks import lowest_of_layer
 from models.quantize import rtn
 from models.quantize.feedback import Levels, factorised, factorised_in_order, round_columns
 from models.quantize.grid import fit
 from models.quantize.problem import Problem, Solution, pruned
-from models.statistics import Factor
+from models.streaming.statistics import Factor
+from models.weights.codes import Codes
 from squeeze.steps.quantization import GPTQ, RTN
 
 # With fewer, layers are rounded to nearest: on the bundled model at 2 bits GPTQ lost to that with 64 tokens for 256

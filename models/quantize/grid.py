@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.codes import storable
+from models.weights.codes import storable
 
 # Shrinkages of the range that are tried; clipping the outermost weights often costs less than the coarser grid that
 # they force on all others, the more so the fewer the bits. The diagonal of the Hessian, which weighs the trials, does

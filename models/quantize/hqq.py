@@ -12,9 +12,9 @@ has 0.0038 at 4 bits (asymmetric), and 0.10 to 0.22 where it has 0.08 at 2.
 import torch
 from torch import Tensor
 
-from models.codes import Codes, storable
 from models.quantize.grid import SHRINK_LEAST, SHRINK_STEPS, dequantize, fit, round_to
 from models.quantize.problem import Problem, Solution
+from models.weights.codes import Codes, storable
 from squeeze.steps.quantization import HQQ
 
 P = 0.7

@@ -1,13 +1,13 @@
 """LLM.int8(): each output row in integers of 8 bits, its largest weight at 127; needs no data.
 
 What the readers of the result add as it runs, outlying columns of the inputs multiplied as they are, is simulated by
-`models.activations`.
+`models.streaming.activations`.
 """
 
 import torch
 
-from models.codes import Codes
 from models.quantize.problem import Problem, Solution
+from models.weights.codes import Codes
 from squeeze.steps.quantization import Int8
 
 LARGEST = 127

@@ -11,19 +11,16 @@ from typing import Any
 
 import torch
 
-from models import casts, engine
-from models.allocation import allot, allots
+from models.bits.allocation import allot, allots
 from models.certifying.certify import certify
 from models.certifying.running import tokenized
-from models.checkpoint import SourceModel, open_model, open_or_convert
 from models.closing import certified, closed, spent
-from models.evaluation import Measured, measure
+from models.files.checkpoint import SourceModel, open_model, open_or_convert
 from models.fingerprint import fingerprint
 from models.formats import layout
 from models.formats.directory import refuse_broken_companions
 from models.formats.gguf import refuse_source
 from models.formats.safetensors_zst import restored
-from models.frame import Frame
 from models.job import (
     Inputs,
     Outcome,
@@ -33,17 +30,21 @@ from models.job import (
     size_part,
     source_part,
 )
-from models.material import Material, read_tokenizer
+from models.measuring.evaluation import Measured, measure
 from models.progress import Notify
-from models.prune import factoring
-from models.prune.counting import counted_codes, counted_zeros, saved_by_zeros
-from models.prune.outliers import spread
-from models.quantized import QuantizedModel
+from models.prune.factors import factoring
+from models.prune.zeroing.counting import counted_codes, counted_zeros, saved_by_zeros
+from models.prune.zeroing.outliers import spread
+from models.quantize.rotation import told
 from models.resources import Clock, device_name
-from models.rotation import told
-from models.team import Team
-from models.teamwork import Frames, frames_of, lead
+from models.streaming import engine
+from models.streaming.frame import Frame
+from models.streaming.team import Team
+from models.streaming.teamwork import Frames, frames_of, lead
+from models.texts.material import Material, read_tokenizer
 from models.train import rounded
+from models.weights import casts
+from models.weights.quantized import QuantizedModel
 from models.work import work_of
 from squeeze import __version__
 from squeeze.names import Format

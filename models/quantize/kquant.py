@@ -9,7 +9,7 @@ feedback and 0.0196 without, at Q3_K_M 0.0015 and 0.0055 (llama.cpp's own quanti
 
 import torch
 
-from models.checkpoint import SourceModel
+from models.files.checkpoint import SourceModel
 from models.ggml.assignment import schemes_of_mixture
 from models.ggml.blocks import Blocks
 from models.ggml.encoder import fit, round_to
@@ -17,7 +17,7 @@ from models.ggml.layout import pack
 from models.ggml.types import TYPES
 from models.quantize.feedback import Levels, factorised, round_columns
 from models.quantize.problem import Problem, Solution
-from models.quantized import Site
+from models.weights.quantized import Site
 from squeeze.steps.quantization import KQuant
 from squeeze.steps.schemes import Scheme
 

@@ -8,8 +8,8 @@ clips what lies between 6 and 8 times the scale.
 import torch
 from torch import Tensor
 
-from models.float_codes import E8M0_BIAS, Float4Codes, e2m1, power_of_two, to_e2m1
 from models.quantize.problem import Problem, Solution
+from models.weights.float_codes import E8M0_BIAS, Float4Codes, e2m1, power_of_two, to_e2m1
 from squeeze.steps.quantization import MXFP4
 
 TOP_EXPONENT = 2  # of E2M1: its largest number, 6, is 1.5 · 2²

@@ -2,8 +2,8 @@
 
 import torch
 
-from models.normal_float import Joined, encode
 from models.quantize.problem import Problem, Solution
+from models.weights.normal_float import Joined, encode
 from squeeze.steps.quantization import NF4
 
 

@@ -8,8 +8,8 @@ error, from clipping its largest weight to putting it at 4 instead of 6, where t
 import torch
 from torch import Tensor
 
-from models.float_codes import LARGEST_E2M1, LARGEST_E4M3, Float4Codes, e2m1, to_e2m1, to_e4m3
 from models.quantize.problem import Problem, Solution
+from models.weights.float_codes import LARGEST_E2M1, LARGEST_E4M3, Float4Codes, e2m1, to_e2m1, to_e4m3
 from squeeze.steps.quantization import NVFP4
 
 STRETCHES = tuple(0.7 + 0.05 * number for number in range(18))  # of the scale that puts a block's largest weight at 6

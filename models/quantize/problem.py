@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.codes import Encoded
-from models.statistics import Statistics
+from models.streaming.statistics import Statistics
+from models.weights.codes import Encoded
 from squeeze.steps.schemes import Scheme
 
 MANY_ZEROS = 0.05  # of a weight: then they are taken for pruned, and stay

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.codes import Codes, storable
 from models.quantize import gptq, rtn
 from models.quantize.problem import Problem, Solution
+from models.weights.codes import Codes, storable
 from squeeze.steps.quantization import GPTQ, QAT, RTN
 
 WEIGHT_RATE = 2.0  # by so much a weight moves, where the end of its group's grid moves by 1

@@ -2,9 +2,9 @@
 
 import torch
 
-from models.codes import Codes
 from models.quantize.grid import fit, round_to
 from models.quantize.problem import Problem, Solution
+from models.weights.codes import Codes
 from squeeze.steps.quantization import RTN
 
 

@@ -5,19 +5,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from models import engine
 from models.certifying.running import Sample
-from models.data import LEAST_TOKENS, Windows, text_of
-from models.evaluation import measure
 from models.job import Inputs, compress_step
-from models.material import few_tokens
+from models.measuring.evaluation import measure
 from models.progress import Notify
-from models.quantized import QuantizedModel
 from models.resources import Clock, return_free_memory
-from models.teamwork import frames_of
+from models.streaming import engine
+from models.streaming.teamwork import frames_of
+from models.texts.data import LEAST_TOKENS, Windows, text_of
+from models.texts.material import few_tokens
 from models.train.counting import work_of
 from models.train.examples import Examples
 from models.train.prepare import Prepared
+from models.weights.quantized import QuantizedModel
 from models.work import ahead
 from squeeze.errors import DataUnusable
 from squeeze.objects import Stage

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.disk import write_whole
+from models.files.disk import write_whole
 from models.formats.shards import Piece, write_pieces
-from models.team import SOLO, Team
+from models.streaming.team import SOLO, Team
 from models.train.processes import whole
 from models.train.zero import Part
 from squeeze.reports.training import HeldOutLoss, TrainingStep

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from models.checkpoint import SourceModel
+from models.files.checkpoint import SourceModel
 from models.progress import Notify
 from models.resources import available_device_bytes, peak_host_bytes, return_free_memory
 from models.train.checkpoints import random_tensors, restore_random

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.data import grain_of
-from models.documents import rows_of
-from models.text import HELD_OUT_SHARE
+from models.texts.data import grain_of
+from models.texts.documents import rows_of
+from models.texts.generic import HELD_OUT_SHARE
 from squeeze.errors import DataUnusable
 from squeeze.texts.documents import Wrong, refuse
 from squeeze.texts.domains import (

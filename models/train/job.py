@@ -13,15 +13,13 @@ from torch import Tensor
 
 from models.certifying.certify import certify, loss_in_transformers
 from models.certifying.running import Sample
-from models.checkpoint import SourceModel
 from models.closing import certified, closed, spent
-from models.disk import write_whole
 from models.distill.lesson import Lesson
+from models.files.checkpoint import SourceModel
+from models.files.disk import write_whole
 from models.formats import layout
 from models.formats.directory import write_companions, written_whole
 from models.job import Inputs, Outcome, libraries, size_part, source_part
-from models.material import read_tokenizer
-from models.plain import saturated
 from models.progress import Notify, Silent
 from models.resources import (
     Clock,
@@ -29,7 +27,8 @@ from models.resources import (
     map_large_memory,
     return_free_memory,
 )
-from models.team import SOLO, Team
+from models.streaming.team import SOLO, Team
+from models.texts.material import read_tokenizer
 from models.train.accuracy import accuracies
 from models.train.bases import Base, rounded_base
 from models.train.checkpoints import Checkpoints
@@ -43,6 +42,7 @@ from models.train.reference import reference_losses, weighed
 from models.train.telling import doubts_of, mean, sample_of, training_part
 from models.train.whole import write_trained
 from models.train.zeros import kept_zeros
+from models.weights.plain import saturated
 from models.work import ahead, summed
 from squeeze import __version__
 from squeeze.names import Format

@@ -12,7 +12,7 @@ import torch
 from models.job import Inputs
 from models.progress import Notify
 from models.resources import available_device_bytes, available_host_bytes
-from models.team import Team
+from models.streaming.team import Team
 from models.train.prepare import Prepared
 from models.train.processes import ALONE, Processes
 from squeeze.errors import OutOfMemoryHost

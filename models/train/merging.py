@@ -6,12 +6,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from models.checkpoint import SourceModel
+from models.files.checkpoint import SourceModel
 from models.formats.directory import without_private, write_companions, write_json, written_whole
 from models.formats.shards import Piece, write_shards
-from models.plain import saturated
 from models.progress import Notify
-from models.quantized import Site
+from models.weights.plain import saturated
+from models.weights.quantized import Site
 from squeeze.shapes.model import COMPUTED
 
 Learned = tuple[Site, Literal["weight", "bias"]]

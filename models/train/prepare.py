@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.architectures import architecture_of
-from models.checkpoint import SourceModel, open_or_convert
-from models.data import LEAST_TOKENS
 from models.distill.student import refuse_unteachable, student_of
 from models.distill.vocabulary import refuse_foreign, shared_vocabulary
+from models.files.architectures import architecture_of
+from models.files.checkpoint import SourceModel, open_or_convert
 from models.finetune import full, head
 from models.fingerprint import training_fingerprint
 from models.formats.directory import refuse_broken_companions
-from models.frame import Frame
 from models.job import Inputs
 from models.progress import Notify, Silent
-from models.quantized import QuantizedModel, Site
 from models.resources import Clock
+from models.streaming.frame import Frame
+from models.texts.data import LEAST_TOKENS
 from models.train.choices import Choices, choose_length, choose_rest
 from models.train.domains import evenly
 from models.train.examples import Examples, Split
@@ -33,6 +32,7 @@ from models.train.scoring import own, packs
 from models.train.texts import examples_of
 from models.train.whole import load_whole
 from models.train.zeros import pruned_names, zeros_of
+from models.weights.quantized import QuantizedModel, Site
 from squeeze.errors import DataUnusable, ModelMalformed, SpecInvalid
 from squeeze.specs.choosing import LENGTH_MOST, Choice, settled
 from squeeze.specs.job_spec import JobSpec

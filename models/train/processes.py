@@ -20,7 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from models.team import SOLO, Team
+from models.streaming.team import SOLO, Team
 from models.train.examples import Examples
 from models.train.packing import Batch, Row, batch_of, micro_batches
 from models.train.zero import Part, Zero

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from models.checkpoint import open_or_convert
 from models.distill.held_out import losses_said, read_held_out
 from models.distill.lesson import Lesson
 from models.distill.vocabulary import shared_vocabulary
-from models.frame import Frame
+from models.files.checkpoint import open_or_convert
 from models.job import Inputs
 from models.progress import Notify
+from models.streaming.frame import Frame
 from models.train.domains import Domains
 from models.train.loop import Task
 from models.train.prepare import Prepared

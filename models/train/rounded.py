@@ -17,24 +17,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models import engine
-from models.codes import Codes
-from models.data import Windows
-from models.evaluation import measure
-from models.frame import Frame
+from models.measuring.evaluation import measure
 from models.progress import Notify
 from models.quantize.problem import Problem, Solution
 from models.quantize.qat import Learner
-from models.quantized import QuantizedModel, block_file, tensors_of
 from models.resources import available_device_bytes, return_free_memory
-from models.snapshots import SNAPSHOT_SECONDS
-from models.teamwork import Frames
+from models.streaming import engine
+from models.streaming.frame import Frame
+from models.streaming.snapshots import SNAPSHOT_SECONDS
+from models.streaming.teamwork import Frames
+from models.texts.data import Windows
 from models.train.checkpoints import Checkpoints
 from models.train.examples import Examples
 from models.train.loop import Task, accelerator_of, train
 from models.train.packing import Batch, Plan
 from models.train.prepare import TYPES, resolved
 from models.train.scoring import learned_logits, learned_losses
+from models.weights.codes import Codes
+from models.weights.quantized import QuantizedModel, block_file, tensors_of
 from squeeze.costs.memory import needed
 from squeeze.errors import DataUnusable
 from squeeze.objects import Stage

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint import SourceModel
-from models.data import CHARACTERS_PER_TOKEN, EVALUATION_SEED, GENERIC_ORIGIN, generic_passages
-from models.disk import write_once
 from models.distill.sequence import wrote
+from models.files.checkpoint import SourceModel
+from models.files.disk import write_once
 from models.fingerprint import writing_fingerprint
 from models.job import Inputs
-from models.material import read_tokenizer
 from models.progress import Notify
 from models.resources import Clock
-from models.text import Split as Side
+from models.texts.data import CHARACTERS_PER_TOKEN, EVALUATION_SEED, GENERIC_ORIGIN, generic_passages
+from models.texts.generic import Split as Side
+from models.texts.material import read_tokenizer
 from models.train.division import divided
 from models.train.examples import Split, read_examples
 from models.train.whole import load_whole

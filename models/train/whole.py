@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from models.checkpoint import SourceModel
+from models.files.checkpoint import SourceModel
 from models.formats.directory import without_private, write_companions, write_json, written_whole
 from models.formats.shards import SHARD_BYTES
-from models.plain import saturated
 from models.train.merging import stored_dtype
+from models.weights.plain import saturated
 
 
 def load_whole(path: Path, dtype: torch.dtype, device: torch.device) -> Any:

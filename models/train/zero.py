@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.resources import map_large_memory, return_free_memory
-from models.team import Team
+from models.streaming.team import Team
 from models.train.optimizers import optimizer_of
 from squeeze.steps.sharding import ZERO_STAGES, Way
 from squeeze.steps.training import Train

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from models.checkpoint import SourceModel, open_model
-from models.frame import Frame
+from models.files.checkpoint import SourceModel, open_model
 from models.quantize.problem import MANY_ZEROS, pruned
+from models.streaming.frame import Frame
 from squeeze.errors import CompressionBug
 
 

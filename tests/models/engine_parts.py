@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from models import engine
-from models.checkpoint import open_model
-from models.data import Windows
-from models.evaluation import measure
-from models.frame import Frame
+from models.files.checkpoint import open_model
+from models.measuring.evaluation import measure
 from models.progress import Silent
-from models.teamwork import compute_dtype
+from models.streaming import engine
+from models.streaming.frame import Frame
+from models.streaming.teamwork import compute_dtype
+from models.texts.data import Windows
 from squeeze.reports.parts import Quality, Text
 from squeeze.steps.quantization import RTN, Quantize
 from tests.models.tiny import VOCABULARY

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from models.checkpoint import SourceModel, open_model
-from models.codes import Codes
-from models.frame import Frame
-from models.quantized import QuantizedModel, Site, block_file, tensors_of
+from models.files.checkpoint import SourceModel, open_model
+from models.streaming.frame import Frame
+from models.weights.codes import Codes
+from models.weights.quantized import QuantizedModel, Site, block_file, tensors_of
 from squeeze.steps.quantization import RTN, GroupSize
 from squeeze.steps.schemes import Scheme
 

@@ -19,7 +19,7 @@ from models.quantize import feedback, gptq, kquant
 from models.quantize.feedback import Levels, factorised
 from models.quantize.grid import fit
 from models.quantize.problem import Problem
-from models.statistics import Factor, Statistics
+from models.streaming.statistics import Factor, Statistics
 from squeeze.steps.quantization import GPTQ, KQuant
 
 TIES = 16  # columns

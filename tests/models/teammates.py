@@ -21,11 +21,11 @@ from typing import Any, NoReturn
 import torch
 from pydantic import TypeAdapter
 
-from models.checkpoint import open_model
-from models.evaluation import measure
+from models.files.checkpoint import open_model
+from models.measuring.evaluation import measure
 from models.progress import Silent
-from models.team import Team
-from models.teamwork import follow, frames_of, lead
+from models.streaming.team import Team
+from models.streaming.teamwork import follow, frames_of, lead
 from squeeze.steps.every import Step
 from squeeze.steps.quantization import Quantize
 from tests.models.engine_parts import CPU, thrown

@@ -10,13 +10,13 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from models import kv_cache
-from models.activations import rounded, static_scale
-from models.checkpoint import read_config
-from models.float_codes import to_e4m3
+from models.files.checkpoint import read_config
 from models.formats import layout
 from models.pipeline import check
 from models.progress import Silent
+from models.quantize import kv_cache
+from models.streaming.activations import rounded, static_scale
+from models.weights.float_codes import to_e4m3
 from squeeze.errors import FormatUnfit
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.quantization import FP8, RTN, SmoothQuant

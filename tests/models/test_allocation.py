@@ -9,15 +9,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from models import engine
-from models.allocation import allot, mixed
-from models.evaluation import measure
+from models.bits.allocation import allot, mixed
 from models.formats import layout
 from models.formats.directory import weight_bytes
 from models.formats.fitness import stored_alike
-from models.frame import Frame
+from models.measuring.evaluation import measure
 from models.pipeline import check, run
 from models.progress import Silent
+from models.streaming import engine
+from models.streaming.frame import Frame
 from squeeze.errors import FormatUnfit, SpecInvalid
 from squeeze.names import Format
 from squeeze.reports.report import Allocation

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from models.checkpoint import open_model
-from models.experts import Experts
+from models.files.checkpoint import open_model
 from models.formats import layout
-from models.frame import Frame
 from models.pipeline import check, run
 from models.progress import Silent
+from models.streaming.experts import Experts
+from models.streaming.frame import Frame
 from squeeze.errors import FormatUnfit
 from squeeze.names import Format
 from squeeze.shapes.architectures import HELD_BY

@@ -11,7 +11,7 @@ from models.formats import layout
 from models.progress import Silent
 from models.quantize import awq, rtn
 from models.quantize.problem import Problem
-from models.statistics import Statistics
+from models.streaming.statistics import Statistics
 from squeeze.names import Format
 from squeeze.steps.quantization import AWQ, RTN
 from tests.models.engine_parts import compressed, frame_of, thrown

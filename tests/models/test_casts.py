@@ -7,14 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from models import casts, engine
-from models.checkpoint import open_model, read_config
-from models.evaluation import measure
+from models.files.checkpoint import open_model, read_config
 from models.formats import layout
-from models.frame import Frame
+from models.measuring.evaluation import measure
 from models.pipeline import run
-from models.plain import Plain, saturated
 from models.progress import Silent
+from models.streaming import engine
+from models.streaming.frame import Frame
+from models.weights import casts
+from models.weights.plain import Plain, saturated
 from squeeze.errors import ModelAlreadyCompressed, NotFinite
 from squeeze.steps.quantization import BF16, FP16, Quantize
 from squeeze.steps.schemes import Scheme

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.checkpoint import convert_legacy, has_legacy_weights_only, open_model
-from models.safetensors_file import read, read_header
+from models.files.checkpoint import convert_legacy, has_legacy_weights_only, open_model
+from models.files.safetensors_file import read, read_header
 from squeeze.errors import (
     ArchitectureUnsupported,
     ModelAlreadyCompressed,

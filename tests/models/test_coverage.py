@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from models.coverage import coverage, coverage_warnings, repeated_share, repetition_warnings
-from models.data import calibration_batches
-from models.material import Material, read_tokenizer
+from models.texts.coverage import coverage, coverage_warnings, repeated_share, repetition_warnings
+from models.texts.data import calibration_batches
+from models.texts.material import Material, read_tokenizer
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.quantization import GPTQ
 from tests.models.engine_parts import frame_of

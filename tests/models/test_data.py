@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from models.data import calibration_batches, digest, evaluation_windows
-from models.text import standard_library
+from models.texts.data import calibration_batches, digest, evaluation_windows
+from models.texts.generic import standard_library
 from squeeze.errors import DataUnusable
 from tests.models import tiny
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from models.documents import documents_of
+from models.texts.documents import documents_of
 from squeeze.errors import DataUnusable
 from squeeze.texts.documents import BLOCK_CHARACTERS
 

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models import engine
-from models.checkpoint import open_model
-from models.data import calibration_batches, evaluation_windows
-from models.evaluation import measure
-from models.frame import Frame
+from models.files.checkpoint import open_model
+from models.measuring.evaluation import measure
 from models.progress import Silent
-from models.quantized import block_files
+from models.streaming import engine
+from models.streaming.frame import Frame
+from models.texts.data import calibration_batches, evaluation_windows
+from models.weights.quantized import block_files
 from squeeze.errors import ModelMalformed, NotFinite
 from squeeze.steps.quantization import GPTQ, RTN
 from tests.models import tiny

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.activations import rounded
-from models.codes import Codes
-from models.float_codes import E2M1, Float4Codes, Float8Codes
 from models.quantize import fp8, mxfp4, nvfp4, smoothquant
 from models.quantize.problem import Problem, Solution
-from models.statistics import Statistics
+from models.streaming.activations import rounded
+from models.streaming.statistics import Statistics
+from models.weights.codes import Codes
+from models.weights.float_codes import E2M1, Float4Codes, Float8Codes
 from squeeze.steps.quantization import FP8, MXFP4, NVFP4, Quantize, SmoothQuant, Statistic
 
 VALUES = torch.tensor(sorted({*E2M1, *(-value for value in E2M1)}))

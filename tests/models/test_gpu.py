@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from models import engine
-from models.checkpoint import open_model
-from models.data import calibration_batches, evaluation_windows
-from models.evaluation import measure
-from models.frame import Frame
+from models.files.checkpoint import open_model
+from models.measuring.evaluation import measure
 from models.progress import Silent
+from models.streaming import engine
+from models.streaming.frame import Frame
+from models.texts.data import calibration_batches, evaluation_windows
 from squeeze.steps.quantization import GPTQ
 from tests.models import tiny
 

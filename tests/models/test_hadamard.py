@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.hadamard import Rotation, paley
+from models.quantize.hadamard import Rotation, paley
 
 
 @pytest.mark.parametrize("order", [4, 8, 12, 20, 24, 28, 32, 36, 44, 60, 68, 76, 84, 108, 124, 140])

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.codes import Codes
 from models.quantize import hqq, rtn
 from models.quantize.problem import Problem
+from models.weights.codes import Codes
 from squeeze.steps.quantization import HQQ, RTN
 
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from models.knapsack import Option, solve
+from models.bits.knapsack import Option, solve
 
 
 def value(items: list[list[Option]], chosen: tuple[int, ...] | list[int]) -> tuple[int, float]:

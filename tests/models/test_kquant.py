@@ -6,14 +6,14 @@ import gguf
 import pytest
 import torch
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.formats import gguf as layout
 from models.ggml.blocks import scheme_of, to_blocks
 from models.ggml.types import Name
 from models.progress import Silent
 from models.quantize.kquant import quantize
 from models.quantize.problem import Problem
-from models.statistics import Statistics
+from models.streaming.statistics import Statistics
 from squeeze.errors import FormatUnfit
 from squeeze.steps.quantization import KQuant
 from tests.models.engine_parts import compressed, thrown

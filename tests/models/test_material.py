@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.formats.directory import refuse_broken_companions
-from models.material import Material, read_tokenizer
+from models.texts.material import Material, read_tokenizer
 from squeeze.errors import DataUnusable, ModelMalformed, ModelUnsafe
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.quantization import RTN

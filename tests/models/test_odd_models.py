@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.checkpoint import convert_legacy, has_legacy_weights_only, open_model
+from models.files.checkpoint import convert_legacy, has_legacy_weights_only, open_model
+from models.files.safetensors_file import read_header
 from models.formats import layout
 from models.progress import Silent
-from models.safetensors_file import read_header
 from squeeze.errors import ModelAlreadyCompressed, ModelMalformed, ModelUnsafe, NotFinite
 from squeeze.names import Format
 from squeeze.steps.quantization import GPTQ

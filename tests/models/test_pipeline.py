@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from models.data import evaluation_windows
-from models.material import read_tokenizer
 from models.pipeline import Facts, Inputs, Outcome, check, run
 from models.progress import Silent
+from models.texts.data import evaluation_windows
+from models.texts.material import read_tokenizer
 from squeeze.errors import (
     ArchitectureUnsupported,
     DiskFull,

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.codes import Codes
 from models.quantize import gptq, qat, rtn
 from models.quantize.problem import Problem
 from models.quantize.qat import Learner
-from models.statistics import Statistics
+from models.streaming.statistics import Statistics
+from models.weights.codes import Codes
 from squeeze.steps.quantization import GPTQ, QAT, RTN
 from squeeze.steps.schemes import Scheme
 

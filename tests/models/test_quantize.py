@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.codes import Codes
 from models.quantize import feedback, gptq, rtn
 from models.quantize.problem import Problem, Solution
-from models.statistics import LEAST_ROUNDED, Hessian, Statistics
+from models.streaming.statistics import LEAST_ROUNDED, Hessian, Statistics
+from models.weights.codes import Codes
 from squeeze.errors import FactorisationFailed
 from squeeze.steps.quantization import GPTQ, RTN, Quantize
 

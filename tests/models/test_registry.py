@@ -10,10 +10,10 @@ import pytest
 from transformers import AutoConfig
 
 import models
-from models.architectures import TABLE, architecture_of
+from models.files.architectures import TABLE, architecture_of
 from models.finetune import ia3
 from models.formats import Layout
-from models.frame import Frame
+from models.streaming.frame import Frame
 from squeeze.names import Format
 from squeeze.shapes.architectures import ARCHITECTURES, HELD_BY
 from squeeze.specs.formats import CAPACITIES

@@ -9,14 +9,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from models import engine
-from models.calls import Calls, run
-from models.evaluation import measure
 from models.formats import layout
-from models.frame import Frame
+from models.measuring.evaluation import measure
 from models.pipeline import check
 from models.progress import Silent
-from models.rotation import Rotated, told
+from models.quantize.rotation import Rotated, told
+from models.streaming import engine
+from models.streaming.calls import Calls, run
+from models.streaming.frame import Frame
 from squeeze.errors import ArchitectureUnsupported
 from squeeze.shapes.architectures import ARCHITECTURES, ROTATABLE, refuse_unrotatable
 from squeeze.steps.quantization import RTN

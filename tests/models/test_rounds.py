@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.pipeline import check, run
 from squeeze.errors import SpecInvalid
 from squeeze.objects import Stage

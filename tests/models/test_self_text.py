@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models import self_text
-from models.material import SELF_WARNING, Material, read_tokenizer
 from models.pipeline import check
-from models.self_text import COOLING_TOKENS, need_of, refuse_too_large, sampled_text, temperature_at
+from models.texts import self_text
+from models.texts.material import SELF_WARNING, Material, read_tokenizer
+from models.texts.self_text import COOLING_TOKENS, need_of, refuse_too_large, sampled_text, temperature_at
 from squeeze.errors import DataUnusable, NotFinite
 from squeeze.objects import Stage
 from squeeze.specs.job_spec import JobSpec

@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import calls, evaluation, self_text, sensitivity
-from models.calls import Calls, run
+from models.bits import sensitivity
 from models.certifying import certify, in_transformers, running
+from models.measuring import evaluation
 from models.quantize import autoround, awq, feedback, grid
-from models.wiring import wiring_of
+from models.streaming import calls
+from models.streaming.calls import Calls, run
+from models.streaming.wiring import wiring_of
+from models.texts import self_text
 from squeeze.costs import memory, work
 from tests.models import tiny
 from tests.models.engine_parts import frame_of

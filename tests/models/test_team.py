@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.quantized import block_files
+from models.weights.quantized import block_files
 from tests.models import tiny
 
 RTN = {"kind": "quantize", "method": "rtn", "group_size": 32}

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.calls import Calls, run
-from models.wiring import Wiring, scale_outputs, wiring_of
+from models.streaming.calls import Calls, run
+from models.streaming.wiring import Wiring, scale_outputs, wiring_of
 from tests.models import tiny
 from tests.models.engine_parts import frame_of
 

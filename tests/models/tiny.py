@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from models.text import standard_library
+from models.texts.generic import standard_library
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KEY_VALUE_HEADS, VOCABULARY, POSITIONS = 128, 256, 2, 4, 2, 512, 128
 END_OF_TEXT = "<|endoftext|>"

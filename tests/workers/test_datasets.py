@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
-from models.documents import documents_of
+from models.texts.documents import documents_of
 from squeeze.errors import DataUnusable, DiskFull, HubUnavailable
 from squeeze.specs.job_spec import Data, hub_text
 from tests.hub import FaultyHub

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from models.certifying.certify import certify
-from models.checkpoint import tensor_entries
-from models.evaluation import measure
+from models.files.checkpoint import tensor_entries
 from models.formats import layout
 from models.formats.compressed_tensors_parts import weights_in
+from models.measuring.evaluation import measure
 from models.progress import Silent
 from squeeze.reports.report import Certificate
 from squeeze.steps.quantization import FP8, MXFP4, RTN, Quantize, SmoothQuant

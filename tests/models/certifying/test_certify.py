@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.certifying.certify import certify
-from models.data import Windows
 from models.formats import layout
 from models.progress import Silent
+from models.texts.data import Windows
 from squeeze.errors import CertificationFailed, ProcessKilled
 from squeeze.names import Format
 from squeeze.reports.parts import Text

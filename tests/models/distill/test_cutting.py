@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from models.architectures import architecture_of
-from models.checkpoint import open_model
 from models.distill.cutting import cut
+from models.files.architectures import architecture_of
+from models.files.checkpoint import open_model
 from models.pipeline import check
 from squeeze.errors import ArchitectureUnsupported, ModelMalformed
 from squeeze.shapes.architectures import ARCHITECTURES

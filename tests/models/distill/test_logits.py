@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from models.checkpoint import open_model
 from models.distill import teacher as reading
 from models.distill.held_out import apart, read_held_out
 from models.distill.stored import STORY, Shape, asked
-from models.frame import Frame
+from models.files.checkpoint import open_model
 from models.pipeline import run
+from models.streaming.frame import Frame
 from models.train.checkpoints import Checkpoints, Story
 from models.train.loop import accelerator_of, train
 from models.train.packing import batch_of

@@ -14,8 +14,8 @@ from models.distill.hidden import _related, mapped
 from models.distill.lesson import Lesson
 from models.distill.on_policy import OfItsOwn, _prompt
 from models.distill.writing import gone_on
-from models.material import read_tokenizer
 from models.pipeline import run
+from models.texts.material import read_tokenizer
 from models.train.loop import accelerator_of
 from models.train.packing import Batch, batch_of
 from squeeze.errors import ArchitectureUnsupported

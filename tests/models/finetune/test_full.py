@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.finetune import full, last_layers
 from models.pipeline import check
 from models.train.whole import write_trained

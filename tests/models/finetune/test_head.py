@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.finetune import head
 from models.job import Inputs
 from models.pipeline import check, run

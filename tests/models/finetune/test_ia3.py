@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.finetune import ia3, peft_adapter
 from models.train.merging import write_merged
 from squeeze.shapes.adapters import PREFIX

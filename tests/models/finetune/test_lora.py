@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.finetune import lora
-from models.frame import Frame
+from models.streaming.frame import Frame
 from squeeze.errors import ModelMalformed
 from squeeze.steps.finetuning import LoRA
 from tests.models.tiny import FAMILIES, VOCABULARY

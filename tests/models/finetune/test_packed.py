@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.codes import Codes, storable
 from models.finetune import packed
 from models.finetune.packed import PackedLinear
+from models.weights.codes import Codes, storable
 from squeeze.steps.schemes import Group, Scheme
 
 

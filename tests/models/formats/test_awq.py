@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from models.checkpoint import read_config
-from models.codes import Codes
+from models.files.checkpoint import read_config
 from models.formats import layout
 from models.progress import Silent
-from models.quantized import QuantizedModel, Site
+from models.weights.codes import Codes
+from models.weights.quantized import QuantizedModel, Site
 from squeeze.errors import FormatUnfit
 from squeeze.steps.quantization import RTN, GroupSize
 from tests.models.rounding import dequantized, rounded

@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from models import engine
-from models.activations import rounded
-from models.checkpoint import open_model, read_config
+from models.files.checkpoint import open_model, read_config
 from models.formats import layout
-from models.normal_float import NormalFloat, dynamic_map, encode
 from models.progress import Silent
 from models.quantize import int8, nf4
 from models.quantize.problem import Problem
-from models.quantized import Site
+from models.streaming import engine
+from models.streaming.activations import rounded
+from models.weights.normal_float import NormalFloat, dynamic_map, encode
+from models.weights.quantized import Site
 from squeeze.errors import FormatUnfit
 from squeeze.shapes.architectures import HELD_BY
 from squeeze.steps.quantization import NF4, Int8, Quantize

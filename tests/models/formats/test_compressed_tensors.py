@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from models.block import method_of
-from models.checkpoint import SourceModel, open_model, read_config
-from models.codes import Encoded
-from models.float_codes import e2m1, to_e2m1
+from models.files.checkpoint import SourceModel, open_model, read_config
 from models.formats import layout
 from models.formats.compressed_tensors_config import scheme_of, targets
 from models.formats.fitness import stored_alike, torn_fusions
 from models.progress import Silent
 from models.quantize.problem import Problem
-from models.quantized import QuantizedModel, Site, block_file, tensors_of
+from models.streaming.block import method_of
+from models.weights.codes import Encoded
+from models.weights.float_codes import e2m1, to_e2m1
+from models.weights.quantized import QuantizedModel, Site, block_file, tensors_of
 from squeeze.errors import FormatUnfit, GroupSizeIndivisible
 from squeeze.steps.quantization import FP8, MXFP4, NVFP4, RTN, Quantize, SmoothQuant
 from squeeze.steps.schemes import Scheme

@@ -14,11 +14,11 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from models.checkpoint import read_config
-from models.codes import Codes
+from models.files.checkpoint import read_config
 from models.formats import layout
 from models.progress import Silent
-from models.quantized import QuantizedModel
+from models.weights.codes import Codes
+from models.weights.quantized import QuantizedModel
 from squeeze.names import Format
 from squeeze.shapes.architectures import HELD_BY
 from squeeze.steps.quantization import GroupSize

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.formats import layout
 from models.formats.compressed_tensors import write
 from models.progress import Silent

@@ -17,14 +17,14 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from models.checkpoint import SourceModel, open_model
+from models.files.checkpoint import SourceModel, open_model
 from models.formats import gguf as layout
 from models.formats.gguf_families import FAMILIES as HELD
 from models.formats.gguf_families import config_of, family_of
 from models.formats.gguf_vocabulary import NAMES, refuse_vocabulary
 from models.progress import Silent
-from models.quantized import QuantizedModel, Site
-from models.text import standard_library
+from models.texts.generic import standard_library
+from models.weights.quantized import QuantizedModel, Site
 from squeeze.errors import FormatUnfit
 from squeeze.steps.quantization import RTN, GroupSize
 from squeeze.steps.schemes import Scheme

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from models.certifying.certify import certify
-from models.codes import Codes
 from models.formats import layout
 from models.formats.onnx import DATA, FILE
-from models.frame import weightless
 from models.progress import Silent
-from models.quantized import QuantizedModel
+from models.streaming.frame import weightless
+from models.weights.codes import Codes
+from models.weights.quantized import QuantizedModel
 from squeeze.errors import CertificationFailed
 from squeeze.reports.report import Certificate
 from squeeze.shapes.architectures import HELD_BY

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.codes import Codes, Encoded
 from models.formats import layout
 from models.progress import Silent
-from models.quantized import Site
+from models.weights.codes import Codes, Encoded
+from models.weights.quantized import Site
 from squeeze.errors import FormatUnfit, GroupSizeIndivisible
 from squeeze.names import Format
 from squeeze.steps.quantization import RTN, GroupSize

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 import torch
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.formats import layout
 from models.formats.directory import weight_bytes
 from models.formats.safetensors_zst import restored

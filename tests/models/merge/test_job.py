@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.merge import stream
 from models.merge.job import Done, merged
 from models.pipeline import check, check_entry, run

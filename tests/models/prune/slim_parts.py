@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from models.prune.smaller import Done, slimmed
+from models.prune.slimming.smaller import Done, slimmed
 from models.resources import Clock
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.slimming import Slim

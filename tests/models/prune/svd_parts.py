@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.progress import Silent
-from models.prune.factoring import Ranked, ranked
-from models.quantized import QuantizedModel
-from models.team import SOLO
-from models.teamwork import frames_of, lead
+from models.prune.factors.factoring import Ranked, ranked
+from models.streaming.team import SOLO
+from models.streaming.teamwork import frames_of, lead
+from models.weights.quantized import QuantizedModel
 from squeeze.steps.factoring import SVD
 from tests.models.engine_parts import CPU, thrown
 

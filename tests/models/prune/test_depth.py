@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.checkpoint import open_model
-from models.data import calibration_batches
-from models.material import read_tokenizer
+from models.files.checkpoint import open_model
 from models.pipeline import check, run
 from models.prune.depth import prune
+from models.texts.data import calibration_batches
+from models.texts.material import read_tokenizer
 from squeeze.errors import ArchitectureUnsupported, SpecInvalid
 from tests.models import tiny
 from tests.models.job_parts import Heard, digests, inputs_of

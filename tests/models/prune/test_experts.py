@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from models.checkpoint import open_model
-from models.data import calibration_batches
-from models.material import read_tokenizer
+from models.files.checkpoint import open_model
 from models.pipeline import check, run
 from models.prune.experts import prune
+from models.texts.data import calibration_batches
+from models.texts.material import read_tokenizer
 from squeeze.errors import ArchitectureUnsupported, SpecInvalid
 from squeeze.shapes.mixtures import FAMILIES
 from tests.models import tiny

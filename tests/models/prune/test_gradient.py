@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.checkpoint import open_model
-from models.data import calibration_batches
-from models.frame import Frame
-from models.material import read_tokenizer
+from models.files.checkpoint import open_model
 from models.progress import Silent
-from models.prune import gradient
-from models.prune.looking import Looking
+from models.prune.slimming import gradient
+from models.prune.slimming.looking import Looking
+from models.streaming.frame import Frame
+from models.texts.data import calibration_batches
+from models.texts.material import read_tokenizer
 from tests.models import tiny
 from tests.models.job_parts import Heard, digests
 from tests.models.prune.slim_parts import slim, text

@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from models import engine
-from models.checkpoint import open_model
-from models.data import calibration_batches, evaluation_windows
-from models.evaluation import measure
+from models.files.checkpoint import open_model
 from models.formats import layout
-from models.material import read_tokenizer
+from models.measuring.evaluation import measure
 from models.pipeline import check, run
 from models.progress import Silent
-from models.prune.counting import counted_zeros, saved_by_zeros, zstd_bytes
+from models.prune.zeroing.counting import counted_zeros, saved_by_zeros, zstd_bytes
+from models.streaming import engine
+from models.texts.data import calibration_batches, evaluation_windows
+from models.texts.material import read_tokenizer
 from squeeze.errors import CompressionBug, ModelAlreadyCompressed, ModelMalformed, SpecInvalid
 from squeeze.reports.report import Report
 from squeeze.steps.sparsifying import Magnitude, SparseGPT, Wanda

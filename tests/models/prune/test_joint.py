@@ -9,16 +9,16 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from models import engine
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.formats import layout
 from models.pipeline import check, run
 from models.progress import Silent
 from models.prune import sparsegpt
-from models.prune.counting import counted_codes, saved_by_zeros
+from models.prune.zeroing.counting import counted_codes, saved_by_zeros
 from models.quantize import gptq
 from models.quantize.problem import Problem
-from models.statistics import Statistics
+from models.streaming import engine
+from models.streaming.statistics import Statistics
 from squeeze.errors import SpecInvalid
 from squeeze.names import Format
 from squeeze.steps.quantization import GPTQ, QAT

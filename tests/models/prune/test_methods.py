@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from models.prune import magnitude, sparsegpt, wanda
-from models.prune.masks import lowest
+from models.prune.zeroing.masks import lowest
 from models.quantize import gptq, rtn
 from models.quantize.problem import Problem
-from models.statistics import Hessian, Statistics
+from models.streaming.statistics import Hessian, Statistics
 from squeeze.steps.quantization import GPTQ, RTN
 from squeeze.steps.sparsifying import Magnitude, SparseGPT, Sparsify, Wanda
 from tests.models.test_quantize import CPU, correlated

@@ -11,11 +11,11 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from models import engine
 from models.pipeline import run
 from models.progress import Silent
-from models.prune.masks import lowest_of_rows
-from models.prune.outliers import shares_of, spread
+from models.prune.zeroing.masks import lowest_of_rows
+from models.prune.zeroing.outliers import shares_of, spread
+from models.streaming import engine
 from squeeze.steps.sparsifying import Magnitude, SparseGPT, Uneven, Wanda
 from tests.models.engine_parts import frame_of, thrown
 from tests.models.job_parts import Heard, digests, inputs_of

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.prune.pacing import _first, measured, quick_enough
+from models.prune.slimming.pacing import _first, measured, quick_enough
 from squeeze.errors import SpecInvalid
 from squeeze.reports.report import Speed
 from squeeze.reports.speed import SpeedTarget

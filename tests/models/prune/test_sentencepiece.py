@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.utils import sentencepiece_model_pb2_new as messages
 
-from models.prune.sentencepiece import pieces_of, trimmed
+from models.prune.vocabularies.sentencepiece import pieces_of, trimmed
 
 NEW = {0: 0, 1: 1, 2: 2, 4: 3, 6: 4}
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.factored import Factored
-from models.prune.ranks import chosen, kept, lost, uniform
-from models.prune.spectra import Group
+from models.prune.factors.ranks import chosen, kept, lost, uniform
+from models.prune.factors.spectra import Group
 from models.prune.svd import GRADIENT_DAMPING, decomposed, prune
 from models.quantize.problem import Problem
-from models.statistics import Hessian, Statistics
+from models.streaming.statistics import Hessian, Statistics
+from models.weights.factored import Factored
 from squeeze.errors import SpecInvalid
 from squeeze.steps.factoring import SVD, Sides, budget_of, uniform_ranks
 from squeeze.steps.schemes import Scheme

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.checkpoint import open_model
-from models.factored import Factored
+from models.files.checkpoint import open_model
 from models.formats import layout
 from models.pipeline import check, run
 from models.progress import Silent
-from models.prune.factored_frame import FactoredFrame
-from models.prune.factoring import saved_by_factors
+from models.prune.factors.factoring import saved_by_factors
+from models.prune.factors.frame import FactoredFrame
+from models.weights.factored import Factored
 from squeeze.errors import ModelMalformed, SpecInvalid
 from squeeze.reports.report import Report
 from squeeze.steps.factoring import SVD

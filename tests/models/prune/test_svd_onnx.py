@@ -6,11 +6,11 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from models.checkpoint import open_model
-from models.factored import Factored
+from models.files.checkpoint import open_model
 from models.formats import layout
 from models.formats.onnx import DATA, FILE
 from models.progress import Silent
+from models.weights.factored import Factored
 from squeeze.shapes.architectures import HELD_BY
 from squeeze.steps.factoring import SVD
 from tests.models.formats.test_onnx import Running, thrown

@@ -1,6 +1,6 @@
 """Numbers of tokens in settings files follow a trimmed vocabulary, and tell which tokens have to stay."""
 
-from models.prune.token_ids import named_in, renumbered, renumbered_tokenizer
+from models.prune.vocabularies.token_ids import named_in, renumbered, renumbered_tokenizer
 
 NEW = {0: 0, 2: 1, 5: 2, 7: 3, 9: 4}
 GENERATION = {

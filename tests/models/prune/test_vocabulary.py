@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models.prune.keeping import keep
-from models.prune.pieces import Pieces
-from models.prune.smaller import Done
+from models.prune.slimming.smaller import Done
+from models.prune.vocabularies.keeping import keep
+from models.prune.vocabularies.pieces import Pieces
 from squeeze.errors import SpecInvalid
 from tests.models.job_parts import Heard, digests
 from tests.models.prune.tokenizers_of import BEGIN, KINDS, byte_level, model_with

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models.checkpoint import open_model
-from models.prune.smaller import sides_of
-from models.prune.trimming import weights
+from models.files.checkpoint import open_model
+from models.prune.slimming.smaller import sides_of
+from models.prune.vocabularies.trimming import weights
 from tests.models import tiny
 from tests.models.prune.tokenizers_of import byte_level, model_with
 from tests.models.prune.trim_parts import LINES, largest_difference, trim

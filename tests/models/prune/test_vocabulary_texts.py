@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from models.progress import Silent
-from models.prune.corpus import LONGEST, Pass, compare, count, survey, texts_in
-from models.prune.pieces import Pieces
+from models.prune.vocabularies.corpus import LONGEST, Pass, compare, count, survey, texts_in
+from models.prune.vocabularies.pieces import Pieces
 from squeeze.errors import ArchitectureUnsupported, CertificationFailed, DataUnusable
 from tests.models.prune.tokenizers_of import byte_level, model_with, words
 

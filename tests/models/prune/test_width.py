@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.pipeline import check, run
 from models.prune.width import prune
 from squeeze.errors import ArchitectureUnsupported, GroupSizeIndivisible, SpecInvalid

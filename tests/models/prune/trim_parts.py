@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.prune.smaller import Done, slimmed
+from models.prune.slimming.smaller import Done, slimmed
 from models.resources import Clock
 from squeeze.steps.slimming import Slim
 from tests.models.job_parts import Heard, inputs_of

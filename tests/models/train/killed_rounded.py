@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.fingerprint import fingerprint
-from models.material import Material, read_tokenizer
 from models.progress import Notify, Silent
-from models.team import SOLO
-from models.teamwork import frames_of, lead
+from models.streaming.team import SOLO
+from models.streaming.teamwork import frames_of, lead
+from models.texts.material import Material, read_tokenizer
 from models.train.rounded import Begun, learned_codes
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.quantization import QAT

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from models.resources import Clock, peak_host_bytes
-from models.team import Team
+from models.streaming.team import Team
 from models.train import job
 from squeeze.steps.training import Train
 from tests.models.job_parts import Heard

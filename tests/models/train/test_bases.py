@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from models import engine
-from models.frame import Frame
 from models.job import Inputs
 from models.progress import Silent
 from models.resources import Clock
+from models.streaming import engine
+from models.streaming.frame import Frame
 from models.train.bases import Base, rounded_base
 from models.train.prepare import prepare
 from squeeze.errors import DataUnusable

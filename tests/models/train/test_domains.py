@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.prune import smaller
+from models.prune.slimming import smaller
 from models.resources import Clock
 from models.train.domains import EVEN_SHARE, Domains, evenly
 from models.train.examples import Examples

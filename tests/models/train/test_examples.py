@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from models.material import read_tokenizer
+from models.texts.material import read_tokenizer
 from models.train.division import check_records
 from models.train.examples import Examples, Split, read_examples
 from squeeze.errors import DataUnusable

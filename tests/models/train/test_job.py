@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.formats import layout
-from models.frame import Frame
 from models.pipeline import check, run
-from models.quantized import Site
+from models.streaming.frame import Frame
+from models.weights.quantized import Site
 from squeeze.errors import ModelMalformed
 from squeeze.objects import Stage
 from squeeze.reports.report import Report

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.team import Team
+from models.streaming.team import Team
 from models.train.examples import Examples
 from models.train.packing import UNSCORED
 from models.train.prepare import prepare

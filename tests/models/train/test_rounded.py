@@ -11,11 +11,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from models.codes import Codes
-from models.evaluation import measure
+from models.measuring.evaluation import measure
 from models.pipeline import check, run
 from models.progress import Silent
 from models.train.rounded import learned_codes, passed_again
+from models.weights.codes import Codes
 from squeeze.errors import DataUnusable
 from squeeze.reports.training import Tuning
 from tests.models.job_parts import Heard, inputs_of

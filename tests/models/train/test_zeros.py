@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from models.checkpoint import open_model
+from models.files.checkpoint import open_model
 from models.formats import layout
 from models.pipeline import run
 from models.train.zeros import kept_zeros

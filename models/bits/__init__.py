@@ -1,0 +1,1 @@
+"""How many bits each linear gets under one budget."""

@@ -1,0 +1,1 @@
+"""A model on disk, as its author published it."""

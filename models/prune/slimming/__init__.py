@@ -1,0 +1,1 @@
+"""What the methods share that make a plain, smaller model."""

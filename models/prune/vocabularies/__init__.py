@@ -1,0 +1,1 @@
+"""What `vocabulary` needs: tokenizers, the tokens that texts need, the trimmed model's quality."""

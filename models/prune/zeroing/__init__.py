@@ -1,0 +1,1 @@
+"""What the methods share that set single weights to zero."""

@@ -1,0 +1,1 @@
+"""From the user's texts to tokens, and text for those who have none."""

@@ -1,0 +1,1 @@
+"""How weights are held between a method and a format."""
