@@ -2,8 +2,8 @@
 
 A Llama of about 5 million parameters with its own byte-level BPE, trained on the source text of the running
 interpreter's standard library (see `models/texts/generic.py`). It exists so that the service can be tried, and
-compression can be seen to hurt, on a machine without a network. Writes the model directory and `training.json`, the curve's end
-figures.
+compression can be seen to hurt, on a machine without a network. Writes the model directory and `training.json`, the
+curve's end figures.
 """
 
 import argparse

@@ -245,6 +245,6 @@ def _round_block_on(device: torch.device) -> RoundBlock | None:
     """The Triton kernel, on a GPU where Triton is: torch's CUDA wheels bring it, and its CPU wheel does not."""
     if find_spec("triton") is None:
         return None
-    from models.quantize import feedback_triton
+    from models.kernels import feedback_triton
 
     return feedback_triton.round_block if feedback_triton.runs_on(device) else None

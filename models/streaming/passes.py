@@ -1,9 +1,9 @@
 """Collects the calibration inputs of a block's linears with one batch in memory at a time.
 
-The same statistics as in lock step (`models.streaming.lockstep`), bit for bit, in several passes over the batches instead
-of one; but several processes sum what they gathered in another order. A pass gathers the inputs of every linear that no
-uncompressed linear stands before: where one is reached, it is handed NaN, and whatever comes out of that is left for a
-later pass.
+The same statistics as in lock step (`models.streaming.lockstep`), bit for bit, in several passes over the batches
+instead of one; but several processes sum what they gathered in another order. A pass gathers the inputs of every linear
+that no uncompressed linear stands before: where one is reached, it is handed NaN, and whatever comes out of that is
+left for a later pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -13,9 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from models.kernels.feedback_triton import OUTPUTS
+from models.kernels.feedback_triton import round_columns_of_some_outputs as kernel
 from models.quantize.feedback import FEW_COLUMNS
-from models.quantize.feedback_triton import OUTPUTS
-from models.quantize.feedback_triton import round_columns_of_some_outputs as kernel
 
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
 

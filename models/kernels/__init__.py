@@ -1,0 +1,1 @@
+"""Kernels of our own for GPUs, imported where their compiler is."""
