@@ -20,7 +20,7 @@ from models.streaming.frame import Frame
 from squeeze.costs.slimming_work import judged_sequences
 from squeeze.shapes.model import BLOCK
 from squeeze.shapes.slimmed import Sides
-from squeeze.shapes.widths import Widths, axes_of, sides_at, widths_left, widths_of
+from squeeze.shapes.widths import FAMILIES, Family, Widths, axes_of, sides_at, widths_left, widths_of
 from squeeze.steps.slimming import Width
 
 IMPORTANCE = {
@@ -29,7 +29,6 @@ IMPORTANCE = {
     "gradient": "what the loss of the text would change by to first order, added up over all weights of a neuron, a "
     "group of heads or a channel: |w · ∂L/∂w|",
 }
-NORMS = ("input_layernorm", "post_attention_layernorm")
 LAST_NORM = "model.norm.weight"
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
@@ -37,13 +36,15 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 class Outputs:
     """Adds up what neurons, heads and channels put out (arXiv 2407.14679 §2.2), squared, sequence by sequence.
 
-    sums, float64: neurons (blocks, inner); heads (blocks, heads); channels (norms, hidden), the norms in their order;
-    normed (norms, hidden), of each norm's inputs over their root mean square, squares; tokens (1,).
+    sums, float64: neurons (blocks, inner); heads (blocks, heads); channels (norms, hidden), the norms of each block in
+    their family's order, those behind its parts none; normed (norms, hidden), of each norm's inputs over their root
+    mean square, squares; tokens (1,).
     """
 
     def __init__(self, frame: Frame) -> None:
         self._widths, self._count = widths_of(frame.source.config, frame.sides()), frame.count
-        norms = len(NORMS) * frame.count + 1
+        self._family = family_of(frame.source)
+        norms = len(self._family.norms) * frame.count + 1
         sides = {
             "neurons": (frame.count, self._widths.inner),
             "heads": (frame.count, self._widths.heads),
@@ -54,7 +55,7 @@ class Outputs:
         self.sums = {name: torch.zeros(each, dtype=torch.float64) for name, each in sides.items()}
         key = frame.source.file_key(LAST_NORM)
         assert key is not None, "the files were compared with the config"
-        self._last_norm = frame.source.tensor(key).float().to(frame.device)
+        self._last_norm = self._gain(frame.source.tensor(key).to(frame.device))
 
     @contextmanager
     def watching(self, index: int, block: nn.Module) -> Iterator[None]:
@@ -66,11 +67,15 @@ class Outputs:
             by_head = outputs.view(*outputs.shape[:2], self._widths.heads, -1)  # (B, T, H·d) -> (B, T, H, d)
             self._add("heads", index, by_head.norm(dim=-1))
 
-        def norm(place: int) -> Hook:
-            return lambda module, given: self._normed(place, given[0], module.get_parameter("weight").float())
+        norms = self._family.norms
+
+        def norm(place: int, name: str) -> Hook:
+            if name in self._family.behind:
+                return lambda _, given: self._even(place, given[0])
+            return lambda module, given: self._normed(place, given[0], self._gain(module.get_parameter("weight")))
 
         places: dict[str, Hook] = {"mlp.down_proj": neurons, "self_attn.o_proj": heads}
-        places |= {name: norm(len(NORMS) * index + n) for n, name in enumerate(NORMS)}
+        places |= {name: norm(len(norms) * index + n, name) for n, name in enumerate(norms)}
         hooks = [block.get_submodule(name).register_forward_pre_hook(hook) for name, hook in places.items()]
         try:
             yield
@@ -82,18 +87,29 @@ class Outputs:
         if index == 0:
             self.sums["tokens"] += before.shape[0] * before.shape[1]
         if index == self._count - 1:
-            self._normed(len(NORMS) * self._count, after, self._last_norm)
+            self._normed(len(self._family.norms) * self._count, after, self._last_norm)
 
-    def _normed(self, place: int, hidden: Tensor, weight: Tensor) -> None:
-        """hidden: (B, T, C), what a norm is given. weight: (C,)."""
+    def _gain(self, weight: Tensor) -> Tensor:
+        return weight.float() + 1 if self._family.shifted else weight.float()
+
+    def _normed(self, place: int, hidden: Tensor, gain: Tensor) -> None:
+        """hidden: (B, T, C), what a norm is given. gain: (C,), what it multiplies by."""
+        self._add("channels", place, (self._even(place, hidden) * gain).abs())
+
+    def _even(self, place: int, hidden: Tensor) -> Tensor:
+        """hidden over its root mean square, which is added up."""
         even = hidden.float()
         even = even * torch.rsqrt(even.square().mean(dim=-1, keepdim=True).clamp_min(1e-30))
         self.sums["normed"][place] += even.square().sum(dim=(0, 1), dtype=torch.float64).cpu()
-        self._add("channels", place, (even * weight).abs())
+        return even
 
     def _add(self, name: str, place: int, outputs: Tensor) -> None:
         """outputs: (B, T, n), none negative."""
         self.sums[name][place] += outputs.mean(dim=1, dtype=torch.float64).square().sum(dim=0).cpu()
+
+
+def family_of(source: SourceModel) -> Family:
+    return FAMILIES[str(source.config["model_type"])]
 
 
 def prune(importance: Tensor, left: int) -> Tensor:
@@ -126,7 +142,7 @@ def smaller(
     found: dict[str, object] = {}
     if step.speed_target is not None:
         left, found["speed_target"] = pacing.paced_widths(whole, sums), pacing.told(step, sums)
-    kept = _Kept(step, whole, left, sums)
+    kept = _Kept(step, family_of(source), whole, left, sums)
     made = sides_at(left, sides)
     pieces = [_piece(source, name, made[name], kept) for name in sides]
     settings = without_private(source.config) | left.settings
@@ -142,9 +158,10 @@ def smaller(
 class _Kept:
     """Places that stay, int64. neurons, groups: of each block. channels: of the model."""
 
-    def __init__(self, step: Width, whole: Widths, left: Widths, sums: Mapping[str, Tensor]) -> None:
+    def __init__(self, step: Width, family: Family, whole: Widths, left: Widths, sums: Mapping[str, Tensor]) -> None:
         self._whole, self._normed, self._tokens = whole, sums["normed"], float(sums["tokens"])
-        self.narrower = left.hidden < whole.hidden
+        self.family, self.narrower = family, left.hidden < whole.hidden
+        self.softer = (left.hidden / whole.hidden) ** 0.5 if family.scaled else 1.0
         neurons, groups, channels = _importances(step, whole, sums)
         self.channels = prune(channels, left.hidden)
         self.neurons = [prune(one, left.inner) for one in neurons]
@@ -190,9 +207,18 @@ def _piece(source: SourceModel, name: str, sides: tuple[int, ...], kept: _Kept) 
 def _scaled(name: str, tensor: Tensor, block: int, kept: _Kept) -> Tensor:
     """A norm's weight, so that what stays leaves it as loud as before: it divides by the root mean square of what it
     is given, and the channels that stay are louder than all together. Minitron leaves that to the training.
+
+    Where a family multiplies embeddings by the root of how many channels there are, they are softer with fewer; what
+    the blocks add to them is made softer by as much, and the norms even that out.
     """
-    module = name.rsplit(".", 2)[-2]
-    if not kept.narrower or module not in (*NORMS, "norm"):
+    family, module = kept.family, name.rsplit(".", 2)[-2]
+    if not kept.narrower:
         return tensor
-    place = -1 if module == "norm" else len(NORMS) * block + NORMS.index(module)
-    return (tensor.float() * kept.louder(place)).to(tensor.dtype)
+    adds = family.behind or ("o_proj", "down_proj")
+    factor = kept.softer if module in adds else 1.0
+    if module in (*family.norms, "norm"):
+        place = -1 if module == "norm" else len(family.norms) * block + family.norms.index(module)
+        factor *= kept.louder(place)
+        if family.shifted:
+            return ((tensor.float() + 1) * factor - 1).to(tensor.dtype)
+    return tensor if factor == 1.0 else (tensor.float() * factor).to(tensor.dtype)

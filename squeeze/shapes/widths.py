@@ -15,8 +15,6 @@ from squeeze.shapes.model import BLOCK, number_of
 from squeeze.shapes.speed import products
 from squeeze.steps.slimming import MULTIPLE, Width
 
-# Of which it was tried that what is left is what it was.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 Sides = Mapping[str, tuple[int, ...]]
 LEAST_SHARE = 0.5  # of neurons, then of heads, then of channels, that `params_target` leaves before the next are cut
 
@@ -26,6 +24,8 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "norm.weight": ("hidden",),
     "input_layernorm.weight": ("hidden",),
     "post_attention_layernorm.weight": ("hidden",),
+    "pre_feedforward_layernorm.weight": ("hidden",),
+    "post_feedforward_layernorm.weight": ("hidden",),
     "q_proj.weight": ("query", "hidden"),
     "q_proj.bias": ("query",),
     "k_proj.weight": ("key", "hidden"),
@@ -42,6 +42,45 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "up_proj.bias": ("inner",),
     "down_proj.weight": ("hidden", "inner"),
     "down_proj.bias": ("hidden",),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between families whose blocks have these tensors.
+
+    before: a block's norms that are given the hidden state. behind: those that are given what is then added to it.
+    shifted: norms multiply by one more than their weight. scaled: embeddings are multiplied by the root of how many
+    channels there are.
+    """
+
+    before: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    behind: tuple[str, ...] = ()
+    shifted: bool = False
+    scaled: bool = False
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        return self.before + self.behind
+
+
+_GEMMA_WITH_NORMS_BEHIND = Family(
+    before=("input_layernorm", "pre_feedforward_layernorm"),
+    behind=("post_attention_layernorm", "post_feedforward_layernorm"),
+    shifted=True,
+    scaled=True,
+)
+# Of which it was tried that what is left is what it was.
+FAMILIES: dict[str, Family] = {
+    "gemma": Family(shifted=True, scaled=True),
+    "gemma2": _GEMMA_WITH_NORMS_BEHIND,
+    "gemma3_text": _GEMMA_WITH_NORMS_BEHIND,
+    "granite": Family(),
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "smollm3": Family(),
 }
 
 

@@ -61,9 +61,10 @@ def test_silent_neurons_and_heads_go_and_nothing_changes(tmp_path: Path, family:
     assert done.measured is not None and done.measured.quality.divergence_nats == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_silent_channels_go_and_norms_stay_as_loud(tmp_path: Path, tied: bool) -> None:
-    model = tiny.llama(tmp_path / "model", tie_word_embeddings=tied)
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "granite", "llama", "tied llama"])
+def test_silent_channels_go_and_norms_stay_as_loud(tmp_path: Path, family: str) -> None:
+    tied = {} if family == "llama" else {"tie_word_embeddings": True}
+    model = tiny.FAMILIES[family.removeprefix("tied ")](tmp_path / "model", **tied)
     (file,) = model.glob("*.safetensors")
     tensors = load_file(file)
     tensors["model.embed_tokens.weight"][:, ::4] = 0
@@ -102,7 +103,7 @@ def test_what_can_t_be_met_is_refused_from_the_config_alone_with_what_can(tmp_pa
         with pytest.raises(SpecInvalid, match=words) as refused:
             check(spec_of({"method": "width", field: asked}), tmp_path)
         assert refused.value.param == f"steps.0.{field}"
-    with pytest.raises(ArchitectureUnsupported, match="gpt2 can't be cut in width; llama, mistral"):
+    with pytest.raises(ArchitectureUnsupported, match="gpt2 can't be cut in width; gemma, gemma2"):
         check(spec_of({"method": "width", "params_target": 0.7}), tiny.gpt2(tmp_path / "gpt2"))
     rounded = {"kind": "quantize", "method": "rtn", "group_size": 64}
     assert check(spec_of(SMALL, rounded), tmp_path).linears == 7 * tiny.LAYERS
