@@ -70,9 +70,13 @@ class Outputs:
         norms = self._family.norms
 
         def norm(place: int, name: str) -> Hook:
-            if name in self._family.behind:
-                return lambda _, given: self._even(place, given[0])
-            return lambda module, given: self._normed(place, given[0], self._gain(module.get_parameter("weight")))
+            def behind(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+                self._even(place, given[0])
+
+            def before(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+                self._normed(place, given[0], self._gain(module.get_parameter("weight")))
+
+            return behind if name in self._family.behind else before
 
         places: dict[str, Hook] = {"mlp.down_proj": neurons, "self_attn.o_proj": heads}
         places |= {name: norm(len(norms) * index + n, name) for n, name in enumerate(norms)}
