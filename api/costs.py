@@ -168,7 +168,7 @@ def _kept_bytes(leg: Leg, told: Lessons | None) -> int:
         taught = size if step.student.layers is not None else 0
         taught += stored_bytes(step, shape_of_model(*_begun(leg)), told)
     codes = known.rounded if isinstance(step, QLoRA) and step.base == "gptq" else 0
-    return 2 * (4 * known.parameters + known.state_bytes) + codes + whole + merged + taught
+    return 2 * (4 * (known.parameters + known.scores) + known.state_bytes) + codes + whole + merged + taught
 
 
 def _finetuning(

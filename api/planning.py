@@ -247,6 +247,7 @@ def _trained_bytes(spec: JobSpec, made: Made, linears: list[Linear]) -> dict[For
     sizes: dict[Format, int] = {
         "peft": beside * (2 if isinstance(step, LoRA) and step.init == "pissa" else 1),
         "safetensors": 2 * sum(tensor.elements for tensor in made.tensors.values()),
+        "safetensors-zst": 2 * sum(tensor.elements for tensor in made.tensors.values()),
     }
     beforehand = rounding(step, (linear.columns for linear in linears)) if isinstance(step, QLoRA) else None
     if beforehand is not None:

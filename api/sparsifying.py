@@ -10,7 +10,7 @@ from api.tensors import Linear, config_of, linears_of, tensors_of
 from squeeze.errors import ModelAlreadyCompressed, SpecInvalid, SqueezeError
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.compressing import Compress
-from squeeze.steps.sparsifying import refuse_torn_pattern
+from squeeze.steps.sparsifying import Zeroes, refuse_torn_pattern
 
 
 def refuse_unprunable(service: Service, project: str, spec: JobSpec) -> None:
@@ -18,7 +18,7 @@ def refuse_unprunable(service: Service, project: str, spec: JobSpec) -> None:
     pattern does not fit. What can't be looked at now, or is made by a step before, is the worker's to refuse.
     """
     step = spec.steps[0]
-    if not isinstance(step, Compress) or not step.zeroed:
+    if not isinstance(step, Compress | Zeroes) or not step.zeroed:
         return
     try:
         files = files_of(service, project, spec.model)
@@ -35,7 +35,7 @@ def refuse_unprunable(service: Service, project: str, spec: JobSpec) -> None:
 def torn_patterns(spec: JobSpec, linears: Sequence[Linear]) -> Iterator[SqueezeError]:
     """Of each step whose pattern does not fit the layers."""
     for number, step in enumerate(spec.steps):
-        if not isinstance(step, Compress) or step.group is None:
+        if not isinstance(step, Compress | Zeroes) or step.group is None:
             continue
         columns = {
             linear.name: linear.columns

@@ -33,6 +33,7 @@ from models.merge import entries
 from models.merge import job as merge
 from models.progress import Notify
 from models.prune import job as prune
+from models.prune import movement
 from models.prune.factors import job as factored_job
 from models.prune.slimming import smaller
 from models.quantize.job import run_compression
@@ -61,6 +62,7 @@ from squeeze.steps.compressing import Compress
 from squeeze.steps.distillation import Distill
 from squeeze.steps.factoring import SVD, Sides, budget_of
 from squeeze.steps.merging import Entry, Merge
+from squeeze.steps.movement import Movement
 from squeeze.steps.quantization import QAT, Grouped, Quantize
 from squeeze.steps.slimming import Slim
 from squeeze.steps.sparsifying import Sparsify, refuse_torn_pattern
@@ -100,6 +102,9 @@ def _check_round(spec: JobSpec, config: dict[str, Any], frame: Frame) -> Facts:
     if training is not None:
         with params_named(spec, training):
             count = refuse_untrainable(training, frame)
+            if isinstance(training, Movement):
+                sites = movement.sites_of(frame, training)
+                refuse_torn_pattern(training, {site.name: site.columns for site in sites})
         if training is spec.steps[-1] or _taught(spec):  # another model goes on to the next step
             return Facts(config["model_type"], frame.count, count)
     if isinstance(spec.steps[-1], Merge | Slim):

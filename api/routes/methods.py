@@ -65,7 +65,8 @@ def _trained_formats(step: Train | Merge | Slim) -> dict[str, dict[str, Any]]:
     where one is.
     """
     merges = isinstance(step, Adapters) and step.mergeable
-    names: tuple[Format, ...] = ("peft", "safetensors") if merges else step.formats
+    able = step.writable if isinstance(step, Train) else step.formats
+    names: tuple[Format, ...] = ("peft", "safetensors") if merges else able
     held: dict[str, dict[str, Any]] = {
         name: {"consumers": list(CAPACITIES[name].consumers), "architectures": list(ARCHITECTURES)} for name in names
     }

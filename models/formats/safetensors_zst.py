@@ -40,6 +40,13 @@ def write(source: SourceModel, quantized: QuantizedModel, out: Path, notify: Not
         pack(plain, partial)
 
 
+def write_packed(plain: Path, out: Path) -> None:
+    """As `write`, of a plain directory, which stays."""
+    with written_whole(out) as partial:
+        shutil.copytree(plain, partial / "plain")
+        pack(partial / "plain", partial)
+
+
 def read(out: Path, module: str) -> Plain:
     with restored(out) as plain:
         return safetensors.read(plain, module)

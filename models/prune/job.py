@@ -9,6 +9,7 @@ from models.files.checkpoint import SourceModel, open_or_convert
 from models.formats import layout
 from models.job import Inputs, source_part
 from models.progress import Notify
+from models.prune.zeroing.counting import left_in, share_kept
 from models.quantize.job import compressed
 from models.resources import Clock
 from models.streaming.team import Team
@@ -64,14 +65,13 @@ def for_what_follows(inputs: Inputs, done: Done) -> Inputs:
 
 def added(report: Report, inputs: Inputs, done: Done) -> Report:
     """The report of what came after, with the zeros and the model that it began with."""
-    whole, kept = done.source.weight_bytes, _kept(report, done)
-    told = f"{kept:.1%} of the zeros of {done.zeros.method} are zero in the result; its files are no smaller for it"
+    whole, kept = done.source.weight_bytes, share_kept(report, done.counts)
     return report.model_copy(
         update={
             "sizes": [size.model_copy(update={"ratio": whole / size.weight_bytes}) for size in report.sizes],
             "sparsity": done.zeros.model_copy(update={"zeros_kept": kept}),
             "source": source_part(inputs, done.source),
-            "warnings": [*dict.fromkeys([told, *done.warnings, *report.warnings])],
+            "warnings": [*dict.fromkeys([left_in(done.zeros, kept), *done.warnings, *report.warnings])],
             "spent": report.spent.model_copy(update={"work": summed(done.work, report.spent.work)}),
         }
     )
@@ -86,11 +86,3 @@ class Before:
 
     def expect(self, work: Mapping[str, float]) -> None:
         self._notify.expect({**work, "certifying": self._following})
-
-
-def _kept(report: Report, done: Done) -> float | None:
-    """Share of the zeros that the next step left as they are."""
-    weights = done.counts
-    told = {layer.name: layer.zeros_kept for block in report.blocks for layer in block.layers}
-    kept = sum(count * (1.0 if (one := told.get(name, 1.0)) is None else one) for name, count in weights.items())
-    return kept / sum(weights.values())

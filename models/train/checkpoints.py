@@ -36,10 +36,9 @@ class Story:
         """Steps."""
         return len(self.curve)
 
-    @property
-    def best(self) -> HeldOutLoss | None:
-        """The first of the lowest, once something was learned."""
-        return min((one for one in self.held_out if one.step), key=lambda one: one.loss, default=None)
+    def best(self, since: int = 1) -> HeldOutLoss | None:
+        """The first of the lowest, after so many steps or more."""
+        return min((one for one in self.held_out if one.step >= since), key=lambda one: one.loss, default=None)
 
 
 class Checkpoints:

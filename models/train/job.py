@@ -19,8 +19,10 @@ from models.files.checkpoint import SourceModel
 from models.files.disk import write_whole
 from models.formats import layout
 from models.formats.directory import write_companions, written_whole
+from models.formats.safetensors_zst import write_packed
 from models.job import Inputs, Outcome, libraries, size_part, source_part
 from models.progress import Notify, Silent
+from models.prune.zeroing.counting import counted_zeros, left_in, saved_by_zeros, share_kept
 from models.resources import (
     Clock,
     device_name,
@@ -47,11 +49,12 @@ from models.work import ahead, summed
 from squeeze import __version__
 from squeeze.names import Format
 from squeeze.objects import Stage
-from squeeze.reports.report import Certificate, Report
+from squeeze.reports.report import Certificate, Report, Sparsity
 from squeeze.reports.training import Training
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.distillation import Distill, Sequence
 from squeeze.steps.finetuning import Adapters, Head, QLoRA
+from squeeze.steps.movement import Movement
 from squeeze.steps.sharding import ZERO_STAGES
 from squeeze.steps.training import Train
 
@@ -62,7 +65,7 @@ LIBRARIES = ("peft", "accelerate")
 class Trained:
     """whole: the directory of the whole model, where one is made. samples: of each directory, held-out examples with
     the losses that it was seen to have. work: operations by stage, where they are counted. base: that adapters stand
-    beside, where it was rounded for them.
+    beside, where it was rounded for them. zeros: that it made, counted on what was written.
     """
 
     prepared: Prepared
@@ -72,11 +75,20 @@ class Trained:
     samples: dict[Path, Sample]
     work: dict[str, float]
     base: Base | None
+    zeros: Sparsity | None
 
     @property
     def source(self) -> SourceModel:
         """The job's own model: what learned, or its teacher."""
         return self.prepared.teacher or self.prepared.source
+
+    def sample(self, directory: Path) -> Sample:
+        """Of a directory that was written; of one that holds the whole model in another way, of this."""
+        found = self.samples.get(directory)
+        if found is None:
+            assert self.whole is not None, "an adapter has a sample of its own"
+            found = self.samples[self.whole]
+        return found
 
 
 def trained(
@@ -177,15 +189,17 @@ def _trained(
         processes.team.meet("what was written")
         del task, initial
         _give_back()
+        made = None
         if whole is not None:
             samples[whole], loss = _as_written(prepared, whole, packed, accelerator)
             kept = kept_zeros(prepared.source, whole) if zeros and processes.team.leads else None
+            made = counted_zeros(prepared.source, whole, prepared.sites, step) if isinstance(step, Movement) else None
             training = training.model_copy(update={"loss_written": loss, "zeros_kept": kept})
             _give_back()
-    warnings += [*(base.warnings if base is not None else ()), *doubts_of(training)]
+    warnings += [*(base.warnings if base is not None else ()), *doubts_of(training, zeroed=isinstance(step, Movement))]
     for warning in warnings:
         notify.event("warning", warning)
-    return Trained(prepared, whole, training, warnings, samples, work, base)
+    return Trained(prepared, whole, training, warnings, samples, work, base, made)
 
 
 def _as_written(prepared: Prepared, whole: Path, packed: bool, accelerator: Accelerator) -> tuple[Sample, float]:
@@ -211,10 +225,15 @@ def run_training(
     formats = inputs.spec.formats
     places: dict[Format, Path] = {name: inputs.out / name for name in formats}
     adapter, whole = places.get("peft", inputs.work / "adapter"), places.get("safetensors")
+    if whole is None and "safetensors-zst" in places:
+        whole = inputs.work / "whole"
     done = trained(inputs, step, adapter, whole, clock, notify, team)
     if done.base is not None and "gptq" in places:
         with clock.stage("exporting"):
             layout("gptq").write(done.source, done.base.codes, places["gptq"], notify)
+    if done.whole is not None and "safetensors-zst" in places:
+        with clock.stage("exporting"):
+            write_packed(done.whole, places["safetensors-zst"])
     certificates = certified(inputs, places, partial(_certified, inputs, done, notify), clock, notify)
     return closed(inputs, places, completed(_report(inputs, done, places, certificates, clock)))
 
@@ -225,7 +244,7 @@ def _certified(inputs: Inputs, done: Trained, notify: Notify, name: Format, dire
     return certify(
         directory,
         name,
-        sample=done.base.sample if done.base is not None and name == "gptq" else done.samples[directory],
+        sample=done.sample(directory) if done.base is None or name != "gptq" else done.base.sample,
         base=base if name == "peft" else None,
         base_settings=step.base_settings(dtype) if isinstance(step, QLoRA) else None,
         source_bytes=done.source.weight_bytes,
@@ -295,12 +314,13 @@ def _report(
         calibration=None if base is None else base.calibration,
         quality=None if base is None else base.quality,
         training=done.training,
+        sparsity=done.zeros,
         bits_per_weight=None if base is None else base.codes.bits_per_weight,
         sizes=[size_part(name, directory, done.source.weight_bytes) for name, directory in places.items()],
         blocks=blocks,
         damping_escalations=sum(layer.damping_escalations for block in blocks for layer in block.layers),
         certificates=certificates,
-        warnings=done.warnings,
+        warnings=[*([] if done.zeros is None else [saved_by_zeros(done.zeros)]), *done.warnings],
         spent=spent(
             clock,
             done.work,
@@ -346,13 +366,19 @@ def added(report: Report, inputs: Inputs, done: Trained) -> Report:
         name = cast(Format, size.format)
         losses[name] = loss_in_transformers(inputs.out / name, name, everything, done.prepared.dtype, device)
     known = {name: loss for name, loss in losses.items() if loss is not None}
+    sparsity, told = report.sparsity, done.warnings
+    if sparsity is None and done.zeros is not None:
+        sites = done.prepared.sites
+        kept = share_kept(report, {site.name: site.rows * site.columns * done.zeros.reached for site in sites})
+        sparsity, told = done.zeros.model_copy(update={"zeros_kept": kept}), [left_in(done.zeros, kept), *told]
     whole = done.source.weight_bytes
     return report.model_copy(
         update={
             "sizes": [size.model_copy(update={"ratio": whole / size.weight_bytes}) for size in report.sizes],
             "training": done.training.model_copy(update={"loss_quantized": known}),
             "source": source_part(inputs, done.source),
-            "warnings": [*done.warnings, *report.warnings],
+            "sparsity": sparsity,
+            "warnings": [*told, *report.warnings],
             "libraries": report.libraries | libraries(*LIBRARIES),
             "spent": report.spent.model_copy(update={"work": summed(done.work, report.spent.work)}),
         }

@@ -22,15 +22,11 @@ from torch import Tensor, nn
 from models.progress import Notify
 from models.resources import peak_gpu_bytes, peak_host_bytes
 from models.train.averages import Averages, copied, put
-from models.train.checkpoints import (
-    Checkpoints,
-    Story,
-    random_tensors,
-    restore_random,
-)
+from models.train.checkpoints import Checkpoints, Story, random_tensors, restore_random
 from models.train.domains import Domains, weights_told
 from models.train.examples import Examples
-from models.train.optimizers import BAdam, optimizer_of, optimizer_tensors, restore_optimizer
+from models.train.masks import UNMASKED, Masks
+from models.train.optimizers import BESIDE, BAdam, optimizer_of, optimizer_tensors, restore_optimizer
 from models.train.packing import Batch, Plan, Row
 from models.train.processes import ALONE, Processes, whole
 from models.train.schedule import learning_rate, warmup_steps
@@ -52,7 +48,7 @@ class Task:
     packed: rows hold several examples each. objective: what falls; the held-out loss is the negative log-likelihood
     whatever it is. domains: of which batches are made, where these are weighed. beside: learns too, and is worth
     nothing once the training is over. processes: that share the work. zeros: of learning parameters, by name, what
-    of them stays zero.
+    of them stays zero. masks: of weights that are zero where the model computes, and learn.
     """
 
     model: Any
@@ -67,12 +63,13 @@ class Task:
     domains: Domains | None = None
     beside: nn.Module | None = None
     zeros: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: Masks = UNMASKED
     processes: Processes = ALONE
 
     @property
     def learning(self) -> dict[str, nn.Parameter]:
         own = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
-        more = {} if self.beside is None else {f"beside.{name}": one for name, one in self.beside.named_parameters()}
+        more = {} if self.beside is None else {f"{BESIDE}{name}": one for name, one in self.beside.named_parameters()}
         return own | more
 
     def held_out_losses(self, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
@@ -204,12 +201,14 @@ class _Run:
             self._optimizer.turn_to(number)
         task.model.train()
         while True:
-            share = self._gradient_of(parts, learned, asked)
+            with task.masks.in_place(number):
+                share = self._gradient_of(parts, learned, asked)
             if share is None:
                 return False
             (total,) = processes.total(share)
             self._refuse_no_number(total, "loss")
             self._accelerator.unscale_gradients(self._optimizer)
+            task.masks.straight_through()
             still_gradients(self._learning, task.zeros)
             norm = self._clipped() if self._zero is None else self._zero.norm()
             if math.isfinite(norm) or not self._scale_down():
@@ -261,7 +260,7 @@ class _Run:
         step = task.step
         rate = learning_rate(step.rate, step.schedule, number, task.plan.steps, self._warmup)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("times", 1.0)
         self._take_step()
         self._optimizer.zero_grad(set_to_none=True)
         self.story.curve.append(
@@ -300,15 +299,16 @@ class _Run:
         if not len(self._task.held_out):
             return
         came = nullcontext() if self.story.done else without_virtual_tokens(self._task.model)
-        with self._averages.in_place(), came:
+        masks = self._task.masks
+        with self._averages.in_place(), masks.in_place(self.story.done), came:
             sums, counts = self._task.held_out_losses(self._accelerator)
         if (domains := self._task.domains) is None:
             found = HeldOutLoss(step=self.story.done, loss=float(sums.sum() / counts.sum()))
         else:
             found = domains.look(self.story.done, self._task.held_out, (sums, counts), self.story.held_out)
-        best = self.story.best
+        found = found.model_copy(update={"sparsity": masks.share(self.story.done)})
         self.story.held_out.append(found)
-        if self._task.step.evaluate_every is not None and found.step and (best is None or found.loss < best.loss):
+        if self._task.step.evaluate_every is not None and self.story.best(masks.final) is found:
             self._best = copied(self._held if not self._averages.tensors else self._averages.tensors)
         self._notify.event(
             "info",
@@ -317,8 +317,9 @@ class _Run:
         )
 
     def _stop_where_it_falls_no_more(self) -> None:
-        patience, best = self._task.step.patience, self.story.best
-        assert best is not None, "it was looked at"
+        patience, best = self._task.step.patience, self.story.best(self._task.masks.final)
+        if best is None:
+            return
         since = sum(1 for one in self.story.held_out if one.step > best.step)
         if patience is not None and since >= patience:
             self.story.stopped = (
@@ -351,6 +352,7 @@ class _Run:
         if isinstance(self._optimizer, BAdam):
             self._optimizer.release()
         put(self._held, self._best or self._averages.tensors)
+        self._task.masks.settle()
 
     def tell(self, *, whole: bool = False) -> None:
         """Events of the steps since the last one, not more often than once a second."""

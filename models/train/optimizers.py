@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from squeeze.errors import SpecInvalid
+from squeeze.steps.movement import Movement
 from squeeze.steps.training import Train
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 BLOCK = re.compile(r".*?\.\d+\.")  # the path of a decoder block, at the beginning of a parameter's name
+BESIDE = "beside."  # at the beginning of the name of what learns beside the model
 CONSTANT = frozenset({"qmap1", "qmap2"})  # of bitsandbytes' state: the values that codes stand for
 
 
@@ -29,7 +31,7 @@ def optimizer_of(step: Train, learning: Mapping[str, nn.Parameter]) -> torch.opt
         from bitsandbytes import optim  # which takes a second to import
 
         kind = optim.AdamW8bit if step.optimizer == "adamw8bit" else optim.PagedAdamW8bit
-        found: torch.optim.Optimizer = kind(learning.values(), **usual)
+        found: torch.optim.Optimizer = kind(_groups(step, learning), **usual)
         return found
     if step.optimizer == "galore":
         return GaLore(
@@ -41,7 +43,17 @@ def optimizer_of(step: Train, learning: Mapping[str, nn.Parameter]) -> torch.opt
         )
     if step.optimizer == "badam":
         return BAdam(blocks_of(learning), step.block_steps, **usual)
-    return torch.optim.AdamW(learning.values(), **usual)
+    return torch.optim.AdamW(_groups(step, learning), **usual)
+
+
+def _groups(step: Train, learning: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Scores beside the weights learn at so many `times` the rate of these, and nothing pulls them to zero."""
+    if not isinstance(step, Movement):
+        return [{"params": [*learning.values()]}]
+    weights = [one for name, one in learning.items() if not name.startswith(BESIDE)]
+    scores = [one for name, one in learning.items() if name.startswith(BESIDE)]
+    times = step.score_learning_rate / step.rate
+    return [{"params": weights}, {"params": scores, "times": times, "weight_decay": 0.0}]
 
 
 def refuse_without_gpu(step: Train, device: torch.device) -> None:

@@ -40,6 +40,7 @@ from squeeze.steps.descent import Precision
 from squeeze.steps.distillation import Distill
 from squeeze.steps.distillation import Sequence as Written
 from squeeze.steps.finetuning import Adapters, Finetune, Head, QLoRA, VirtualTokens
+from squeeze.steps.movement import Movement
 from squeeze.steps.sharding import refuse_without_library
 from squeeze.steps.training import Train
 from squeeze.texts.records import DATA
@@ -261,6 +262,9 @@ def begun(prepared: Prepared, base: QuantizedModel | None = None) -> tuple[Task,
             "of its own"
         )
     task = prepared.task(model, packed=packed)
+    if isinstance(step, Movement):
+        scores = method.prune(model, step, prepared.sites, task.plan.steps)
+        task = replace(task, beside=scores, masks=scores)
     return replace(task, zeros=zeros_of(model, names)), initial, warnings
 
 

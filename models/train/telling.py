@@ -18,7 +18,7 @@ from squeeze.reports.training import Training
 
 def training_part(prepared: Prepared, task: Task, story: Story, after: tuple[Tensor, Tensor]) -> Training:
     """after: held-out losses of what was learned, as `mean` has them."""
-    rows, step, best = task.plan.rows, prepared.step, story.best
+    rows, step, best = task.plan.rows, prepared.step, story.best(task.masks.final)
     places = sum(one.tokens for one in story.curve)
     seconds = sum(one.seconds for one in story.curve)
     held_out = task.held_out
@@ -53,10 +53,10 @@ def training_part(prepared: Prepared, task: Task, story: Story, after: tuple[Ten
     )
 
 
-def doubts_of(training: Training) -> list[str]:
-    """Warnings for who reads the report."""
+def doubts_of(training: Training, *, zeroed: bool = False) -> list[str]:
+    """Warnings for who reads the report. zeroed: weights became zero meanwhile, which the loss may rise for."""
     found = domains.doubts(training.domains)
-    if training.loss_after >= training.loss_before:
+    if training.loss_after >= training.loss_before and not zeroed:
         found.append(
             f"the held-out loss rose from {training.loss_before:.4f} to {training.loss_after:.4f}: nothing was learned "
             "that holds for other examples. Take a lower learning_rate, fewer epochs, or more examples."

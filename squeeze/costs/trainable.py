@@ -10,6 +10,7 @@ from typing import Any
 from squeeze.shapes.model import BLOCK, linear_of, number_of
 from squeeze.specs.bases import rounding
 from squeeze.steps.finetuning import IA3, Adapters, Head, LastLayers, LowRank, Prefix, Prompt, QLoRA
+from squeeze.steps.movement import Movement
 from squeeze.steps.training import Train
 
 OUTPUT_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.")
@@ -30,7 +31,7 @@ class Learned:
     linears: those whose inputs are needed for the gradient, as (rows, columns). rank: of what stands beside them.
     blocks: decoder blocks that gradients go through. gradient_bytes, state_bytes: of gradients, and of the
     optimizer. rounded: weights that are held as they are rounded; rounded_bytes: what these then take. left_out:
-    weights that are not loaded.
+    weights that are not loaded. scores: that learn beside weights which do.
     """
 
     parameters: int
@@ -43,11 +44,12 @@ class Learned:
     rounded: int = 0
     rounded_bytes: int = 0
     left_out: int = 0
+    scores: int = 0
 
     @property
     def bytes(self) -> int:
-        """Of gradients and the optimizer's state, and of the parameters where they stand apart."""
-        return self.parameters * 4 * self.apart + self.gradient_bytes + self.state_bytes
+        """Of gradients and the optimizer's state, and of the parameters that stand apart from the weights."""
+        return (self.parameters * self.apart + self.scores) * 4 + self.gradient_bytes + self.state_bytes
 
 
 def learned(
@@ -95,15 +97,28 @@ def learned(
     sides = {name: each for name, each in tensors.items() if learns(name)}
     if isinstance(step, Head):
         sides["score.weight"] = (labels, number_of(config, "word_embed_proj_dim", "hidden_size", "n_embd", "d_model"))
+    scored = {f"scores.{name}": each for name, each in _scored(step, config, tensors)}
     return Learned(
         sum(map(prod, sides.values())),
         False,
         tuple(each for name, each in _linears(config, tensors) if learns(name)),
         0,
         len(blocks) if last is None else min(len(blocks), last),
-        *_update_bytes(step, sides),
+        *_update_bytes(step, sides | scored),
         left_out=sum(map(prod, dropped.values())),
+        scores=sum(map(prod, scored.values())),
     )
+
+
+def _scored(
+    step: Train, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Linears whose weights have a score each."""
+    if not isinstance(step, Movement):
+        return
+    for name, sides in _linears(config, tensors):
+        if not any(fnmatchcase(name, pattern) for pattern in step.ignore):
+            yield name, sides
 
 
 def _update_bytes(step: Train, sides: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from squeeze.shapes.model import Block, Group, Shape
 from squeeze.specs.bases import base_of
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.finetuning import Head, LowRank, QLoRA
+from squeeze.steps.movement import Movement
 from squeeze.steps.training import Train
 
 FLOAT = 4
@@ -88,7 +89,7 @@ def needed_to_train(
     return TrainingMemory(
         process=process + int(TEXT_SHARE * text_bytes),
         weights=weights,
-        learning=learned.bytes + _copies(step, learned),
+        learning=learned.bytes + _copies(step, learned) + _set_aside(step, learned),
         activations=activations,
         passing=max(
             passing.logits(tokens, LOGIT_COPIES),
@@ -164,7 +165,13 @@ def slice_of(shape: Shape, length: int, most_bytes: int = CERTIFIER_LOGIT_BYTES)
 
 def _copies(step: Train, learned: Learned) -> int:
     """Of what learns: as it began, where it stands apart, at its best, where that is looked for, and its average."""
-    return FLOAT * learned.parameters * (learned.apart + (step.evaluate_every is not None) + (step.ema is not None))
+    as_often = (step.evaluate_every is not None) + (step.ema is not None)
+    return FLOAT * (learned.parameters * (learned.apart + as_often) + learned.scores * as_often)
+
+
+def _set_aside(step: Train, learned: Learned) -> int:
+    """While weights are zero in the forward pass: which, a byte for each, and what they were."""
+    return int(learned.scores * (1 + FLOAT * step.sparsity)) if isinstance(step, Movement) else 0
 
 
 def _made(group: Group, hidden: int) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from squeeze.steps.training import USUAL_EPOCHS, Train
 
 BYTES_PER_TOKEN = 3.5  # of a user's text, with what JSON has around it
 HELD_OUT = 0.1  # share of the examples, where no others are
+ORDER_VISITS = 24  # of a score, to find the lowest; of the weight, to be zero and what it was again
 UPDATE_VISITS = 12  # of a parameter in a step of the optimizer: gradient, its norm, two moments, itself
 
 
@@ -77,7 +78,7 @@ def counted_training(
     reading = sum(of_reading(block, shape) for block in shape.blocks)
     stages = {
         "loading": Count(TEXTS + TOKEN * tokens / max(1.0, step.epochs or 1.0) + of_outside(shape), reading),
-        "training": Count(heads + steps * UPDATE_VISITS * VISIT * learned.parameters, in_blocks),
+        "training": Count(heads + steps * VISIT * _update_visits(learned), in_blocks),
         "exporting": _exporting(shape, step, learned, scored, sum(forward), last=last),
     }
     if (beforehand := base_of(shape, spec, step)) is not None:
@@ -87,6 +88,11 @@ def counted_training(
             own, written = stages["exporting"], base["exporting"]
             stages["exporting"] = Count(own.fixed + written.fixed, own.blocks + written.blocks)
     return stages | ({"certifying": _certifying(shape, spec, step, scored, length, sum(forward))} if last else {})
+
+
+def _update_visits(learned: Learned) -> int:
+    """In a step of the optimizer, of all that learns. Scores are ordered first."""
+    return UPDATE_VISITS * (learned.parameters + learned.scores) + ORDER_VISITS * learned.scores
 
 
 def of_outside(shape: Shape) -> float:

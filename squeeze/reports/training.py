@@ -53,6 +53,9 @@ class HeldOutLoss(Part):
 
     step: int = Field(description="After so many steps.")
     loss: float = Field(description="Mean over the learned tokens of the held-out examples.")
+    sparsity: float | None = Field(
+        None, description="Share of the layers' weights that were zero then, where they are zeroed as it learns."
+    )
     domain_losses: dict[str, float] | None = Field(None, description="The same by domain, where domains are weighed.")
     domain_weights: dict[str, float] | None = Field(
         None, description="Shares of the sequences that are learned from, by domain, from here to the next look."

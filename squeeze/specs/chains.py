@@ -14,9 +14,10 @@ from squeeze.steps.every import Step
 from squeeze.steps.factoring import SVD
 from squeeze.steps.finetuning import Adapters, Finetune, Head, QLoRA
 from squeeze.steps.merging import Merge
+from squeeze.steps.movement import Movement
 from squeeze.steps.quantization import QAT, Quantize
 from squeeze.steps.slimming import Slim
-from squeeze.steps.sparsifying import Sparsify
+from squeeze.steps.sparsifying import Zeroes
 from squeeze.steps.training import Train
 from squeeze.texts.domains import refuse_unweighable
 
@@ -64,7 +65,7 @@ def refuse_unshared(steps: Sequence[Step], gpus: int) -> None:
     for step in steps:
         if isinstance(step, Quantize) and step.by_block and gpus > 1:
             raise ValueError(f"{step.method} works on whole blocks, which GPUs can't share: set limits.gpus to 1")
-        if isinstance(step, QAT) and gpus > 1:
+        if isinstance(step, QAT | Movement) and gpus > 1:
             raise ValueError(f"{step.method} trains on one GPU: set limits.gpus to 1")
         if isinstance(step, Train):
             _refuse_unshared_training(step, gpus)
@@ -85,7 +86,7 @@ def _quantizes_once_and_last(steps: Sequence[Step]) -> None:
 
 
 def _keeps_zeros(steps: Sequence[Step]) -> None:
-    zeroing = [(n, step) for n, step in enumerate(steps) if isinstance(step, Sparsify)]
+    zeroing = [(n, step) for n, step in enumerate(steps) if isinstance(step, Zeroes)]
     for number, _ in zeroing:
         for step in steps[number + 1 :]:
             if isinstance(step, Merge | Slim) or (isinstance(step, Train) and not step.keeps_zeros):
@@ -100,7 +101,7 @@ def _keeps_zeros(steps: Sequence[Step]) -> None:
                 f"of {step.method} out, or let it do both"
             )
     for (former, one), (latter, other) in pairwise(zeroing):
-        if not any(isinstance(step, Train) for step in steps[former:latter]):
+        if not any(isinstance(step, Train) for step in steps[former : latter + 1]):
             raise ValueError(
                 f"steps {[former, latter]} both zero weights and nothing is learned between them: keep one of "
                 "them, with the share that you want, or let a step between them train"
@@ -116,7 +117,7 @@ def _factors_once_before_quantizing(steps: Sequence[Step]) -> None:
     factoring = [n for n, step in enumerate(steps) if isinstance(step, SVD)]
     if len(factoring) > 1:
         raise ValueError(f"steps {factoring} all factor: keep one of them, with the share that you want")
-    if factoring and any(isinstance(step, Sparsify) for step in steps):
+    if factoring and any(isinstance(step, Zeroes) for step in steps):
         raise ValueError("products of factors have no zeros, and zeros no low rank: keep one of svd and the other")
     if factoring and not all(isinstance(step, Quantize) for step in steps[factoring[0] + 1 :]):
         raise ValueError(
@@ -156,7 +157,7 @@ def _says_who_learns(steps: Sequence[Step]) -> None:
                 else f"steps.{number}.student: say who learns, either `layers`, so many blocks of the teacher, or "
                 "`model`; or let a step before prune the model"
             )
-        pruned |= isinstance(step, Sparsify | Distill) or (isinstance(step, Slim) and not step.equivalent)
+        pruned |= isinstance(step, Zeroes | Distill) or (isinstance(step, Slim) and not step.equivalent)
 
 
 def _refuse_unshared_training(step: Train, gpus: int) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.finetuning import Finetune, Full, LastLayers, LowRank
+from squeeze.steps.movement import Movement
 
 LENGTH_SHARE, LENGTH_STEP = 0.95, 64
 LENGTH_MOST = 131_072  # what a request may ask for
@@ -68,7 +69,7 @@ def rate_for(step: Finetune, parameters: int) -> Choice:
     if isinstance(step, LowRank):
         why = f"{lora:g} was best for LoRA in published sweeps {size}, whatever its rank"
         return Choice(name="learning_rate", value=lora, why=why)
-    if isinstance(step, Full | LastLayers):
+    if isinstance(step, Full | LastLayers | Movement):
         why = f"a {LORA_FACTOR}th of the {lora:g} that was best for LoRA in published sweeps {size}"
         return Choice(name="learning_rate", value=lora / LORA_FACTOR, why=why)
     usual = type(step).model_fields["learning_rate"].default

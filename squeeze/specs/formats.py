@@ -204,7 +204,7 @@ def _refuse_untrained(step: Train, number: int, formats: Sequence[Format]) -> No
                 "whenever it is loaded. Set `base` to gptq, or leave gptq out of `formats`.",
                 param=f"steps.{number}.base",
             )
-        if name not in ("peft", "safetensors", *step.formats):
+        if name not in ("peft", "safetensors", *step.writable):
             raise FormatUnfit(
                 f"{name} can't hold what {step.method} makes; peft holds an adapter, safetensors a whole model. "
                 "Change `formats`, or add a step that quantizes.",

@@ -8,7 +8,7 @@ from squeeze.steps.every import Step
 from squeeze.steps.factoring import SVD
 from squeeze.steps.quantization import Grouped, Quantize
 from squeeze.steps.slimming import Experts, Slim, Vocabulary
-from squeeze.steps.sparsifying import Sparsify
+from squeeze.steps.sparsifying import Zeroes
 
 SOURCE_BITS = 16
 
@@ -18,7 +18,7 @@ def savings(steps: Sequence[Step], formats: Sequence[Format]) -> list[str]:
     quantizes = any(isinstance(step, Quantize) for step in steps)
     told = []
     for step in steps:
-        if isinstance(step, Sparsify):
+        if isinstance(step, Zeroes):
             told.append(_zeros(step, formats, quantizes=quantizes))
         elif isinstance(step, SVD):
             told.append(_factors(step, formats, quantizes=quantizes))
@@ -31,7 +31,7 @@ def savings(steps: Sequence[Step], formats: Sequence[Format]) -> list[str]:
     return told
 
 
-def _zeros(step: Sparsify, formats: Sequence[Format], *, quantizes: bool) -> str:
+def _zeros(step: Zeroes, formats: Sequence[Format], *, quantizes: bool) -> str:
     if quantizes:
         return f"{step.method}: zeros alone save nothing; what is saved, the step that quantizes saves"
     packed = "safetensors-zst" in formats

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from squeeze.steps.distillation import Distill
 from squeeze.steps.slimming import Slim, Vocabulary
-from squeeze.steps.sparsifying import Sparsify
+from squeeze.steps.sparsifying import Zeroes
 
 
 def refuse_misplaced_trimming(steps: Sequence[object], *, told: bool) -> None:
@@ -20,7 +20,7 @@ def refuse_misplaced_trimming(steps: Sequence[object], *, told: bool) -> None:
         raise ValueError(
             "vocabulary leaves what your texts need: name a file (file-…) or a dataset (hub:…) as data.source"
         )
-    taken = any(isinstance(one, Slim | Sparsify | Distill) for one in steps[: trims[0]])
+    taken = any(isinstance(one, Slim | Zeroes | Distill) for one in steps[: trims[0]])
     for number, step in enumerate(steps):
         if isinstance(step, Distill) and trims[0] < number and (taken or step.student.model is not None):
             raise ValueError(

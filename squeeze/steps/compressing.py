@@ -8,6 +8,14 @@ from squeeze.steps.schemes import Scheme
 from squeeze.wire import Wire
 
 Statistic = Literal["moments", "hessian", "drift"]
+Ignored = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=200)], ...],
+    Field(
+        max_length=64,
+        description="Linear layers to leave as they are: shell patterns over their full names, for example "
+        "`model.layers.0.*` or `*.down_proj`. Embeddings, norms and the output head are always left alone.",
+    ),
+]
 
 
 class Compress(Wire):
@@ -21,12 +29,7 @@ class Compress(Wire):
 
     kind: str
     method: str
-    ignore: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(
-        (),
-        max_length=64,
-        description="Linear layers to leave as they are: shell patterns over their full names, for example "
-        "`model.layers.0.*` or `*.down_proj`. Embeddings, norms and the output head are always left alone.",
-    )
+    ignore: Ignored = ()
     statistics: ClassVar[frozenset[Statistic]] = frozenset()
     by_block: ClassVar[bool] = False
     whole_blocks_read: ClassVar[bool] = False

@@ -13,6 +13,7 @@ from squeeze.steps.distillation import DISTILLING_METHODS
 from squeeze.steps.factoring import SVD
 from squeeze.steps.finetuning import TRAINING_METHODS
 from squeeze.steps.merging import MERGING_METHODS, Merge
+from squeeze.steps.movement import Movement
 from squeeze.steps.quantization import METHODS, Quantize
 from squeeze.steps.slimming import SLIMMING_METHODS, Slim
 from squeeze.steps.sparsifying import SPARSIFYING_METHODS, Sparsify
@@ -25,6 +26,7 @@ STEPS: tuple[Method, ...] = (
     *METHODS,
     *SLIMMING_METHODS,
     *SPARSIFYING_METHODS,
+    Movement,
     SVD,
     *TRAINING_METHODS,
     *DISTILLING_METHODS,

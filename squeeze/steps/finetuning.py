@@ -15,7 +15,7 @@ from squeeze.steps.training import Train, Written
 class Finetune(Train):
     """What every training on the user's own examples shares."""
 
-    kind: Literal["finetune"] = "finetune"
+    kind: Literal["finetune", "prune"] = "finetune"
 
 
 class Adapters(Finetune):
@@ -24,6 +24,7 @@ class Adapters(Finetune):
     mergeable: whether what it learns can be added to the weights.
     """
 
+    kind: Literal["finetune"] = "finetune"
     mergeable: ClassVar[bool] = True
     merge: bool = Field(
         False,
@@ -226,6 +227,7 @@ class Prefix(VirtualTokens):
 class Full(Finetune):
     """Trains every weight of the model, in float32, with the state of an optimizer for each: 16 bytes a parameter."""
 
+    kind: Literal["finetune"] = "finetune"
     method: Literal["full"]
     learning_rate: Rate = Field(2e-5, description=AT_ITS_HIGHEST)
 
@@ -233,6 +235,7 @@ class Full(Finetune):
 class LastLayers(Finetune):
     """Trains the last decoder blocks with what follows them, and leaves the others as they are."""
 
+    kind: Literal["finetune"] = "finetune"
     method: Literal["last_layers"]
     learning_rate: Rate = Field(5e-5, description=AT_ITS_HIGHEST)
     layers: int = Field(2, ge=1, le=1000, description="Decoder blocks that are trained, counted from the end.")
@@ -243,6 +246,7 @@ class Head(Finetune):
     with it in place of its output head: what comes of it tells labels apart, and writes no more.
     """
 
+    kind: Literal["finetune"] = "finetune"
     method: Literal["head"]
     learning_rate: float = Field(1e-3, gt=0, le=10, description="At its highest; with `layers`, 5e-5 is usual.")
     packing: bool = Field(

@@ -19,10 +19,9 @@ HALF = 0.5  # of the weights, which every pattern zeroes
 OUTLIER_MULTIPLE, OUTLIER_SPREAD = 5.0, 0.08  # of most models in the paper
 
 
-class Sparsify(Compress):
-    """What every method shares that zeroes single weights."""
+class Zeroes(Wire):
+    """What every step takes that is there to zero single weights, block by block or while the whole model learns."""
 
-    kind: Literal["prune"] = "prune"
     method: str
     sparsity: float = Field(0.5, gt=0, lt=1, description="Share of each layer's weights that become zero.")
     pattern: Pattern | None = Field(
@@ -44,6 +43,12 @@ class Sparsify(Compress):
     @property
     def group(self) -> tuple[int, int] | None:
         return None if self.pattern is None else group_of(self.pattern)
+
+
+class Sparsify(Zeroes, Compress):
+    """What every method shares that zeroes single weights block by block."""
+
+    kind: Literal["prune"] = "prune"
 
     def scheme(self) -> Scheme:
         return Scheme("dense", 16, "channel", sparsity=self.sparsity)
@@ -156,7 +161,7 @@ def group_of(pattern: Pattern) -> tuple[int, int]:
     return zeros, neighbours
 
 
-def refuse_torn_pattern(step: Compress, columns: Mapping[str, int]) -> None:
+def refuse_torn_pattern(step: Compress | Zeroes, columns: Mapping[str, int]) -> None:
     """Raises SpecInvalid, with what would do, where a layer's inputs don't come in groups of the pattern. columns:
     inputs of each layer by its name.
     """

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from squeeze.steps.descent import Descent
 from squeeze.steps.sharding import Sharding
 
-Written = Literal["peft", "gptq", "safetensors"]
+Written = Literal["peft", "gptq", "safetensors", "safetensors-zst"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "galore", "badam"]
 USUAL_EPOCHS = 1.0
 
@@ -21,7 +21,7 @@ class Train(Descent):
     How long it goes on is said by one of `steps`, `epochs` and `tokens`.
     """
 
-    kind: Literal["finetune", "distill"] = "finetune"
+    kind: Literal["finetune", "distill", "prune"] = "finetune"
     method: str
     steps: int | None = Field(None, ge=1, le=10_000_000, description="Steps of the optimizer.")
     epochs: float | None = Field(
@@ -117,8 +117,13 @@ class Train(Descent):
 
     @property
     def formats(self) -> tuple[Written, ...]:
-        """What a job is written as that ends with this step."""
+        """What a job is written as that ends with this step, where it doesn't say."""
         return ("safetensors",)
+
+    @property
+    def writable(self) -> tuple[Written, ...]:
+        """What such a job can be written as. Under zstd a plain model is smaller where it has zeros."""
+        return (*self.formats, "safetensors-zst") if self.whole and self.keeps_zeros else self.formats
 
     @property
     def keeps_zeros(self) -> bool:

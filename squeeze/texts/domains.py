@@ -8,6 +8,7 @@ from squeeze.errors import DataUnusable
 from squeeze.steps.compressing import Compress
 from squeeze.steps.distillation import Distill
 from squeeze.steps.slimming import Slim, Vocabulary
+from squeeze.steps.sparsifying import Zeroes
 from squeeze.steps.training import Train
 from squeeze.texts.documents import Row, Wrong, refuse
 from squeeze.texts.labels import KINDS, LONGEST_LABEL, listed, name_of
@@ -27,7 +28,7 @@ class Domained:
 
 def takes_something(step: object) -> bool:
     """Whether what a step makes is to be as good as what it began with, and is less."""
-    return isinstance(step, Compress | Distill) or (isinstance(step, Slim) and not step.equivalent)
+    return isinstance(step, Compress | Zeroes | Distill) or (isinstance(step, Slim) and not step.equivalent)
 
 
 def refuse_unweighable(steps: Sequence[object], *, named: bool) -> None:

@@ -1,6 +1,6 @@
 """What a directory that was written with zeros in it holds, read back: how many, where, and what could be saved."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -16,13 +16,13 @@ from models.weights.plain import CHUNK
 from models.weights.quantized import QuantizedModel, Site
 from squeeze.costs.work import ZSTD_BYTES
 from squeeze.errors import CompressionBug
-from squeeze.reports.report import Sparsity
-from squeeze.steps.sparsifying import Sparsify
+from squeeze.reports.report import Report, Sparsity
+from squeeze.steps.sparsifying import Zeroes
 
 PIECE_BYTES = 4 << 20  # compressed at once; larger pieces gain nothing where no two weights repeat
 
 
-def counted_zeros(source: SourceModel, directory: Path, sites: Iterable[Site], step: Sparsify) -> Sparsity:
+def counted_zeros(source: SourceModel, directory: Path, sites: Iterable[Site], step: Zeroes) -> Sparsity:
     """Of a written directory. sites: linears that have zeros. Raises CompressionBug where a row breaks the pattern."""
     written = open_model(directory)
     layers = weights = zeros = rows = 0
@@ -112,6 +112,18 @@ def saved_by_zeros(counted: Sparsity) -> str:
         f"nothing uses them ({kernels}). What is real: under zstd the weights take {counted.zstd_bytes:,} bytes, "
         f"where the source's take {counted.zstd_bytes_before:,} ({saved:.0%} less to store or to send)"
     )
+
+
+def share_kept(report: Report, counts: Mapping[str, float]) -> float:
+    """Share of the zeros that the step which the report is of left as they are. counts: of zeros before, by layer."""
+    told = {layer.name: layer.zeros_kept for block in report.blocks for layer in block.layers}
+    kept = sum(count * (1.0 if (one := told.get(name, 1.0)) is None else one) for name, count in counts.items())
+    return kept / sum(counts.values())
+
+
+def left_in(counted: Sparsity, kept: float) -> str:
+    """What the user should know first, where a step that quantizes followed."""
+    return f"{kept:.1%} of the zeros of {counted.method} are zero in the result; its files are no smaller for it"
 
 
 def zstd_bytes(model: SourceModel, share: Fraction) -> int:
