@@ -320,7 +320,7 @@ def _report(
         blocks=blocks,
         damping_escalations=sum(layer.damping_escalations for block in blocks for layer in block.layers),
         certificates=certificates,
-        warnings=[*([] if done.zeros is None else [saved_by_zeros(done.zeros)]), *done.warnings],
+        warnings=[*_first(done), *done.warnings],
         spent=spent(
             clock,
             done.work,
@@ -329,6 +329,14 @@ def _report(
             earlier_bytes=max((block.peak_host_bytes for block in blocks), default=0),
         ),
     )
+
+
+def _first(done: Trained) -> list[str]:
+    """What the user should know before anything else, where weights were zeroed."""
+    if done.zeros is None:
+        return []
+    fewer = stored_dtype(done.source).itemsize < done.source.dtype.itemsize
+    return [saved_by_zeros(done.zeros, in_fewer_bits=fewer)]
 
 
 def for_what_follows(inputs: Inputs, done: Trained) -> Inputs:

@@ -85,8 +85,10 @@ def counted_codes(source: SourceModel, directory: Path, model: QuantizedModel) -
     )
 
 
-def saved_by_zeros(counted: Sparsity) -> str:
-    """What the user should know first: what the zeros save, and what they don't."""
+def saved_by_zeros(counted: Sparsity, *, in_fewer_bits: bool = False) -> str:
+    """What the user should know first: what the zeros save, and what they don't. in_fewer_bits: the weights were stored
+    in fewer bits than they came in, so that the files are smaller for that.
+    """
     where = (
         f"in the pattern {counted.pattern}, which all {counted.rows_checked:,} rows hold to, "
         if counted.pattern
@@ -104,13 +106,16 @@ def saved_by_zeros(counted: Sparsity) -> str:
         if counted.pattern
         else "no common kernel is faster for zeros that stand anywhere"
     )
-    saved = 1 - counted.zstd_bytes / counted.zstd_bytes_before
+    saved = f"{1 - counted.zstd_bytes / counted.zstd_bytes_before:.0%} less to store or to send"
+    size = f"as large as before ({counted.weight_bytes:,} bytes)"
+    if in_fewer_bits:
+        saved += ", in part for fewer bits"
+        size = f"smaller only for fewer bits ({counted.weight_bytes:,} bytes)"
     return (
         f"{counted.reached:.1%} of the weights of {counted.layers} layers are zero {where}"
-        f"({counted.of_model:.1%} of all parameters), and the files are as large as before "
-        f"({counted.weight_bytes:,} bytes), for a zero takes the room of any number; the model is no faster where "
-        f"nothing uses them ({kernels}). What is real: under zstd the weights take {counted.zstd_bytes:,} bytes, "
-        f"where the source's take {counted.zstd_bytes_before:,} ({saved:.0%} less to store or to send)"
+        f"({counted.of_model:.1%} of all parameters), and the files are {size}, for a zero takes the room of any "
+        f"number; the model is no faster where nothing uses them ({kernels}). What is real: under zstd the weights "
+        f"take {counted.zstd_bytes:,} bytes, where the source's take {counted.zstd_bytes_before:,} ({saved})"
     )
 
 

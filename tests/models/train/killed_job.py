@@ -29,6 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "qlora nf4": {"method": "qlora", "rank": 4, "dropout": 0.1},
     "qlora int8": {"method": "qlora", "rank": 4, "base": "int8", "dropout": 0.1},
     "qlora gptq": {"method": "qlora", "rank": 4, "base": "gptq", "dropout": 0.1},
+    "movement": {"kind": "prune", "method": "movement", "learning_rate": 1e-3, "evaluate_every": 3},
     "last_layers": {"method": "last_layers", "layers": 1, "evaluate_every": 3},
     "head": {"method": "head", "layers": 1},
     "prefix": {"method": "prefix", "virtual_tokens": 4},
