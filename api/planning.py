@@ -10,7 +10,7 @@ from api.learning import Seen, refuse_misfit, refuse_unusable
 from api.merging import look_at_entries
 from api.service import Service
 from api.sources import Files, files_of, refuse_absent_dataset
-from api.sparsifying import torn_patterns, transposed
+from api.sparsifying import torn_patterns, transposed, unscored
 from api.teaching import Made, depth, legs_of
 from api.tensors import Linear, Tensor, config_of, linears_of, tensors_of
 from jobs import files as uploads
@@ -69,7 +69,7 @@ def plan(service: Service, project: str, spec: JobSpec) -> Plan:
     obstacles += [_obstacle(error) for leg in legs for error in leg.made.obstacles]
     every = linears_of(made.tensors, transposed=transposed(made.config))
     linears = _compressed(spec, every)
-    obstacles += map(_obstacle, torn_patterns(spec, every))
+    obstacles += map(_obstacle, (*unscored(spec, config), *torn_patterns(spec, every)))
     obstacles += map(_obstacle, missed_targets(spec, made.tensors, every))
     obstacles += [_obstacle(error) for error in _in_the_model(spec, config, files, tensors, made, linears)]
     if any(isinstance(step, Train) for step in spec.steps):

@@ -7,9 +7,11 @@ from typing import Any
 from api.service import Service
 from api.sources import files_of
 from api.tensors import Linear, config_of, linears_of, tensors_of
-from squeeze.errors import ModelAlreadyCompressed, SpecInvalid, SqueezeError
+from squeeze.errors import ArchitectureUnsupported, ModelAlreadyCompressed, SpecInvalid, SqueezeError
+from squeeze.shapes.mixtures import refuse_unscored
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.compressing import Compress
+from squeeze.steps.movement import Movement
 from squeeze.steps.sparsifying import Zeroes, refuse_torn_pattern
 
 
@@ -28,8 +30,18 @@ def refuse_unprunable(service: Service, project: str, spec: JobSpec) -> None:
         return
     if config.get("quantization_config"):
         raise ModelAlreadyCompressed("The model's weights are quantized already; name the model it was made from.")
-    for error in torn_patterns(spec, linears):
+    for error in (*unscored(spec, config), *torn_patterns(spec, linears)):
         raise error
+
+
+def unscored(spec: JobSpec, config: dict[str, Any]) -> Iterator[SqueezeError]:
+    """Of each step that learns scores for weights which a mixture keeps in its experts."""
+    for number, step in enumerate(spec.steps):
+        if isinstance(step, Movement):
+            try:
+                refuse_unscored(config.get("model_type"), f"steps.{number}.method")
+            except ArchitectureUnsupported as error:
+                yield error
 
 
 def torn_patterns(spec: JobSpec, linears: Sequence[Linear]) -> Iterator[SqueezeError]:

@@ -21,6 +21,7 @@ from squeeze.steps.every import Method, tag_of  # noqa: E402
 from squeeze.steps.factoring import SVD  # noqa: E402
 from squeeze.steps.finetuning import TRAINING_METHODS  # noqa: E402
 from squeeze.steps.merging import MERGING_METHODS, Entry, Merge  # noqa: E402
+from squeeze.steps.movement import Movement  # noqa: E402
 from squeeze.steps.quantization import METHODS, Grouped, Quantize  # noqa: E402
 from squeeze.steps.slimming import SLIMMING_METHODS, Slim  # noqa: E402
 from squeeze.steps.sparsifying import SPARSIFYING_METHODS, Sparsify  # noqa: E402
@@ -117,7 +118,9 @@ def _zeroing() -> str:
     for method in SPARSIFYING_METHODS:
         about = f"### {_name(method)}\n\n{inspect.getdoc(method)}"
         parts.append("\n\n".join(filter(None, (about, _table(method, Sparsify.model_fields)))))
-    return "\n\n".join(parts)
+    shared = {*Movement.model_fields} - {*Movement.__annotations__} | {*Sparsify.model_fields}
+    about = f"### {_name(Movement)}\n\n{inspect.getdoc(Movement)} It takes what every method of finetuning takes, too."
+    return "\n\n".join((*parts, about, _table(Movement, shared)))
 
 
 def _factoring() -> str:

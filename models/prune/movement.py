@@ -20,7 +20,8 @@ from models.prune.zeroing.masks import Group, lowest_of_layer
 from models.quantize.problem import pruned
 from models.streaming.frame import Frame
 from models.weights.quantized import Site
-from squeeze.errors import ArchitectureUnsupported, ModelMalformed
+from squeeze.errors import ModelMalformed
+from squeeze.shapes.mixtures import refuse_unscored
 from squeeze.steps.movement import Movement
 
 LOWEST = -1e30  # a score that nothing learns its way up from; finite, so that averages of it are
@@ -28,15 +29,10 @@ LOWEST = -1e30  # a score that nothing learns its way up from; finite, so that a
 
 def sites_of(frame: Frame, step: Movement) -> list[Site]:
     """The linears that get zeros, in the model's order. Raises ModelMalformed where there are none,
-    ArchitectureUnsupported where the model keeps the weights of several in one.
+    ArchitectureUnsupported where the model is a mixture, which keeps the weights of several experts in one.
     """
+    refuse_unscored(frame.source.config["model_type"], "method")
     sites = [site for n in range(frame.count) for site in frame.sites(n)]
-    if any(frame.experts(n) for n in range(frame.count)):
-        raise ArchitectureUnsupported(
-            "movement knows no scores for the experts of a mixture, most of its weights: take sparsegpt, wanda or "
-            "magnitude, and let a step that trains follow",
-            param="method",
-        )
     found = [site for site in sites if not any(fnmatchcase(site.name, pattern) for pattern in step.ignore)]
     if not found:
         raise ModelMalformed("`ignore` leaves no linear layer to prune", param="ignore")

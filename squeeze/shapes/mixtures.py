@@ -43,6 +43,16 @@ FAMILIES = {
 }
 
 
+def refuse_unscored(model_type: object, param: str) -> None:
+    """Raises ArchitectureUnsupported where most weights stand in experts, for which `movement` has no scores."""
+    if model_type in FAMILIES:
+        raise ArchitectureUnsupported(
+            f"movement has no scores for the experts of a mixture, most weights of a {model_type}: take sparsegpt, "
+            "wanda or magnitude, and let a step that trains follow",
+            param=param,
+        )
+
+
 @dataclass(frozen=True)
 class Mixture:
     """experts: of each layer that has some. chosen: that a token goes to, all of them in `limit` of the groups that the

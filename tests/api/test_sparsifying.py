@@ -18,6 +18,7 @@ MODELS = {
     "org/llama": LLAMA,
     "org/odd": {**LLAMA, "model.safetensors": _safetensors(_shapes() | {DOWN: (256, 636)})},
     "org/rounded": {**LLAMA, "config.json": json.dumps({**CONFIG, "quantization_config": {"bits": 4}}).encode()},
+    "org/mixture": {**LLAMA, "config.json": json.dumps({**CONFIG, "model_type": "mixtral"}).encode()},
     "org/bare": {"README.md": b"x"},
 }
 
@@ -66,6 +67,24 @@ def test_what_can_t_be_pruned_so_is_refused_at_once_and_by_the_plan(
 
 
 @pytest.mark.parametrize(
+    ("model", "fields", "code", "param", "words"),
+    [
+        ("org/odd", {"pattern": "4:8"}, "spec_invalid", "steps.0.pattern", "has 636, not 632 or 640. Take 2:4"),
+        ("org/rounded", {}, "model_already_compressed", None, "quantized already"),
+        ("org/mixture", {}, "architecture_unsupported", "steps.0.method", "take sparsegpt, wanda or magnitude"),
+    ],
+)
+def test_zeros_that_are_learned_are_refused_where_they_don_t_fit(
+    asked: Callable[..., Any], model: str, fields: dict[str, Any], code: str, param: str | None, words: str
+) -> None:
+    data = {"source": "hub:org/text"}
+    error = asked("jobs", step("movement", **fields), model=model, data=data).json()["error"]
+    assert (error["code"], error["param"]) == (code, param) and words in error["message"]
+    found = Plan.model_validate(asked("plan", step("movement", **fields), model=model, data=data).json()).obstacles
+    assert (code, param) in [(one.code, one.param) for one in found]
+
+
+@pytest.mark.parametrize(
     ("steps", "fields", "words"),
     [
         ([step(sparsity=1.0)], {}, "less than 1"),
@@ -78,6 +97,8 @@ def test_what_can_t_be_pruned_so_is_refused_at_once_and_by_the_plan(
         ([step("wanda"), step("magnitude")], {}, "keep one of them"),
         ([step(), {"kind": "finetune", "method": "lora"}], {"data": {"source": "file-abcdefgh"}}, "would fill or move"),
         ([step(), GPTQ | {"sparsity": 0.5}], {}, "or let it do both"),
+        ([step("movement")], {}, "learns from examples: name a file"),
+        ([step("movement", steps=2)], {"data": {"source": "file-abcdefgh"}}, "train for more steps"),
         ([GPTQ | {"sparsity": 0.6, "pattern": "2:4"}], {}, "leave `sparsity` out"),
         ([GPTQ | {"sparsity": 0.5, "symmetric": False}], {"formats": ["gguf"]}, "zeros would not be zero"),
         ([{"kind": "quantize", "method": "rtn"}, step()], {}, "let the step that quantizes be the last"),
@@ -110,3 +131,17 @@ def test_a_plan_says_that_the_bytes_stay_and_counts_what_it_takes(asked: Callabl
     assert chain.seconds.stages["certifying"] <= plans[2].seconds.stages["certifying"]
     assert chain.result_bytes["compressed-tensors"] < 0.8 * (chain.source_bytes or 0)
     assert (chain.disk_bytes or 0) > (plans[2].source_bytes or 0) * 3
+
+
+def test_a_plan_of_zeros_that_are_learned_counts_the_scores(asked: Callable[..., Any]) -> None:
+    fields = {"data": {"source": "hub:org/text", "sequence_length": 64}}
+    full = {"kind": "finetune", "method": "full", "steps": 20}
+    plain, learned = (
+        Plan.model_validate(asked("plan", one, **fields).json()) for one in (full, step("movement", steps=20))
+    )
+    assert {one.param for one in learned.obstacles} <= {"data.source"}, "which the Hub here does not have"
+    assert learned.saves and "files, memory and time stay as they were" in learned.saves[0]
+    assert plain.seconds and learned.seconds and plain.host_bytes and learned.host_bytes
+    assert learned.seconds.stages["training"] > plain.seconds.stages["training"]
+    assert learned.host_bytes >= plain.host_bytes and (learned.disk_bytes or 0) > (plain.disk_bytes or 0)
+    assert learned.result_bytes == plain.result_bytes
