@@ -259,3 +259,16 @@ def test_layers_that_are_ignored_stay_full(tmp_path: Path, model: Path) -> None:
     assert len(prepared.sites) == 12 and not any("down_proj" in site.name for site in prepared.sites)
     assert len(task.learning) == len(list(task.model.parameters())) + 12
     assert open_model(model).parameters == sum(one.numel() for one in task.model.parameters())
+
+
+def test_the_weights_of_the_lowest_loss_are_kept_with_their_own_masks(tmp_path: Path, model: Path) -> None:
+    hasty = {"learning_rate": 0.1, "score_learning_rate": 1.0, "schedule": "constant", "warmup": 0.0}
+    fields = hasty | {"ramp_end": 0.3, "evaluate_every": 2, "patience": 2, "steps": 40}
+    task, story = go_on(inputs_for(spec_of(MOVEMENT | fields), model, tmp_path))
+    lowest = story.best(12)
+    assert lowest is not None and story.stopped is not None and story.done == lowest.step + 4 >= 16
+    sums, counts = task.held_out_losses(accelerator_of("fp32", task.device))
+    assert float(sums.sum() / counts.sum()) == pytest.approx(lowest.loss, rel=1e-12)
+    assert next(one.step for one in story.held_out if one.sparsity == 0.5) == 12
+    zeros = sum(int((one == 0).sum()) for name, one in task.learning.items() if name.endswith("_proj.weight"))
+    assert zeros == 294912 // 2
