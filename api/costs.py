@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from squeeze.steps.every import Step
+
 from api.learning import text_bytes_of
 from api.service import Service
 from api.teaching import Leg
@@ -22,6 +24,7 @@ from squeeze.costs.training_work import counted_training, tokens_to_train
 from squeeze.costs.work import Count, counted
 from squeeze.names import Format
 from squeeze.shapes.model import Shape, shape_of
+from squeeze.specs.chains import factored_before
 from squeeze.specs.choosing import supposed
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.compressing import Compress
@@ -91,7 +94,14 @@ class Costs:
     def kept_bytes(self) -> int:
         """On the worker's disk: what each round keeps, and the whole model that it makes for the next."""
         kept = (_kept_bytes(leg, told) for leg, told in zip(self._legs, self._lessons, strict=True))
-        return sum(kept) + sum(2 * _elements(leg.made.tensors) for leg in self._legs[:-1])
+        wholes = sum(2 * _elements(leg.made.tensors) for leg in self._legs[:-1])
+        # Where factors learned, these, and the plain model beside them, which may not be asked for.
+        learned = (leg for leg in self._legs if any(map(self._factored, leg.part.spec.steps)))
+        return sum(kept) + wholes + sum(4 * _elements(leg.made.tensors) for leg in learned)
+
+    def _factored(self, step: Step) -> bool:
+        """Whether a step learns in the place of factors."""
+        return isinstance(step, Train) and any(step is one for one in factored_before(self._spec.steps))
 
     def _of_round(
         self, leg: Leg, told: Lessons | None, result_bytes: dict[Format, int], cost: _Cost, found: dict[str, Any]
@@ -105,10 +115,13 @@ class Costs:
             one = _Cost()
             if isinstance(step, Finetune):
                 parameters, learns = _elements(leg.made.tensors), shape_of_model(*_made(leg))
+                factored = self._factored(step)
                 spec, step, found["chosen"] = supposed(spec, step, parameters, own.positions)  # noqa: PLW2901
-                one = _finetuning(spec, step, learns, learned_of(step, *_made(leg)), formats, self._text_bytes)
+                known = replace(learned_of(step, *_made(leg)), factored=factored)
+                one = _finetuning(spec, step, learns, known, formats, self._text_bytes)
             elif isinstance(step, Distill):
-                student, known = shape_of_model(*_made(leg)), learned_of(step, *_made(leg))
+                student = shape_of_model(*_made(leg))
+                known = replace(learned_of(step, *_made(leg)), factored=self._factored(step))
                 one = _distilling(spec, step, teacher, student, known, formats, told, self._text_bytes)
             elif isinstance(step, Merge):
                 largest = max((tensor.elements for tensor in leg.tensors.values()), default=0)

@@ -227,10 +227,11 @@ def _result_bytes(spec: JobSpec, made: Made, linears: list[Linear]) -> dict[Form
 
 def _parameters_left(spec: JobSpec, made: Made, linears: list[Linear]) -> dict[str, int | None]:
     """Of what a job makes smaller, exactly or at most; nothing of other jobs."""
-    last = spec.steps[-1]
-    if isinstance(last, SVD) and made.tensors and set(spec.formats) - MERGED:
-        name = "result_parameters" if last.ranks == "uniform" else "most_result_parameters"
-        return {name: parameters_with_factors(last, made.tensors, linears)}
+    factoring = next((step for step in spec.steps if isinstance(step, SVD)), None)
+    multiplied_out = isinstance(spec.steps[-1], Quantize) or not set(spec.formats) - MERGED
+    if factoring is not None and made.tensors and not multiplied_out:
+        name = "result_parameters" if factoring.ranks == "uniform" else "most_result_parameters"
+        return {name: parameters_with_factors(factoring, made.tensors, linears)}
     slims = [step for step in spec.steps if isinstance(step, Slim)]
     if not slims:
         return {}

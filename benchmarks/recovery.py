@@ -5,9 +5,9 @@
         [--alpha 0.9] [--teach-nothing]
 
 All arms learn from the generic text, the same of it in the same order for a seed, and are measured on the same held-out
-part. There are: a pruned model as it is; the same taught by the original; its shape with weights drawn at random,
-learning from the text alone, or taught by the original. Learning rates are the best of several by the first seed, for
-each by itself. Prints Markdown.
+part. There are: a pruned model as it is; the same taught by the original, which of `svd` are its factors; its shape
+with weights drawn at random, learning from the text alone, or taught by the original (factors have no shape of their
+own). Learning rates are the best of several by the first seed, for each by itself. Prints Markdown.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from models.files.checkpoint import open_model
 from models.formats.directory import linked
+from models.handed import HandedFactors
 from models.job import Inputs
 from models.pipeline import run
 from models.progress import Silent
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--target", type=float, default=0.75)
     parser.add_argument("--methods", nargs="+", default=["depth", "width", "svd"], choices=PRUNED)
-    parser.add_argument("--taught", nargs="*", default=["depth", "width"], choices=PRUNED, help="of the methods")
+    parser.add_argument("--taught", nargs="*", default=[*PRUNED], choices=PRUNED, help="of the methods")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--teach-nothing", action="store_true", help="the shapes drawn at random too, by the original")
@@ -66,14 +68,27 @@ def main() -> None:
         print("|---|---|---|---|---|---|")
         bench.show("the original", open_model(options.model).parameters, [bench.loss(options.model)])
         for method in options.methods:
-            pruned, parameters = bench.pruned(method)
-            bench.show(f"{method}, not trained", parameters, [bench.loss(pruned)])
+            pruned = bench.pruned(method)
+            bench.show(f"{method}, not trained", pruned.parameters, [bench.loss(pruned.model)])
             if method in options.taught:
                 bench.race(f"{method}, distilled", pruned, options.rates, taught=True)
+            if method in options.taught and pruned.factors is None:
                 random = bench.drawn(pruned, method)
                 bench.race(f"{method}'s shape from nothing", random, options.scratch_rates, taught=False)
                 if options.teach_nothing:
                     bench.race(f"{method}'s shape from nothing, distilled", random, options.scratch_rates, taught=True)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model that learns, or not. factors: of its linears, where they were factored."""
+
+    model: Path
+    factors: HandedFactors | None = None
+
+    @property
+    def parameters(self) -> int:
+        return open_model(self.model).parameters if self.factors is None else self.factors.told.parameters_after
 
 
 class Bench:
@@ -89,32 +104,31 @@ class Bench:
         """On the held-out text, of a model as it is: before the one step of a training that is worth nothing."""
         return self._trained(model, {"method": "full", "steps": 1, "learning_rate": 1e-9}, 0).loss_before
 
-    def pruned(self, method: str) -> tuple[Path, int]:
-        """(the model, its parameters: of factors, before they were multiplied out)."""
+    def pruned(self, method: str) -> Arm:
         step = {"kind": "prune", "params_target": self._options.target} | PRUNED[method]
         report, out = self._job(self._options.model, [step], 0)
-        factors = report.factoring
-        return out, open_model(out).parameters if factors is None else factors.parameters_after
+        factors = out.parents[1] / "work" / "prune"
+        return Arm(out, None if report.factoring is None else HandedFactors(factors, report.factoring))
 
-    def drawn(self, pruned: Path, method: str) -> Path:
+    def drawn(self, pruned: Arm, method: str) -> Arm:
         """The same shape with weights as the family draws them."""
         out = self._room / f"drawn-{method}"
-        linked(pruned, out)
+        linked(pruned.model, out)
         for file in out.glob("model*.safetensors*"):
             file.unlink()
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pruned), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pruned.model), dtype=torch.float32)
         model.save_pretrained(out)
-        assert open_model(out).parameters == open_model(pruned).parameters
-        return out
+        assert open_model(out).parameters == pruned.parameters
+        return Arm(out)
 
-    def race(self, name: str, model: Path, rates: Sequence[float], *, taught: bool) -> None:
+    def race(self, name: str, arm: Arm, rates: Sequence[float], *, taught: bool) -> None:
         """Of all seeds, with the rate that is best for the first."""
         seeds = self._options.seeds
-        first = {rate: self._learned(name, model, rate, seeds[0], taught=taught) for rate in rates}
+        first = {rate: self._learned(name, arm, rate, seeds[0], taught=taught) for rate in rates}
         rate = min(first, key=first.__getitem__)
-        losses = [first[rate], *(self._learned(name, model, rate, seed, taught=taught) for seed in seeds[1:])]
-        self.show(name, open_model(model).parameters, losses, f"{rate:g} of {', '.join(f'{one:g}' for one in rates)}")
+        losses = [first[rate], *(self._learned(name, arm, rate, seed, taught=taught) for seed in seeds[1:])]
+        self.show(name, arm.parameters, losses, f"{rate:g} of {', '.join(f'{one:g}' for one in rates)}")
 
     def show(self, name: str, parameters: int, losses: Sequence[float], rate: str = "") -> None:
         middle = statistics.median(losses)
@@ -125,25 +139,25 @@ class Bench:
             flush=True,
         )
 
-    def _learned(self, name: str, model: Path, rate: float, seed: int, *, taught: bool) -> float:
+    def _learned(self, name: str, arm: Arm, rate: float, seed: int, *, taught: bool) -> float:
         began, options = time.monotonic(), self._options
         step: dict[str, Any] = {"steps": options.steps, "batch_size": options.batch, "learning_rate": rate}
         if taught:
             step |= {"kind": "distill", "method": "logits", "student": {"model": "org/student"}, "alpha": options.alpha}
-            told = self._trained(options.model, step, seed, student=model)
+            told = self._trained(options.model, step, seed, student=arm)
         else:
-            told = self._trained(model, step | {"method": "full"}, seed)
+            told = self._trained(arm.model, step | {"method": "full"}, seed)
         seconds = time.monotonic() - began
         print(f"{name}, seed {seed}, {rate:g}: {told.loss_after:.4f} in {seconds:.0f} s", file=sys.stderr, flush=True)
         return told.loss_after
 
-    def _trained(self, model: Path, step: Mapping[str, Any], seed: int, student: Path | None = None) -> Training:
+    def _trained(self, model: Path, step: Mapping[str, Any], seed: int, student: Arm | None = None) -> Training:
         report, _ = self._job(model, [{"kind": "finetune"} | step], seed, student)
         assert report.training is not None, "it trains"
         return report.training
 
     def _job(
-        self, model: Path, steps: Sequence[Mapping[str, Any]], seed: int, student: Path | None = None
+        self, model: Path, steps: Sequence[Mapping[str, Any]], seed: int, student: Arm | None = None
     ) -> tuple[Report, Path]:
         """(report, model). Nothing is certified: what the files hold is measured here."""
         self._number += 1
@@ -160,7 +174,8 @@ class Bench:
             device="cpu",
             job_id="job",
             calibration_text=self._text,
-            student=student,
+            student=None if student is None else student.model,
+            factors=None if student is None else student.factors,
             student_name=None if student is None else "student",
             goes_on=True,
             snapshot_seconds=1e9,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from models.files.checkpoint import SourceModel
 from models.formats.directory import weight_bytes
+from models.handed import HandedFactors
 from models.streaming.snapshots import SNAPSHOT_SECONDS
 from squeeze.errors import CertificationFailed, SqueezeError
 from squeeze.names import Format
@@ -53,7 +54,8 @@ class Inputs:
     digest: of the files of a model that has no revision and never changes. student: of the model that learns from this
     one, where the job names it; its name, revision and digest as the model's.
     original: what the result is compared with, where an earlier step changed the model. teacher: what it was before
-    anything was taken from it; None: nothing was. goes_on: another round follows this one.
+    anything was taken from it; None: nothing was. factors: of linears of the model that learns, where an earlier step
+    wrote them so. goes_on: another round follows this one.
     consumers: Pythons of environments that results are loaded in, by the consumer's name. activation_bytes: see
     `engine.quantize`.
     """
@@ -75,6 +77,7 @@ class Inputs:
     merged: tuple[Named, ...] = ()
     original: Path | None = None
     teacher: Path | None = None
+    factors: HandedFactors | None = None
     goes_on: bool = False
     student: Path | None = None
     student_name: str | None = None

@@ -7,7 +7,7 @@ of what that made, where a step zeroes weights or quantizes: loading -> calibrat
 same pass) -> evaluating -> exporting -> certifying; where one does each, all but the last twice
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,13 @@ from models.train.job import added, for_what_follows, run_training, trained
 from models.train.job import follow as follow_training
 from models.train.optimizers import refuse_without_gpu
 from models.train.prepare import refuse_untrainable
-from squeeze.errors import FormatUnfit, ModelMalformed
+from squeeze.errors import FormatUnfit, ModelMalformed, SpecInvalid
+from squeeze.names import Format
 from squeeze.objects import Stage
 from squeeze.reports.report import Report
 from squeeze.shapes.architectures import HELD_BY, refuse_unrotatable
-from squeeze.specs.formats import OF_ANY_FAMILY, candidates
+from squeeze.specs.chains import factored_before
+from squeeze.specs.formats import FACTORED, OF_ANY_FAMILY, PLAIN, candidates
 from squeeze.specs.job_spec import JobSpec
 from squeeze.specs.rounds import rounds_of
 from squeeze.steps.compressing import Compress
@@ -91,6 +93,8 @@ def check(spec: JobSpec, model: Path) -> Facts:
                     smaller.refuse(slimming, frame)
                     frame = smaller.judged(slimming, frame)
             facts = _check_round(part.spec, config, frame)
+            if any(isinstance(step, Train) for step in factored_before(spec.steps)):
+                _refuse_factored_experts(part.spec, frame)
         if any(isinstance(step, Distill) and step.student.named for step in part.spec.steps):
             return facts  # the next round goes on with another model
     return facts
@@ -105,6 +109,8 @@ def _check_round(spec: JobSpec, config: dict[str, Any], frame: Frame) -> Facts:
             if isinstance(training, Movement):
                 sites = movement.sites_of(frame, training)
                 refuse_torn_pattern(training, {site.name: site.columns for site in sites})
+        if training is spec.steps[-1]:
+            _refuse_unholdable(config["model_type"], [name for name in spec.formats if name in FACTORED])
         if training is spec.steps[-1] or _taught(spec):  # another model goes on to the next step
             return Facts(config["model_type"], frame.count, count)
     if isinstance(spec.steps[-1], Merge | Slim):
@@ -146,19 +152,36 @@ def _check_compressible(spec: JobSpec, config: dict[str, Any], frame: Frame) -> 
         raise ModelMalformed("`ignore` leaves no linear layer to compress", param=param_of(spec, "ignore"))
     if isinstance(step, Grouped) and allots(step):
         schemes = mixed(schemes, candidates(step, spec.formats))
-    held = HELD_BY[config["model_type"]]
+    _refuse_unholdable(config["model_type"], spec.formats)
     for name in spec.formats:
-        if name not in (*held, *OF_ANY_FAMILY):
-            raise FormatUnfit(
-                f"{name} can't hold {config['model_type']} models; {', '.join(held)} can", param="formats"
-            )
         with params_named(spec):
             layout(name).refuse(sites, schemes)
             if step.scales_cache:
                 refuse_unknown_attention(frame)
-            if name != "gguf":  # which stacks one linear of a layer's experts at a time, and says itself where it can't
+            # gguf stacks one linear of a layer's experts at a time, and says itself where it can't.
+            if name not in (*PLAIN, "gguf"):
                 refuse_torn([linears for n in range(frame.count) for linears in frame.experts(n).values()], schemes)
     return Facts(config["model_type"], frame.count, len(sites))
+
+
+def _refuse_factored_experts(spec: JobSpec, frame: Frame) -> None:
+    """Where a step is to learn in the place of a round's factors: transformers trains all experts of a layer as one."""
+    step = next((step for step in spec.steps if isinstance(step, SVD)), None)
+    names = engine.schemes_of(frame, step) if step is not None else {}
+    experts = {name for n in range(frame.count) for linears in frame.experts(n).values() for name in linears}
+    if step is not None and experts & set(names):
+        raise SpecInvalid(
+            "factors of experts can't learn, since a training has all experts of a layer in one tensor: leave them out "
+            "with `ignore`, for example *.experts.*",
+            param=param_of(spec, "ignore", step),
+        )
+
+
+def _refuse_unholdable(model_type: str, formats: Sequence[Format]) -> None:
+    held = HELD_BY[model_type]
+    for name in formats:
+        if name not in (*held, *OF_ANY_FAMILY):
+            raise FormatUnfit(f"{name} can't hold {model_type} models; {', '.join(held)} can", param="formats")
 
 
 def _refuse_unprunable(spec: JobSpec, step: Quantize | Sparsify | SVD, frame: Frame) -> None:

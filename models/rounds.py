@@ -15,14 +15,17 @@ import torch
 
 from models.files.checkpoint import open_model
 from models.files.disk import write_whole
+from models.handed import HandedFactors
 from models.job import Inputs, Outcome, result_of
 from models.progress import Notify
+from models.train.factors import FACTORS
 from models.work import summed
 from squeeze import __version__
 from squeeze.errors import SqueezeError
 from squeeze.reports.report import Report, Round
 from squeeze.specs.rounds import Round as Part
 from squeeze.steps.distillation import Distill
+from squeeze.steps.factoring import SVD
 from squeeze.texts.domains import takes_something
 
 MARK, REPORT = "mark", "report.json"
@@ -32,12 +35,13 @@ Run = Callable[[Inputs, Notify], Outcome]
 @dataclass(frozen=True)
 class _Standing:
     """After some rounds. model: what they made, of which `mark` tells it from any other. teacher: the model before
-    anything was taken from it; None: nothing was taken yet.
+    anything was taken from it; None: nothing was taken yet. factors: of its linears, where they were factored.
     """
 
     model: Path
     mark: str
     teacher: Path | None
+    factors: HandedFactors | None = None
     told: tuple[Report, ...] = ()
 
 
@@ -83,7 +87,19 @@ def _one(inputs: Inputs, part: Part, number: int, standing: _Standing, run: Run,
     whole, teacher = out / "safetensors", standing.teacher
     if teacher is None and any(takes_something(step) for step in part.spec.steps):
         teacher = standing.model
-    return _Standing(whole, mark, teacher, (*standing.told, report))
+    return _Standing(
+        whole, mark, teacher, _factors(inputs.work / f"round-{number}", part, report), (*standing.told, report)
+    )
+
+
+def _factors(work: Path, part: Part, report: Report) -> HandedFactors | None:
+    """As the step that factored left them in the work directory of its round, or one that trained in its own."""
+    told = report.factoring
+    if told is None:
+        return None
+    factoring = next((step for step in part.spec.steps if isinstance(step, SVD)), None)
+    directory = work / (FACTORS if factoring is None else factoring.kind)
+    return HandedFactors(directory, told.model_copy(update={"quality": told.quality or report.quality}))
 
 
 def _inputs_of(inputs: Inputs, part: Part, number: int, standing: _Standing, out: Path) -> Inputs:
@@ -92,6 +108,7 @@ def _inputs_of(inputs: Inputs, part: Part, number: int, standing: _Standing, out
     own.work.mkdir(exist_ok=True)
     if number == 0:
         return own
+    own = replace(own, factors=standing.factors)
     digest = standing.mark if inputs.identity is not None else None
     if standing.teacher is not None and isinstance(part.spec.steps[0], Distill):
         own = replace(own, student=standing.model, student_name="what the steps before made", student_digest=digest)
@@ -146,12 +163,14 @@ def _together(report: Report, inputs: Inputs, rounds: Sequence[Part], told: Sequ
     source = told[0].source
     spent, parts = report.spent, list[Round]()
     for part, one in zip(rounds, told, strict=False):
-        made = one.sizes[0]
+        made, factors = one.sizes[0], one.factoring
         parts.append(
             Round(
                 steps=list(range(part.first, part.first + len(part.spec.steps))),
-                parameters=open_model(inputs.work / f"round-{len(parts)}" / "out" / made.format).parameters,
-                weight_bytes=made.weight_bytes,
+                parameters=factors.parameters_after
+                if factors is not None
+                else open_model(inputs.work / f"round-{len(parts)}" / "out" / made.format).parameters,
+                weight_bytes=made.weight_bytes if factors is None else factors.factor_bytes,
                 quality=one.quality,
                 training=one.training,
                 merging=one.merging,
@@ -179,7 +198,7 @@ def _together(report: Report, inputs: Inputs, rounds: Sequence[Part], told: Sequ
             "recipe": [step.model_dump(mode="json") for step in inputs.spec.steps],
             "rounds": parts,
             "sizes": sizes,
-            "warnings": list(dict.fromkeys(warning for one in (*told, report) for warning in one.warnings)),
+            "warnings": list(dict.fromkeys(warning for one in (report, *told) for warning in one.warnings)),
             "spent": spent,
         }
     )

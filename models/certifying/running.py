@@ -8,7 +8,7 @@ import signal
 import site
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,12 @@ class Sample:
     def tolerance(self) -> float:
         """Allowed relative difference where the kernels differ."""
         return TOLERANCE + NOISE_NATS / math.sqrt(max(sum(self.counts), 1))
+
+    @property
+    def unmasked(self) -> "Sample":
+        """For consumers that score all that follows the first scored token, where that is what was learned."""
+        masks = zip(self.learned or (), self.first_scored, strict=self.learned is not None)
+        return replace(self, learned=None) if all(all(mask[first:]) for mask, first in masks) else self
 
     def perplexity(self, nll: list[float]) -> float:
         """Over the scored tokens of all windows, each of which has a mean."""

@@ -73,10 +73,11 @@ class Lesson:
         """before, after: of the student, on the held-out examples."""
         prepared, teacher, taught = self._prepared, self._frame.source, self._taught
         learned = int(prepared.split.train.scored.sum())
+        factors = None if prepared.factors is None else prepared.factors.told
         return Distillation(
             student=prepared.student,
-            student_parameters=prepared.source.parameters,
-            student_bytes=prepared.source.weight_bytes,
+            student_parameters=factors.parameters_after if factors else prepared.source.parameters,
+            student_bytes=factors.factor_bytes if factors else prepared.source.weight_bytes,
             teacher_parameters=teacher.parameters,
             vocabulary=self._vocabulary if prepared.comparable else None,
             stored_bytes_per_token=taught.bytes_per_token,

@@ -310,8 +310,8 @@ class Compressed:
 
     def first(self, zeros: Sparsity | None) -> list[str]:
         """What the user should know before anything else, of a step that prunes."""
-        if self.factors is not None:
-            return [factoring.saved_by_factors(self.factors, self.inputs.spec.formats)]
+        if self.factors is not None:  # what comes of them, the round says that ends the job
+            return [] if self.inputs.goes_on else [factoring.saved_by_factors(self.factors, self.inputs.spec.formats)]
         return [] if zeros is None else [saved_by_zeros(zeros)]
 
     def certify(self, notify: Notify, name: Format, directory: Path) -> list[Certificate]:

@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,15 @@ from models.certifying.certify import certify, loss_in_transformers
 from models.certifying.running import Sample
 from models.closing import certified, closed, spent
 from models.distill.lesson import Lesson
-from models.files.checkpoint import SourceModel
+from models.files.checkpoint import SourceModel, open_model
 from models.files.disk import write_whole
 from models.formats import layout
 from models.formats.directory import write_companions, written_whole
 from models.formats.safetensors_zst import write_packed
+from models.handed import HandedFactors
 from models.job import Inputs, Outcome, libraries, size_part, source_part
 from models.progress import Notify, Silent
+from models.prune.factors.factoring import multiplied_out, saved_by_factors
 from models.prune.zeroing.counting import counted_zeros, left_in, saved_by_zeros, share_kept
 from models.resources import (
     Clock,
@@ -36,6 +38,7 @@ from models.train.bases import Base, rounded_base
 from models.train.checkpoints import Checkpoints
 from models.train.choices import try_micro_batch
 from models.train.counting import work_of
+from models.train.factors import FACTORS, keep_factors, learned_factors, multiply_out, put
 from models.train.leading import lead, told
 from models.train.loop import accelerator_of, train
 from models.train.merging import stored_dtype, write_merged
@@ -65,7 +68,8 @@ LIBRARIES = ("peft", "accelerate")
 class Trained:
     """whole: the directory of the whole model, where one is made. samples: of each directory, held-out examples with
     the losses that it was seen to have. work: operations by stage, where they are counted. base: that adapters stand
-    beside, where it was rounded for them. zeros: that it made, counted on what was written.
+    beside, where it was rounded for them. zeros: that it made, counted on what was written. factors: that learned in
+    the place of linears.
     """
 
     prepared: Prepared
@@ -76,6 +80,7 @@ class Trained:
     work: dict[str, float]
     base: Base | None
     zeros: Sparsity | None
+    factors: HandedFactors | None
 
     @property
     def source(self) -> SourceModel:
@@ -89,6 +94,13 @@ class Trained:
             assert self.whole is not None, "an adapter has a sample of its own"
             found = self.samples[self.whole]
         return found
+
+    def first(self, formats: Collection[Format]) -> list[str]:
+        """What the user should know before anything else, where a job ends with this."""
+        if self.zeros is not None:
+            fewer = stored_dtype(self.source).itemsize < self.source.dtype.itemsize
+            return [saved_by_zeros(self.zeros, in_fewer_bits=fewer)]
+        return [] if self.factors is None else [saved_by_factors(self.factors.told, formats)]
 
 
 def trained(
@@ -134,7 +146,7 @@ def _trained(
         map_large_memory()  # memory would otherwise hardly be less
     with clock.stage("loading"):
         accelerator = accelerator_of(prepared.precision, prepared.device)
-    lesson, before = None, None
+    lesson, before, learned = None, None, None
     if isinstance(step, Distill):
         behind = ("loading", "teaching") if isinstance(step, Sequence) else ("loading",)  # it has written by now
         expected = prepared.task(None, packed=step.packing)
@@ -192,6 +204,12 @@ def _trained(
         made = None
         if whole is not None:
             samples[whole], loss = _as_written(prepared, whole, packed, accelerator)
+            if prepared.factors is not None:
+                learned = learned_factors(prepared.factors, inputs.work / FACTORS, whole)
+            if learned is not None and asked is inputs.spec.steps[-1] and "onnx" in inputs.spec.formats:
+                sample, thin = _as_written(prepared, whole, packed, accelerator, learned)
+                samples[inputs.out / "onnx"] = sample.unmasked
+                loss = loss if "safetensors" in inputs.spec.formats else thin
             kept = kept_zeros(prepared.source, whole) if zeros and processes.team.leads else None
             made = counted_zeros(prepared.source, whole, prepared.sites, step) if isinstance(step, Movement) else None
             training = training.model_copy(update={"loss_written": loss, "zeros_kept": kept})
@@ -199,13 +217,17 @@ def _trained(
     warnings += [*(base.warnings if base is not None else ()), *doubts_of(training, zeroed=isinstance(step, Movement))]
     for warning in warnings:
         notify.event("warning", warning)
-    return Trained(prepared, whole, training, warnings, samples, work, base, made)
+    return Trained(prepared, whole, training, warnings, samples, work, base, made, learned)
 
 
-def _as_written(prepared: Prepared, whole: Path, packed: bool, accelerator: Accelerator) -> tuple[Sample, float]:
-    """The whole model read back: held-out examples with its losses, and their mean."""
+def _as_written(
+    prepared: Prepared, whole: Path, packed: bool, accelerator: Accelerator, factors: HandedFactors | None = None
+) -> tuple[Sample, float]:
+    """The whole model read back: held-out examples with its losses, and their mean. factors: for its linears."""
     with prepared.processes.loading():
         model = prepared.load(whole, prepared.first_device)
+        if factors is not None:
+            put(model, factors.of(open_model(whole)))
         prepared.share(model)
     task = prepared.task(model, packed=packed)
     losses = task.held_out_losses(accelerator)
@@ -225,8 +247,8 @@ def run_training(
     formats = inputs.spec.formats
     places: dict[Format, Path] = {name: inputs.out / name for name in formats}
     adapter, whole = places.get("peft", inputs.work / "adapter"), places.get("safetensors")
-    if whole is None and "safetensors-zst" in places:
-        whole = inputs.work / "whole"
+    if whole is None and ("safetensors-zst" in places or "onnx" in places):
+        whole = inputs.work / "whole"  # whose other weights go with the factors
     done = trained(inputs, step, adapter, whole, clock, notify, team)
     if done.base is not None and "gptq" in places:
         with clock.stage("exporting"):
@@ -234,6 +256,10 @@ def run_training(
     if done.whole is not None and "safetensors-zst" in places:
         with clock.stage("exporting"):
             write_packed(done.whole, places["safetensors-zst"])
+    if done.factors is not None and "onnx" in places and whole is not None:
+        with clock.stage("exporting"):
+            plain = open_model(whole)
+            layout("onnx").write(plain, done.factors.of(plain), places["onnx"], notify)
     certificates = certified(inputs, places, partial(_certified, inputs, done, notify), clock, notify)
     return closed(inputs, places, completed(_report(inputs, done, places, certificates, clock)))
 
@@ -288,6 +314,9 @@ def _write(
     elif isinstance(step, Head):
         method.write(model, prepared.labels, source, whole)
     else:
+        if prepared.factors is not None:
+            keep_factors(model, source, prepared.factors, inputs.work / FACTORS)
+            multiply_out(model, source)
         write_trained(model, source, whole)
     write_whole(note, prepared.mark)
 
@@ -320,7 +349,8 @@ def _report(
         blocks=blocks,
         damping_escalations=sum(layer.damping_escalations for block in blocks for layer in block.layers),
         certificates=certificates,
-        warnings=[*_first(done), *done.warnings],
+        warnings=[*([] if inputs.goes_on else done.first(spec.formats)), *done.warnings],
+        factoring=None if done.factors is None else done.factors.told,
         spent=spent(
             clock,
             done.work,
@@ -329,14 +359,6 @@ def _report(
             earlier_bytes=max((block.peak_host_bytes for block in blocks), default=0),
         ),
     )
-
-
-def _first(done: Trained) -> list[str]:
-    """What the user should know before anything else, where weights were zeroed."""
-    if done.zeros is None:
-        return []
-    fewer = stored_dtype(done.source).itemsize < done.source.dtype.itemsize
-    return [saved_by_zeros(done.zeros, in_fewer_bits=fewer)]
 
 
 def for_what_follows(inputs: Inputs, done: Trained) -> Inputs:
@@ -379,9 +401,12 @@ def added(report: Report, inputs: Inputs, done: Trained) -> Report:
         sites = done.prepared.sites
         kept = share_kept(report, {site.name: site.rows * site.columns * done.zeros.reached for site in sites})
         sparsity, told = done.zeros.model_copy(update={"zeros_kept": kept}), [left_in(done.zeros, kept), *told]
-    whole = done.source.weight_bytes
+    whole, factors = done.source.weight_bytes, None if done.factors is None else done.factors.told
+    if factors is not None:
+        told = [multiplied_out(factors), *told]
     return report.model_copy(
         update={
+            "factoring": factors,
             "sizes": [size.model_copy(update={"ratio": whole / size.weight_bytes}) for size in report.sizes],
             "training": done.training.model_copy(update={"loss_quantized": known}),
             "source": source_part(inputs, done.source),

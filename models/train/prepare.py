@@ -17,11 +17,13 @@ from models.files.checkpoint import SourceModel, open_or_convert
 from models.finetune import full, head
 from models.fingerprint import training_fingerprint
 from models.formats.directory import refuse_broken_companions
+from models.handed import HandedFactors
 from models.job import Inputs
 from models.progress import Notify, Silent
 from models.resources import Clock
 from models.streaming.frame import Frame
 from models.texts.data import LEAST_TOKENS
+from models.train import factors
 from models.train.choices import Choices, choose_length, choose_rest
 from models.train.domains import evenly
 from models.train.examples import Examples, Split
@@ -55,7 +57,8 @@ class Prepared:
     that the loss is measured on. length: of a sequence, in tokens. vocabulary: of the model, as far as a teacher shares
     it. mark: of all that decides the result. teacher: of a distillation, the job's own model. student: of one, who
     learns, in words. comparable: whether both have one vocabulary. processes: that share the training. spec, step: of
-    the job, with numbers for every `auto`; choices: what these came to, of a step that may say so.
+    the job, with numbers for every `auto`; choices: what these came to, of a step that may say so. factors: which
+    learn in the place of linears, where an earlier step wrote them so.
     """
 
     step: Train
@@ -75,6 +78,7 @@ class Prepared:
     comparable: bool = True
     processes: Processes = ALONE
     choices: Choices | None = None
+    factors: HandedFactors | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,6 +101,11 @@ class Prepared:
         if isinstance(self.step, Head):
             return head.load(path, self.labels, self.dtype, device or self.device)
         return load_whole(path, self.dtype, device or self.device)
+
+    def put_factors(self, model: Any) -> None:
+        """In the place of a whole model's linears."""
+        if self.factors is not None:
+            factors.put(model, self.factors.of(self.source))
 
     @property
     def labels(self) -> list[str]:
@@ -226,6 +235,7 @@ def prepare(
         student=student,
         comparable=comparable,
         choices=choices,
+        factors=inputs.factors,
     )
 
 
@@ -240,6 +250,7 @@ def begun(prepared: Prepared, base: QuantizedModel | None = None) -> tuple[Task,
             model = method.load(prepared.source, step, prepared.dtype, prepared.device, base)
         else:
             model = prepared.load(prepared.source.path, prepared.first_device)
+            prepared.put_factors(model)
         torch.manual_seed(prepared.seed)
         model = method.finetune(model, step, [site.name for site in prepared.sites])
         if isinstance(step, QLoRA) and step.init == "loftq":

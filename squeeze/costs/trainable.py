@@ -31,7 +31,8 @@ class Learned:
     linears: those whose inputs are needed for the gradient, as (rows, columns). rank: of what stands beside them.
     blocks: decoder blocks that gradients go through. gradient_bytes, state_bytes: of gradients, and of the
     optimizer. rounded: weights that are held as they are rounded; rounded_bytes: what these then take. left_out:
-    weights that are not loaded. scores: that learn beside weights which do.
+    weights that are not loaded. scores: that learn beside weights which do. factored: factors may learn in the place
+    of linears, which are fewer.
     """
 
     parameters: int
@@ -45,6 +46,7 @@ class Learned:
     rounded_bytes: int = 0
     left_out: int = 0
     scores: int = 0
+    factored: bool = False
 
     @property
     def bytes(self) -> int:

@@ -129,6 +129,9 @@ class Pass:
                 total += len(group.rows) * self.held(some, group.columns, each + 1)
             total += sum(self.held(some, width, each) for width in _made(group, hidden))
             total += len(group.rows) * self.held(some, self.learned.rank, each)
+            if self.learned.factored:  # what a first factor makes, of the highest rank at which both are fewer
+                ranks = (rows * group.columns // (rows + group.columns) for rows in group.rows)
+                total += sum(self.held(some, rank, each) for rank in ranks)
         return total + (self.held(tokens, self.length, each) if self.step.packing else 0)
 
     def logits(self, tokens: int, copies: int) -> int:

@@ -270,7 +270,7 @@ class Round(Part):
     """
 
     steps: list[int] = Field(description="Their numbers in `recipe`, counted from 0.")
-    parameters: int = Field(description="Of what it made.")
+    parameters: int = Field(description="Of what it made; of factors, before they are multiplied out.")
     weight_bytes: int
     quality: Quality | None = Field(description="Of what it made against what it began with, where it was measured.")
     training: Training | None

@@ -28,7 +28,7 @@ def refuse_misplaced(steps: Sequence[Step], text: Text) -> None:
     """Where a step's place in the chain, or the text, makes no sense of it."""
     _quantizes_once_and_last(steps)
     _keeps_zeros(steps)
-    _factors_once_before_quantizing(steps)
+    _keeps_factors(steps)
     _trains_on_examples(steps, text)
     merging = [n for n, step in enumerate(steps) if isinstance(step, Merge)]
     if merging and merging != [0]:
@@ -60,6 +60,12 @@ def refuse_unwritable(steps: Sequence[Step], formats: Sequence[Format]) -> None:
         )
 
 
+def factored_before(steps: Sequence[Step]) -> Sequence[Step]:
+    """The steps behind the one that factors; none where none does."""
+    first = next((n for n, step in enumerate(steps) if isinstance(step, SVD)), len(steps))
+    return steps[first + 1 :]
+
+
 def refuse_unshared(steps: Sequence[Step], gpus: int) -> None:
     """Where so many GPUs can't share the work."""
     for step in steps:
@@ -69,6 +75,8 @@ def refuse_unshared(steps: Sequence[Step], gpus: int) -> None:
             raise ValueError(f"{step.method} trains on one GPU: set limits.gpus to 1")
         if isinstance(step, Train):
             _refuse_unshared_training(step, gpus)
+    if gpus > 1 and any(isinstance(step, Train) for step in factored_before(steps)):
+        raise ValueError("factors learn on one GPU, since two linears may share one of them: set limits.gpus to 1")
     if len(steps) == 1 and isinstance(steps[0], Merge) and gpus > 1:
         raise ValueError("merging is done by one process: set limits.gpus to 1")
     if len(steps) == 1 and isinstance(steps[0], Slim) and gpus > 1:
@@ -113,17 +121,19 @@ def _keeps_zeros(steps: Sequence[Step]) -> None:
             )
 
 
-def _factors_once_before_quantizing(steps: Sequence[Step]) -> None:
+def _keeps_factors(steps: Sequence[Step]) -> None:
     factoring = [n for n, step in enumerate(steps) if isinstance(step, SVD)]
     if len(factoring) > 1:
         raise ValueError(f"steps {factoring} all factor: keep one of them, with the share that you want")
     if factoring and any(isinstance(step, Zeroes) for step in steps):
         raise ValueError("products of factors have no zeros, and zeros no low rank: keep one of svd and the other")
-    if factoring and not all(isinstance(step, Quantize) for step in steps[factoring[0] + 1 :]):
-        raise ValueError(
-            "the step after one that factors would fill the ranks again: train before it, in this job or another; "
-            "only a step that quantizes may follow it"
-        )
+    for step in factored_before(steps):
+        if not isinstance(step, Quantize) and not (isinstance(step, Train) and step.keeps_factors):
+            raise ValueError(
+                f"what step {factoring[0]} factors, {step.method} would not keep: let it come before that, or leave it "
+                "out; of the steps that train, `full` and distillations learn in the place of factors, and a step "
+                "that quantizes may come last"
+            )
 
 
 def _trains_on_examples(steps: Sequence[Step], text: Text) -> None:
@@ -157,7 +167,7 @@ def _says_who_learns(steps: Sequence[Step]) -> None:
                 else f"steps.{number}.student: say who learns, either `layers`, so many blocks of the teacher, or "
                 "`model`; or let a step before prune the model"
             )
-        pruned |= isinstance(step, Zeroes | Distill) or (isinstance(step, Slim) and not step.equivalent)
+        pruned |= isinstance(step, Zeroes | SVD | Distill) or (isinstance(step, Slim) and not step.equivalent)
 
 
 def _refuse_unshared_training(step: Train, gpus: int) -> None:

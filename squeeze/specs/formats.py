@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from squeeze.errors import FormatUnfit
 from squeeze.names import Format
 from squeeze.steps.compressing import Compress
+from squeeze.steps.factoring import SVD
 from squeeze.steps.finetuning import Adapters, QLoRA
 from squeeze.steps.merging import Merge
 from squeeze.steps.quantization import CODE_BITS, Grouped
@@ -41,6 +42,8 @@ class Capacity:
     mixes: bool = False
 
 
+PLAIN: tuple[Format, ...] = ("safetensors", "safetensors-zst")  # that hold weights, whatever was done to them
+FACTORED: tuple[Format, ...] = ("onnx",)  # that hold both factors of a linear
 OF_ANY_FAMILY: tuple[Format, ...] = ("peft", "safetensors-zst")  # that the engine knows
 GROUPS: tuple[Group, ...] = (32, 64, 128, "channel")
 CAPACITIES: dict[Format, Capacity] = {
@@ -129,7 +132,8 @@ def candidates(step: Grouped, formats: Sequence[Format]) -> tuple[int, ...]:
 def refuse_unfit(steps: Sequence[object], formats: Sequence[Format]) -> None:
     """Raises FormatUnfit, naming the parameter and what would do, where a format can't hold what a step makes."""
     if isinstance(steps[-1], Train):
-        _refuse_untrained(steps[-1], len(steps) - 1, formats)
+        factored = any(isinstance(step, SVD) for step in steps[:-1])
+        _refuse_untrained(steps[-1], len(steps) - 1, [name for name in formats if not (factored and name in FACTORED)])
     if isinstance(steps[-1], Merge | Slim) and (unfit := [name for name in formats if name not in steps[-1].formats]):
         raise FormatUnfit(
             f"{unfit[0]} can't hold what {steps[-1].method} makes, a plain model in 16 bits. Take safetensors, or add "

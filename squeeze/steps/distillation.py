@@ -78,6 +78,10 @@ class Distill(Train):
         """Whether the teacher reads all of the text beforehand, and what it says is kept."""
         return False
 
+    @property
+    def keeps_factors(self) -> bool:
+        return True
+
 
 class Diverging(Distill):
     """Makes the divergence between the teacher's and the student's next-token distributions smaller.

@@ -231,6 +231,10 @@ class Full(Finetune):
     method: Literal["full"]
     learning_rate: Rate = Field(2e-5, description=AT_ITS_HIGHEST)
 
+    @property
+    def keeps_factors(self) -> bool:
+        return True
+
 
 class LastLayers(Finetune):
     """Trains the last decoder blocks with what follows them, and leaves the others as they are."""

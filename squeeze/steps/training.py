@@ -130,6 +130,11 @@ class Train(Descent):
         """Whether weights that an earlier step zeroed are zero in what it makes."""
         return True
 
+    @property
+    def keeps_factors(self) -> bool:
+        """Whether, where an earlier step wrote linears as factors, both of these learn, so that the rank stays."""
+        return False
+
 
 class Rounded(Descent):
     """What training a model with rounded weights takes, beside the grid that they are rounded to."""

@@ -147,6 +147,14 @@ def saved_by_factors(told: Factoring, formats: Collection[Format]) -> str:
     return "; ".join(said)
 
 
+def multiplied_out(told: Factoring) -> str:
+    """What the user should know first where codes were made of the product."""
+    return (
+        f"{told.factored} of {told.linears} linears were factored, and multiplied out again before they were rounded: "
+        f"the result has {told.parameters_before:,} parameters, as the original"
+    )
+
+
 def _own(cut: Cut, sides: Sides, sharing: int) -> int:
     if cut.rank is None:
         return sides.whole

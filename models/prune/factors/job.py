@@ -8,6 +8,7 @@ from models.files.checkpoint import SourceModel, open_or_convert
 from models.formats import layout
 from models.job import Inputs, source_part
 from models.progress import Notify
+from models.prune.factors.factoring import multiplied_out
 from models.prune.job import FORMAT, Before
 from models.quantize.job import compressed
 from models.resources import Clock
@@ -59,16 +60,12 @@ def for_what_follows(inputs: Inputs, done: Done) -> Inputs:
 def added(report: Report, inputs: Inputs, done: Done) -> Report:
     """The report of what came after, with the factors and the model that it began with."""
     whole = done.source.weight_bytes
-    told = (
-        f"{done.factors.factored} of {done.factors.linears} linears were factored, and multiplied out again before "
-        f"they were rounded: the result has {done.factors.parameters_before:,} parameters, as the original"
-    )
     return report.model_copy(
         update={
             "sizes": [size.model_copy(update={"ratio": whole / size.weight_bytes}) for size in report.sizes],
             "factoring": done.factors,
             "source": source_part(inputs, done.source),
-            "warnings": [*dict.fromkeys([told, *done.warnings, *report.warnings])],
+            "warnings": [*dict.fromkeys([multiplied_out(done.factors), *done.warnings, *report.warnings])],
             "spent": report.spent.model_copy(update={"work": summed(done.work, report.spent.work)}),
         }
     )
