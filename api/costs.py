@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from squeeze.steps.every import Step
-
 from api.learning import text_bytes_of
 from api.service import Service
 from api.teaching import Leg
@@ -29,6 +27,7 @@ from squeeze.specs.choosing import supposed
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.compressing import Compress
 from squeeze.steps.distillation import Distill
+from squeeze.steps.every import Step
 from squeeze.steps.factoring import SVD
 from squeeze.steps.finetuning import Finetune, QLoRA
 from squeeze.steps.merging import Merge

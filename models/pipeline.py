@@ -131,6 +131,8 @@ def check_student(spec: JobSpec, model: Path) -> Facts:
     """As `check`, of the model that learns from the job's own and goes on to the next step."""
     config = read_config(model)
     frame = Frame(SourceModel(model, config, {}, architecture_of(config)), torch.float32, torch.device("cpu"))
+    if any(isinstance(step, Train) for step in factored_before(spec.steps)):
+        _refuse_factored_experts(spec, frame)
     if isinstance(spec.steps[-1], Compress):
         return _check_compressible(spec, config, frame)
     return Facts(config["model_type"], frame.count, sum(len(frame.sites(n)) for n in range(frame.count)))

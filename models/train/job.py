@@ -6,10 +6,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from models.certifying.certify import certify, loss_in_transformers
 from models.certifying.running import Sample
@@ -18,7 +17,6 @@ from models.distill.lesson import Lesson
 from models.files.checkpoint import SourceModel, open_model
 from models.files.disk import write_whole
 from models.formats import layout
-from models.formats.directory import write_companions, written_whole
 from models.formats.safetensors_zst import write_packed
 from models.handed import HandedFactors
 from models.job import Inputs, Outcome, libraries, size_part, source_part
@@ -38,16 +36,14 @@ from models.train.bases import Base, rounded_base
 from models.train.checkpoints import Checkpoints
 from models.train.choices import try_micro_batch
 from models.train.counting import work_of
-from models.train.factors import FACTORS, keep_factors, learned_factors, multiply_out, put
+from models.train.factors import FACTORS, learned_factors, put
 from models.train.leading import lead, told
 from models.train.loop import accelerator_of, train
-from models.train.merging import stored_dtype, write_merged
-from models.train.prepare import TRAINING, Prepared, begun, method_of, prepare
+from models.train.prepare import TRAINING, Prepared, begun, prepare
 from models.train.reference import reference_losses, weighed
 from models.train.telling import doubts_of, mean, sample_of, training_part
-from models.train.whole import write_trained
+from models.train.writing import gather, write
 from models.train.zeros import kept_zeros
-from models.weights.plain import saturated
 from models.work import ahead, summed
 from squeeze import __version__
 from squeeze.names import Format
@@ -56,7 +52,7 @@ from squeeze.reports.report import Certificate, Report, Sparsity
 from squeeze.reports.training import Training
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.distillation import Distill, Sequence
-from squeeze.steps.finetuning import Adapters, Head, QLoRA
+from squeeze.steps.finetuning import Head, QLoRA
 from squeeze.steps.movement import Movement
 from squeeze.steps.sharding import ZERO_STAGES
 from squeeze.steps.training import Train
@@ -195,9 +191,9 @@ def _trained(
             training = training.model_copy(update={"distillation": taught})
         del lesson
         packed, zeros = task.packed, bool(task.zeros)
-        _gather(prepared, task.model)
+        gather(prepared, task.model)
         if processes.team.leads:
-            _write(prepared, task.model, initial, inputs, adapter, whole, notify)
+            write(prepared, task.model, initial, inputs, adapter, whole, notify)
         processes.team.meet("what was written")
         del task, initial
         _give_back()
@@ -279,46 +275,6 @@ def _certified(inputs: Inputs, done: Trained, notify: Notify, name: Format, dire
         consumers=inputs.consumers,
         notify=notify,
     )
-
-
-def _gather(prepared: Prepared, model: Any) -> None:
-    """Puts together what was learned where each process holds a part: of a model that is written whole all weights,
-    already in the type that they are stored in.
-    """
-    alone = isinstance(prepared.step, Adapters)
-    dtype = stored_dtype(prepared.source)
-    each = (lambda one: one) if alone else (lambda one: saturated(one, dtype))
-    prepared.processes.gather(model, each, entire=not alone)
-
-
-def _write(
-    prepared: Prepared,
-    model: Any,
-    initial: dict[str, Tensor],
-    inputs: Inputs,
-    adapter: Path,
-    whole: Path | None,
-    notify: Notify,
-) -> None:
-    """What was learned, from the model that it stands in, which is worth nothing afterwards."""
-    step, source, method = prepared.step, prepared.source, method_of(prepared.step)
-    if isinstance(step, Adapters):
-        with written_whole(adapter) as partial:
-            write_companions(source, partial)
-            method.write(model, step, initial, partial, inputs.model_name, inputs.revision)
-    note = inputs.work / "whole-by"
-    if whole is None or (whole.is_dir() and note.is_file() and note.read_text(encoding="utf-8") == prepared.mark):
-        return
-    if isinstance(step, Adapters):
-        write_merged(source, prepared.sites, method.Merged(adapter), whole, notify)
-    elif isinstance(step, Head):
-        method.write(model, prepared.labels, source, whole)
-    else:
-        if prepared.factors is not None:
-            keep_factors(model, source, prepared.factors, inputs.work / FACTORS)
-            multiply_out(model, source)
-        write_trained(model, source, whole)
-    write_whole(note, prepared.mark)
 
 
 def _give_back() -> None:

@@ -15,7 +15,8 @@ class FactoredLayer(Part):
     basis: str = Field(description="Under whose name its second factor is kept: of several, where they share it.")
     parameters: int = Field(description="Of its factors, the second one shared out; or of the weight that stays.")
     energy_kept: float | None = Field(
-        description="Share of the energy of its outputs on the calibration text that is the same; null where it stays."
+        description="Share of the energy of its outputs on the calibration text that is the same, before a step that "
+        "trains; null where it stays."
     )
 
 

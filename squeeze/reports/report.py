@@ -242,7 +242,8 @@ class Factoring(Ranks):
     speed_factored: Speed = Field(description="Multiplying by one factor after the other.")
     speed_merged: Speed = Field(description="Multiplied out, as a plain model: no quicker than before.")
     quality: Quality | None = Field(
-        None, description="With factors alone, where a step that quantizes follows; else it is the report's `quality`."
+        None,
+        description="With factors alone, before what follows; else, where no step does, it is the report's `quality`.",
     )
 
 

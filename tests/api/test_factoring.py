@@ -54,6 +54,7 @@ def test_what_can_t_be_factored_so_is_refused_at_once_and_by_the_plan(
 
 
 TRAINING = {"kind": "finetune", "method": "lora"}
+LOGITS = {"kind": "distill", "method": "logits", "steps": 2, "batch_size": 1}
 GPTQ = {"kind": "quantize", "method": "gptq"}
 
 
@@ -66,7 +67,7 @@ GPTQ = {"kind": "quantize", "method": "gptq"}
         ([step()], {"formats": ["gguf"]}, "safetensors"),
         ([step(), step()], {}, "keep one of them"),
         ([step(), {"kind": "prune", "method": "wanda"}], {}, "keep one of svd and the other"),
-        ([step(), TRAINING], {"data": {"source": "file-abcdefgh"}}, "would fill the ranks again"),
+        ([step(), TRAINING], {"data": {"source": "file-abcdefgh"}}, "lora would not keep"),
         ([GPTQ, step()], {}, "let the step that quantizes be the last"),
     ],
 )
@@ -87,6 +88,11 @@ def test_a_plan_says_where_the_bytes_stay_and_counts_what_it_takes(asked: Callab
     even = Plan.model_validate(asked("plan", step(ranks="uniform", gradients=False)).json())
     assert even.seconds is not None and even.seconds.stages["allotting"] < merged.seconds.stages["allotting"]
     assert even.disk_bytes and even.disk_bytes < merged.disk_bytes
+    learned = Plan.model_validate(asked("plan", step(), LOGITS, formats=["onnx"]).json())
+    assert learned.feasible and learned.result_bytes["onnx"] < 0.8 * (learned.source_bytes or 0)
+    assert learned.parameters and (learned.most_result_parameters or 0) == int(0.7 * learned.parameters)
+    assert learned.seconds is not None and set(learned.seconds.stages) == stages | {"teaching", "training"}
+    assert (learned.host_bytes or 0) > 16 * learned.parameters and "factors in the ONNX file" in learned.saves[0]
     chain = Plan.model_validate(asked("plan", step(), GPTQ).json())
     assert chain.feasible and chain.result_bytes["compressed-tensors"] < 0.8 * (chain.source_bytes or 0)
     assert chain.result_parameters is None

@@ -8,6 +8,7 @@ from squeeze.specs.job_spec import JobSpec
 from squeeze.specs.saving import savings
 
 GPTQ = {"kind": "quantize", "method": "gptq"}
+LOGITS = {"kind": "distill", "method": "logits", "steps": 2}
 
 
 def told(*steps: dict[str, Any], **fields: Any) -> list[str]:
@@ -32,6 +33,7 @@ def prune(method: str, **fields: Any) -> dict[str, Any]:
         ([prune("vocabulary")], None, ["decoder blocks take as long as before"]),
         ([prune("svd", params_target=0.8)], ["safetensors"], ["files, memory and time stay", "as `onnx`"]),
         ([prune("svd", params_target=0.8)], ["onnx"], ["factors in the ONNX file"]),
+        ([prune("svd", params_target=0.8), LOGITS], ["onnx"], ["factors in the ONNX file"]),
         ([{"kind": "quantize", "method": "fp16"}], None, ["16 bits a weight; half the bytes of a model in 32 bits"]),
         ([{"kind": "distill", "method": "logits", "student": {"layers": 2}}], None, ["of 2 decoder blocks"]),
         ([{"kind": "finetune", "method": "lora"}], None, []),

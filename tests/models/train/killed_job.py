@@ -37,6 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "domains": _DISTILL | {"method": "logits", "top_k": 8, "domain_column": "kind", "evaluate_every": 3},
     "hidden": _DISTILL | {"method": "hidden"},
     "on_policy": _DISTILL | {"method": "on_policy", "new_tokens": 6},
+    "factors": _FULL | {"kind": "finetune", "steps": STEPS, "batch_size": 4},
     "qat scales": _ROUNDED | {"train": "scales"},
     "qat weights": _ROUNDED | {"train": "weights"},
 }
@@ -50,12 +51,14 @@ def asked(way: str) -> JobSpec:
             "evaluation": {"samples": 4},
         }
         return JobSpec.model_validate({"model": "org/model", "steps": [step], "formats": ["gptq"]} | sizes)
+    if way == "factors":
+        return spec_of(steps=[{"kind": "prune", "method": "svd", "params_target": 0.7}, step])
     return spec_of(step | {"steps": STEPS})
 
 
 def inputs_of(way: str, model: Path, room: Path) -> Inputs:
     rows = [{"text": f"my day {n} was {('bad', 'fine', 'flat')[n % 3]} then", "label": n % 3} for n in range(60)]
-    own = {"head": rows, "domains": kinds()}
+    own = {"head": rows, "domains": kinds(), "factors": kinds()}
     inputs = inputs_for(asked(way), model, room, own.get(way))
     return dataclasses.replace(inputs, snapshot_seconds=0.0)
 
