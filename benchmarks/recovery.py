@@ -28,10 +28,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from models.files.checkpoint import open_model
 from models.formats.directory import linked
-from models.handed import HandedFactors
 from models.job import Inputs
 from models.pipeline import run
 from models.progress import Silent
+from models.prune.factors.handed import HandedFactors
 from models.texts.data import generic_passages
 from squeeze.reports.report import Report
 from squeeze.reports.training import Training

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from models.files.checkpoint import SourceModel
 from models.formats.directory import weight_bytes
-from models.handed import HandedFactors
+from models.prune.factors.handed import HandedFactors
 from models.streaming.snapshots import SNAPSHOT_SECONDS
 from squeeze.errors import CertificationFailed, SqueezeError
 from squeeze.names import Format

@@ -15,9 +15,9 @@ import torch
 
 from models.files.checkpoint import open_model
 from models.files.disk import write_whole
-from models.handed import HandedFactors
 from models.job import Inputs, Outcome, result_of
 from models.progress import Notify
+from models.prune.factors.handed import HandedFactors
 from models.train.factors import FACTORS
 from models.work import summed
 from squeeze import __version__

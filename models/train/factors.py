@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from models.files.checkpoint import SourceModel, open_model
 from models.formats.directory import written_whole
-from models.handed import HandedFactors
+from models.prune.factors.handed import HandedFactors
 from models.train.merging import stored_dtype
 from models.weights.factored import Factored
 from models.weights.plain import saturated

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from accelerate import Accelerator
-
 from models.certifying.certify import certify, loss_in_transformers
 from models.certifying.running import Sample
 from models.closing import certified, closed, spent
@@ -18,11 +16,11 @@ from models.files.checkpoint import SourceModel, open_model
 from models.files.disk import write_whole
 from models.formats import layout
 from models.formats.safetensors_zst import write_packed
-from models.handed import HandedFactors
 from models.job import Inputs, Outcome, libraries, size_part, source_part
 from models.progress import Notify, Silent
 from models.prune.factors.factoring import multiplied_out, saved_by_factors
-from models.prune.zeroing.counting import counted_zeros, left_in, saved_by_zeros, share_kept
+from models.prune.factors.handed import HandedFactors
+from models.prune.zeroing.counting import left_in, saved_by_zeros, share_kept
 from models.resources import (
     Clock,
     device_name,
@@ -36,14 +34,14 @@ from models.train.bases import Base, rounded_base
 from models.train.checkpoints import Checkpoints
 from models.train.choices import try_micro_batch
 from models.train.counting import work_of
-from models.train.factors import FACTORS, learned_factors, put
 from models.train.leading import lead, told
 from models.train.loop import accelerator_of, train
+from models.train.merging import stored_dtype
 from models.train.prepare import TRAINING, Prepared, begun, prepare
+from models.train.reading_back import ReadBack, read_back
 from models.train.reference import reference_losses, weighed
-from models.train.telling import doubts_of, mean, sample_of, training_part
+from models.train.telling import doubts_of, sample_of, training_part
 from models.train.writing import gather, write
-from models.train.zeros import kept_zeros
 from models.work import ahead, summed
 from squeeze import __version__
 from squeeze.names import Format
@@ -64,8 +62,7 @@ LIBRARIES = ("peft", "accelerate")
 class Trained:
     """whole: the directory of the whole model, where one is made. samples: of each directory, held-out examples with
     the losses that it was seen to have. work: operations by stage, where they are counted. base: that adapters stand
-    beside, where it was rounded for them. zeros: that it made, counted on what was written. factors: that learned in
-    the place of linears.
+    beside, where it was rounded for them. found: of what was written, where a whole model was.
     """
 
     prepared: Prepared
@@ -75,8 +72,7 @@ class Trained:
     samples: dict[Path, Sample]
     work: dict[str, float]
     base: Base | None
-    zeros: Sparsity | None
-    factors: HandedFactors | None
+    found: ReadBack | None
 
     @property
     def source(self) -> SourceModel:
@@ -90,6 +86,16 @@ class Trained:
             assert self.whole is not None, "an adapter has a sample of its own"
             found = self.samples[self.whole]
         return found
+
+    @property
+    def zeros(self) -> Sparsity | None:
+        """That it made."""
+        return None if self.found is None else self.found.zeros
+
+    @property
+    def factors(self) -> HandedFactors | None:
+        """That learned in the place of linears."""
+        return None if self.found is None else self.found.factors
 
     def first(self, formats: Collection[Format]) -> list[str]:
         """What the user should know before anything else, where a job ends with this."""
@@ -142,7 +148,7 @@ def _trained(
         map_large_memory()  # memory would otherwise hardly be less
     with clock.stage("loading"):
         accelerator = accelerator_of(prepared.precision, prepared.device)
-    lesson, before, learned = None, None, None
+    lesson, before = None, None
     if isinstance(step, Distill):
         behind = ("loading", "teaching") if isinstance(step, Sequence) else ("loading",)  # it has written by now
         expected = prepared.task(None, packed=step.packing)
@@ -197,38 +203,17 @@ def _trained(
         processes.team.meet("what was written")
         del task, initial
         _give_back()
-        made = None
+        found = None
         if whole is not None:
-            samples[whole], loss = _as_written(prepared, whole, packed, accelerator)
-            if prepared.factors is not None:
-                learned = learned_factors(prepared.factors, inputs.work / FACTORS, whole)
-            if learned is not None and asked is inputs.spec.steps[-1] and "onnx" in inputs.spec.formats:
-                sample, thin = _as_written(prepared, whole, packed, accelerator, learned)
-                samples[inputs.out / "onnx"] = sample.unmasked
-                loss = loss if "safetensors" in inputs.spec.formats else thin
-            kept = kept_zeros(prepared.source, whole) if zeros and processes.team.leads else None
-            made = counted_zeros(prepared.source, whole, prepared.sites, step) if isinstance(step, Movement) else None
-            training = training.model_copy(update={"loss_written": loss, "zeros_kept": kept})
+            last = asked is inputs.spec.steps[-1]
+            found = read_back(prepared, inputs, whole, accelerator, packed=packed, kept_zeros=zeros, last=last)
+            samples |= found.samples
+            training = training.model_copy(update={"loss_written": found.loss, "zeros_kept": found.zeros_kept})
             _give_back()
     warnings += [*(base.warnings if base is not None else ()), *doubts_of(training, zeroed=isinstance(step, Movement))]
     for warning in warnings:
         notify.event("warning", warning)
-    return Trained(prepared, whole, training, warnings, samples, work, base, made, learned)
-
-
-def _as_written(
-    prepared: Prepared, whole: Path, packed: bool, accelerator: Accelerator, factors: HandedFactors | None = None
-) -> tuple[Sample, float]:
-    """The whole model read back: held-out examples with its losses, and their mean. factors: for its linears."""
-    with prepared.processes.loading():
-        model = prepared.load(whole, prepared.first_device)
-        if factors is not None:
-            put(model, factors.of(open_model(whole)))
-        prepared.share(model)
-    task = prepared.task(model, packed=packed)
-    losses = task.held_out_losses(accelerator)
-    prepared.processes.let_go()
-    return sample_of(task.held_out, losses, labels=isinstance(prepared.step, Head)), mean(losses)
+    return Trained(prepared, whole, training, warnings, samples, work, base, found)
 
 
 def run_training(

@@ -17,9 +17,9 @@ from models.files.checkpoint import SourceModel, open_or_convert
 from models.finetune import full, head
 from models.fingerprint import training_fingerprint
 from models.formats.directory import refuse_broken_companions
-from models.handed import HandedFactors
 from models.job import Inputs
 from models.progress import Notify, Silent
+from models.prune.factors.handed import HandedFactors
 from models.resources import Clock
 from models.streaming.frame import Frame
 from models.texts.data import LEAST_TOKENS

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from models.files.checkpoint import open_model
 from models.formats import layout
-from models.handed import HandedFactors
 from models.job import Inputs, Outcome
 from models.pipeline import check, run
 from models.progress import Silent
 from models.prune.factors.factoring import saved_by_factors
+from models.prune.factors.handed import HandedFactors
 from models.train.factors import LearningFactors, multiply_out, put
 from models.train.whole import load_whole
 from squeeze.errors import FormatUnfit, SpecInvalid
