@@ -38,11 +38,13 @@ STEPS = (
 PRUNING: tuple[dict[str, Any], ...] = (
     {"kind": "prune", "method": "magnitude"},
     {"kind": "prune", "method": "wanda"},
+    {"kind": "prune", "method": "wanda", "distribution": "owl"},
     {"kind": "prune", "method": "sparsegpt"},
     {"kind": "prune", "method": "sparsegpt", "distribution": "owl"},
     {"kind": "prune", "method": "depth", "params_target": 0.75},
     {"kind": "prune", "method": "depth", "params_target": 0.75, "importance": "perplexity"},
     {"kind": "prune", "method": "width", "params_target": 0.75},
+    {"kind": "prune", "method": "svd", "params_target": 0.75},
 )
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "bundled"
 

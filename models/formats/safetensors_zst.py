@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow
-
 from models.files.checkpoint import SourceModel
 from models.formats import safetensors
 from models.formats.directory import written_whole
@@ -70,6 +68,8 @@ def restored(directory: Path) -> Iterator[Path]:
     """The plain directory, beside the packed one, for as long as it is needed. Raises ValueError where a weight file
     is not what was packed.
     """
+    import pyarrow  # only where a file is unpacked: it costs 25 MB
+
     with tempfile.TemporaryDirectory(prefix=".restored-", dir=directory.parent) as name:
         plain = Path(name)
         sums = dict(line.split("  ")[::-1] for line in (directory / SUMS).read_text(encoding="utf-8").splitlines())
@@ -89,6 +89,8 @@ def restored(directory: Path) -> Iterator[Path]:
 
 def _packed(file: Path, out: Path) -> str:
     """Writes a file under zstd, a frame for each chunk; the SHA-256 of what is in it."""
+    import pyarrow  # only where a file is packed: it costs 25 MB
+
     digest, codec = hashlib.sha256(), pyarrow.Codec("zstd", compression_level=LEVEL)
     with file.open("rb") as weights, out.open("wb") as packed:
         while chunk := weights.read(CHUNK_BYTES):

@@ -9,6 +9,7 @@ float64: on the side of the outputs no root of H is needed, on that of the input
 to both diagonals, so that what the text does not show is not taken for nothing.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from models.quantize.feedback import DAMPING_FACTOR, MOST_DAMPING
 from models.quantize.problem import Problem, Solution
+from models.resources import return_free_memory
 from models.streaming.statistics import Drift, Hessian
 from models.weights.factored import Factored
 from models.weights.plain import saturated
@@ -50,6 +52,7 @@ def prune(problem: Problem, step: SVD) -> Solution:
         raise ValueError("a decomposition needs the second moment of the layer's inputs")
     rank, hessian, drift = problem.scheme.rank, problem.statistics.hessian, problem.statistics.drift
     W = problem.W if drift is None else fitted(problem.W, hessian, drift, step.damping)
+    return_free_memory()  # of the root: the decomposition's pieces don't fit into the holes that it left
     found = decomposed(W, hessian, step.damping, problem.gradients)
     left, right = found.left[:, :rank], found.right[:rank]
     # Of one size, so that neither leaves the range of a 16-bit type.
@@ -62,22 +65,21 @@ def prune(problem: Problem, step: SVD) -> Solution:
     return Solution(factored, found.damping, found.escalations)
 
 
-def decomposed(W: Tensor, hessian: Hessian, damping: float, gradients: Tensor | None) -> Decomposition:
-    """W: (out, in) float32. gradients: (n, out) float32, whose second moment, summed, is that of the outputs; None:
-    outputs count alike. H is the mean over tokens.
+def decomposed(W: Tensor, hessian: Hessian, damping: float, gradients: Sequence[Tensor] | None) -> Decomposition:
+    """W: (out, in) float32. gradients: of the linears whose outputs these are, one after the other, (n, out) float32,
+    whose second moment, summed, is that of the outputs; None: outputs count alike. H is the mean over tokens.
     """
-    mean = float(hessian.diagonal.double().mean()) / max(hessian.count, 1)
-    decompose = _by_outputs if len(W) <= W.shape[1] else _by_inputs
-    escalations = 0
-    while damping <= MOST_DAMPING:
-        found = decompose(W.double(), hessian, (damping * mean) if mean > 0 else 1.0, gradients)
-        if found is not None:
-            return Decomposition(*found, damping, escalations)
-        damping, escalations = damping * DAMPING_FACTOR, escalations + 1
-    raise FactorisationFailed(
-        f"the second moment of the inputs of a layer with {W.shape[1]} of them is not positive definite even with "
-        f"damping {MOST_DAMPING:g}; its activations are degenerate: give other or more calibration text"
-    )
+    gram, factors, damping, escalations = _damped(W, hessian, damping, gradients)
+    losses, vectors = torch.linalg.eigh(gram)
+    del gram
+    return Decomposition(losses.clamp_min(0).flip(0), *factors(vectors.flip(1)), damping, escalations)
+
+
+def losses_of(W: Tensor, hessian: Hessian, damping: float, gradients: Sequence[Tensor] | None) -> Tensor:
+    """As those of `decomposed`, without its factors."""
+    gram = _damped(W, hessian, damping, gradients)[0]
+    losses: Tensor = torch.linalg.eigvalsh(gram)
+    return losses.clamp_min(0).flip(0)
 
 
 def fitted(W: Tensor, hessian: Hessian, drift: Drift, damping: float) -> Tensor:
@@ -92,22 +94,45 @@ def fitted(W: Tensor, hessian: Hessian, drift: Drift, damping: float) -> Tensor:
         H.diagonal().add_(damping * mean)
         _, failed = torch.linalg.cholesky_ex(H, out=(H, torch.empty((), dtype=torch.int32, device=H.device)))
         if not failed and bool(torch.isfinite(H.diagonal()).all()):
-            made_up = torch.cholesky_solve((W @ drift.sum).T.double(), H)  # (in, out)
+            # `cholesky_solve` would copy the root.
+            half_way = torch.linalg.solve_triangular(H, (W @ drift.sum).T.double(), upper=False)  # (in, out)
+            made_up: Tensor = torch.linalg.solve_triangular(H.T, half_way, upper=True)
             return W + made_up.T.float()
         damping *= DAMPING_FACTOR
     return W
 
 
-Found = tuple[Tensor, Tensor, Tensor]
+# Of the eigenvectors, those of the largest values first, as columns: (left, right) as in `Decomposition`.
+Factors = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def _by_outputs(W: Tensor, hessian: Hessian, added: float, gradients: Tensor | None) -> Found | None:
+def _damped(
+    W: Tensor, hessian: Hessian, damping: float, gradients: Sequence[Tensor] | None
+) -> tuple[Tensor, Factors, float, int]:
+    """(the smaller product of Aᵀ W S with itself, what makes factors, damping as it was in the end, its escalations)"""
+    mean = float(hessian.diagonal.double().mean()) / max(hessian.count, 1)
+    multiplied = _by_outputs if len(W) <= W.shape[1] else _by_inputs
+    escalations = 0
+    while damping <= MOST_DAMPING:
+        found = multiplied(W.double(), hessian, (damping * mean) if mean > 0 else 1.0, gradients)
+        if found is not None:
+            gram, factors = found
+            return gram.add_(gram.T.clone()).div_(2), factors, damping, escalations
+        damping, escalations = damping * DAMPING_FACTOR, escalations + 1
+    raise FactorisationFailed(
+        f"the second moment of the inputs of a layer with {W.shape[1]} of them is not positive definite even with "
+        f"damping {MOST_DAMPING:g}; its activations are degenerate: give other or more calibration text"
+    )
+
+
+def _by_outputs(
+    W: Tensor, hessian: Hessian, added: float, gradients: Sequence[Tensor] | None
+) -> tuple[Tensor, Factors] | None:
     """Of Aᵀ W H Wᵀ A, (out, out)."""
     A: Tensor | None = None
     B = W
     if gradients is not None:
-        S = gradients.double()
-        G = S.T @ S
+        G: Tensor = torch.block_diag(*(S.T @ S for S in map(Tensor.double, gradients)))  # type: ignore[no-untyped-call]
         G.diagonal().add_(_share(G.diagonal().mean()))
         A = torch.linalg.cholesky(G)
         B = A.T @ W
@@ -117,35 +142,40 @@ def _by_outputs(W: Tensor, hessian: Hessian, added: float, gradients: Tensor | N
         gram += (B @ hessian.sum[:, columns].double() / max(hessian.count, 1)) @ B[:, columns].T
     if not bool(torch.isfinite(gram).all()):
         return None
-    losses, P = _eigen(gram)
-    left = P if A is None else torch.linalg.solve_triangular(A.T, P, upper=True)
-    return losses, left, P.T @ B
+
+    def factors(P: Tensor) -> tuple[Tensor, Tensor]:
+        left = P if A is None else torch.linalg.solve_triangular(A.T, P, upper=True)
+        return left, P.T @ B
+
+    return gram, factors
 
 
-def _by_inputs(W: Tensor, hessian: Hessian, added: float, gradients: Tensor | None) -> Found | None:
+def _by_inputs(
+    W: Tensor, hessian: Hessian, added: float, gradients: Sequence[Tensor] | None
+) -> tuple[Tensor, Factors] | None:
     """Of Sᵀ Wᵀ G W S, (in, in)."""
     H = hessian.sum.double() / max(hessian.count, 1)
     H.diagonal().add_(added)
     S, failed = torch.linalg.cholesky_ex(H)
+    del H
     if failed or not bool(torch.isfinite(S.diagonal()).all()):
         return None
     B = W @ S
     gram = B.T @ B
     if gradients is not None:
-        seen = gradients.double()
-        gram *= _share(seen.square().sum() / seen.shape[1])
-        seen = seen @ B
-        gram += seen.T @ seen
-    losses, Q = _eigen(gram)
-    return losses, B @ Q, torch.linalg.solve_triangular(S.T, Q, upper=True).T
+        energy = sum(float(one.square().sum(dtype=torch.float64)) for one in gradients)
+        gram *= _share(energy / len(W))
+        # One linear after the other: what its outputs have in common with the others' is left out.
+        for one, rows in zip(gradients, B.split([one.shape[1] for one in gradients]), strict=True):
+            seen = one.double() @ rows
+            gram += seen.T @ seen
+
+    def factors(Q: Tensor) -> tuple[Tensor, Tensor]:
+        return B @ Q, torch.linalg.solve_triangular(S.T, Q, upper=True).T
+
+    return gram, factors
 
 
-def _share(mean: Tensor) -> float:
+def _share(mean: Tensor | float) -> float:
     """What is added to the diagonal of G, by its mean."""
     return max(GRADIENT_DAMPING * float(mean), LEAST)
-
-
-def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """(eigenvalues, the largest first, none negative; eigenvectors in that order as columns)"""
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-    return values.clamp_min(0).flip(0), vectors.flip(1)

@@ -26,8 +26,8 @@ class Problem:
     data. dtype: of the model, which bounds what scales can be stored. names: of the linears, with the rows of each.
     ties: (in,) int64, of each input column the output of the producer that it comes from, where several columns come
     from one (grouped-query attention repeats its values); they have to share a scale. None: each its own.
-    gradients: (n, out) float32, random sums of the gradients at the outputs, whose second moment is theirs; None where
-    the method asks for none.
+    gradients: of each linear (n, out) float32, random sums of the gradients at its outputs, whose second moment is
+    theirs; None where the method asks for none.
     """
 
     W: Tensor
@@ -37,7 +37,7 @@ class Problem:
     names: tuple[str, ...] = ()
     heights: tuple[int, ...] = ()
     ties: Tensor | None = None
-    gradients: Tensor | None = None
+    gradients: tuple[Tensor, ...] | None = None
 
     def each(self, joined: Tensor) -> tuple[Tensor, ...]:
         """The rows of each linear, of a tensor with those of all."""

@@ -20,7 +20,7 @@ from squeeze.steps.sparsifying import Sparsify
 PIECES = 1.1  # what is freed in pieces between others, and not given back at once
 FLOAT, DOUBLE = 4, 8  # bytes of a number that methods work on
 ZEROING = 18  # bytes of a weight whose linear is looked at whole: scores, their copy in order with places, what goes
-PROCESS_BYTES = 450_000_000  # of a process that has imported what a job or a certifier needs; measured, on a CPU
+PROCESS_BYTES = 465_000_000  # of a process that has imported what a job or a certifier needs; measured, on a CPU
 LOGIT_BYTES, LOGIT_SLICES = 128 << 20, 6  # of one float32 slice of logits, as `models.measuring.evaluation` has it
 BATCH_TOKENS = 1024  # that go through a block together on a CPU
 BAND_WEIGHTS = 1 << 22  # that are rounded together, errors fed back
@@ -29,6 +29,7 @@ CERTIFIER_LEAST_BYTES = 600_000_000
 CERTIFIER_LOGIT_BYTES, CERTIFIER_LOGIT_SLICES = 256 << 20, 3
 LEARNED_SCALE_BYTES = 24  # of a group: scale and zero point at the start, what learns, its gradient and moments
 TRAINED_LOGITS = 5  # float32 copies of all logits of a batch: both models' and what is made of them
+MOMENT_TILE = 1024  # columns of a second moment that are widened at once
 KERNEL_BYTES = 2.0  # of a weight in what gptqmodel's CPU kernels make of its codes
 MOVABLE = frozenset({"compressed-tensors", "safetensors"})  # formats whose certifier leaves weights on disk
 
@@ -152,12 +153,14 @@ class _Inside:
             return cls(own, max(_learning(block, shape, tokens), running), 0)
         held = tokens.calibration * each * (2 if twin else 1) if step.wanted() else 0
         largest = cls(own, running, 0)
-        if isinstance(step, SVD):  # while ranks are sought, the statistics of all linears are there at once
-            own += sum(FLOAT * group.columns**2 for group in block.groups)
+        if isinstance(step, SVD) and step.ranks == "loss":  # before, of one block alone, all statistics at once
+            sought = max(_decomposing(group, step) for group in block.groups) if block.groups else 0
+            statistics = sum(FLOAT * group.columns**2 for group in block.groups)
+            largest = cls(block.elements * each, max(running, sought) + statistics, 0)
         for group in block.groups:
             half_way = int(held * (shape.hidden + group.share * group.columns))
             method = max(_solving(group, step), _keeping(group, step, each), running)
-            if method + half_way > largest.method + largest.half_way:
+            if own + method + half_way > largest.block + largest.method + largest.half_way:
                 largest = cls(own, method, half_way)
         return largest
 
@@ -187,7 +190,10 @@ def _solving(group: Group, step: Compress) -> int:
     if isinstance(step, Sparsify):
         return _zeroing(group, step)
     if isinstance(step, SVD):
-        return _decomposing(group)
+        if "drift" not in step.wanted():
+            return square + _decomposing(group, step)
+        fitting = DOUBLE * group.columns**2 + (FLOAT + 2 * DOUBLE) * weights  # a root, what it solves for
+        return 2 * square + FLOAT * weights + max(FLOAT * weights + fitting, _decomposing(group, step))
     if step.method == "hqq":
         return 9 * FLOAT * weights
     return (3 * FLOAT + 1) * weights  # the weights, rounded in two steps, the codes
@@ -201,13 +207,15 @@ def _zeroing(group: Group, step: Sparsify) -> int:
     return (FLOAT + 2) * group.weights + (2 * FLOAT + 8 + 2) * one
 
 
-def _decomposing(group: Group) -> int:
-    """In float64: the weights, what is multiplied with them, both factors; of the smaller side what is decomposed,
-    LAPACK's copies and the vectors; of many inputs' second moment a root.
+def _decomposing(group: Group, step: SVD) -> int:
+    """The weights, and in float64 these, what is multiplied with them, both factors; of the smaller side what is
+    decomposed, LAPACK's copies and the vectors; a part of the inputs' second moment or, where they are fewer than
+    outputs, all of it with its root; of outputs what weighs them.
     """
     rows, columns = sum(group.rows), group.columns
-    root = 2 * DOUBLE * columns**2 if rows > columns else 0
-    return FLOAT * columns**2 + 4 * DOUBLE * group.weights + 5 * DOUBLE * min(rows, columns) ** 2 + root
+    moment = 2 * DOUBLE * columns**2 if rows > columns else DOUBLE * MOMENT_TILE * (rows + columns)
+    weighing = (FLOAT * rows + DOUBLE * max(group.rows)) * GRADIENT_ROWS if step.gradients else 0
+    return (FLOAT + 4 * DOUBLE) * group.weights + 5 * DOUBLE * min(rows, columns) ** 2 + moment + weighing
 
 
 def _keeping(group: Group, step: Compress, each: int) -> int:

@@ -46,7 +46,7 @@ class Ranked:
         if self.gradients is None:
             return svd.prune(problem, step)
         seen = self.gradients.of(self.blocks[problem.names[0]], problem.names, problem.W.device)
-        return svd.prune(replace(problem, gradients=seen if bool(seen.any()) else None), step)
+        return svd.prune(replace(problem, gradients=seen), step)
 
 
 def ranked(

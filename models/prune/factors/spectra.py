@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from models.bits.sensitivity import GRADIENT_LENGTH, GRADIENT_SEQUENCES, sketch_file, sketch_gradients
 from models.progress import Notify
-from models.prune.svd import decomposed
+from models.prune.svd import losses_of
 from models.resources import return_free_memory
 from models.streaming.calls import Batches, Calls, run
 from models.streaming.frame import Frame
@@ -51,16 +51,11 @@ class Gradients:
     directory: Path
     scale: float
 
-    def of(self, index: int, names: Sequence[str], device: torch.device) -> Tensor:
-        """(n, out) of these linears of a block side by side; what they have in common is left out."""
-        held = load_file(sketch_file(self.directory, index))
-        whole = torch.zeros(sum(len(held[name]) for name in names), sum(held[name].shape[1] for name in names))
-        row = column = 0
-        for name in names:
-            rows, columns = held[name].shape
-            whole[row : row + rows, column : column + columns] = held[name]
-            row, column = row + rows, column + columns
-        return whole.mul_(self.scale).to(device)
+    def of(self, index: int, names: Sequence[str], device: torch.device) -> tuple[Tensor, ...] | None:
+        """(n, out) of each of these linears of a block; None where none came to any."""
+        with safe_open(sketch_file(self.directory, index), framework="pt") as held:
+            found = tuple(held.get_tensor(name).mul_(self.scale).to(device) for name in names)
+        return found if any(bool(one.any()) for one in found) else None
 
 
 def measured(
@@ -160,6 +155,7 @@ def _block(
     finally:
         for handle in handles:
             handle.remove()
+    return_free_memory()  # of what ran: the heap keeps it, and here the most is needed
     found = []
     for group in groups:
         hessian = statistics.pop(group[0]).hessian
@@ -170,7 +166,7 @@ def _block(
             some: Sequence[str], hessian: Hessian = hessian, weights: Mapping[str, Tensor] = weights
         ) -> tuple[float, ...]:
             seen = None if gradients is None else gradients.of(index, some, frame.device)
-            if hessian.count == 0 or (seen is not None and not bool(seen.any())):
+            if hessian.count == 0 or (seen is None and gradients is not None):
                 return ()
             return _losses(torch.cat([weights[name] for name in some]), hessian, seen, step)
 
@@ -180,8 +176,8 @@ def _block(
     return found
 
 
-def _losses(W: Tensor, hessian: Hessian, gradients: Tensor | None, step: SVD) -> tuple[float, ...]:
-    values = decomposed(W, hessian, step.damping, gradients).losses
+def _losses(W: Tensor, hessian: Hessian, gradients: Sequence[Tensor] | None, step: SVD) -> tuple[float, ...]:
+    values = losses_of(W, hessian, step.damping, gradients)
     rest = torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
     return tuple(rest[:: step.rank_multiple].tolist())
 

@@ -5,7 +5,6 @@ from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 
-import pyarrow
 import torch
 from torch import Tensor
 
@@ -140,6 +139,8 @@ def zstd_bytes(model: SourceModel, share: Fraction) -> int:
 
 
 def _compressed(pieces: Iterable[memoryview | bytes], size_bytes: int, share: Fraction) -> int:
+    import pyarrow  # only where a file is counted: it costs 25 MB, and blocks are done by then
+
     codec = pyarrow.Codec("zstd", compression_level=LEVEL)
     seen = compressed = 0
     for number, piece in enumerate(pieces, start=1):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from models.prune.factors.ranks import chosen, kept, lost, uniform
 from models.prune.factors.spectra import Group
-from models.prune.svd import GRADIENT_DAMPING, decomposed, prune
+from models.prune.svd import GRADIENT_DAMPING, decomposed, losses_of, prune
 from models.quantize.problem import Problem
 from models.streaming.statistics import Hessian, Statistics
 from models.weights.factored import Factored
@@ -40,22 +40,23 @@ def hessian_of(X: Tensor) -> Hessian:
 
 
 @pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT), (OUT, OUT)])
-@pytest.mark.parametrize("gradients", [None, thrown(30, 64, seed=5)])
+@pytest.mark.parametrize("heights", [None, (), (10,)], ids=["no gradients", "one linear", "two linears"])
 def test_what_is_lost_is_the_squares_of_the_singular_values_that_are_dropped(
-    shape: tuple[int, int], gradients: Tensor | None
+    shape: tuple[int, int], heights: tuple[int, ...] | None
 ) -> None:
     W, X, damping = thrown(*shape), correlated(TOKENS, shape[1]), 0.01
-    S = None if gradients is None else gradients[:, : shape[0]]
+    S = None if heights is None else thrown(30, shape[0], seed=5).tensor_split(heights, dim=1)
     found = decomposed(W, hessian_of(X), damping, S)
     H = X.double().T @ X.double() / TOKENS
     H.diagonal().add_(damping * H.diagonal().mean())
     G = torch.eye(shape[0], dtype=torch.float64)
     if S is not None:
-        G = S.double().T @ S.double()
+        G = torch.block_diag(*(one.double().T @ one.double() for one in S))
         G.diagonal().add_(GRADIENT_DAMPING * G.diagonal().mean())
     A, root = torch.linalg.cholesky(G), torch.linalg.cholesky(H)
     values = torch.linalg.svdvals(A.T @ W.double() @ root)
     torch.testing.assert_close(found.losses, values.square(), rtol=1e-5, atol=1e-6 * float(values[0] ** 2))
+    torch.testing.assert_close(losses_of(W, hessian_of(X), damping, S), found.losses)
     torch.testing.assert_close(found.left @ found.right, W.double(), rtol=0, atol=1e-5)
     for rank in (1, 7, 16):
         difference = W.double() - found.left[:, :rank] @ found.right[:rank]
