@@ -33,7 +33,7 @@ from squeeze.steps.finetuning import Finetune, QLoRA
 from squeeze.steps.merging import Merge
 from squeeze.steps.quantization import RTN
 from squeeze.steps.slimming import Slim
-from squeeze.steps.sparsifying import Sparsify
+from squeeze.steps.sparsifying import Sparsify, Zeroes
 from squeeze.steps.training import Train
 
 
@@ -114,13 +114,10 @@ class Costs:
             one = _Cost()
             if isinstance(step, Finetune):
                 parameters, learns = _elements(leg.made.tensors), shape_of_model(*_made(leg))
-                factored = self._factored(step)
                 spec, step, found["chosen"] = supposed(spec, step, parameters, own.positions)  # noqa: PLW2901
-                known = replace(learned_of(step, *_made(leg)), factored=factored)
-                one = _finetuning(spec, step, learns, known, formats, self._text_bytes)
+                one = _finetuning(spec, step, learns, self._learned(leg, step), formats, self._text_bytes)
             elif isinstance(step, Distill):
-                student = shape_of_model(*_made(leg))
-                known = replace(learned_of(step, *_made(leg)), factored=self._factored(step))
+                student, known = shape_of_model(*_made(leg)), self._learned(leg, step)
                 one = _distilling(spec, step, teacher, student, known, formats, told, self._text_bytes)
             elif isinstance(step, Merge):
                 largest = max((tensor.elements for tensor in leg.tensors.values()), default=0)
@@ -134,6 +131,11 @@ class Costs:
                 one = _Cost(memory.whole, memory.least, 0, counted(shape, spec) if last else {})
             cost = cost.then(one.uncertified() if goes_on else one)
         return cost
+
+    def _learned(self, leg: Leg, step: Train) -> Learned:
+        before = self._spec.steps[: leg.part.first]  # what zeroes or factors comes last in its round
+        known = replace(learned_of(step, *_made(leg)), factored=any(isinstance(one, SVD) for one in before))
+        return known.of_zeroed() if any(isinstance(one, Zeroes) for one in before) else known
 
     def _lessons_of(self, leg: Leg, records: int | None) -> Lessons | None:
         """What a distillation learns from, where that is known."""

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
@@ -32,7 +32,7 @@ class Learned:
     blocks: decoder blocks that gradients go through. gradient_bytes, state_bytes: of gradients, and of the
     optimizer. rounded: weights that are held as they are rounded; rounded_bytes: what these then take. left_out:
     weights that are not loaded. scores: that learn beside weights which do. factored: factors may learn in the place
-    of linears, which are fewer.
+    of linears, which are fewer. zeroed: weights of matrices with zeros that stay; a byte each says where they are.
     """
 
     parameters: int
@@ -47,11 +47,19 @@ class Learned:
     left_out: int = 0
     scores: int = 0
     factored: bool = False
+    zeroed: int = 0
 
     @property
     def bytes(self) -> int:
-        """Of gradients and the optimizer's state, and of the parameters that stand apart from the weights."""
-        return (self.parameters * self.apart + self.scores) * 4 + self.gradient_bytes + self.state_bytes
+        """Of gradients, the optimizer's state and places of zeros, and of the parameters that stand apart from the
+        weights.
+        """
+        apart = 4 * (self.parameters * self.apart + self.scores)
+        return apart + self.gradient_bytes + self.state_bytes + self.zeroed
+
+    def of_zeroed(self) -> "Learned":
+        """Of a model all of whose linears an earlier step pruned."""
+        return replace(self, zeroed=sum(map(prod, self.linears)))
 
 
 def learned(

@@ -16,6 +16,7 @@ from squeeze.steps.finetuning import Adapters, Finetune, Head, QLoRA
 from squeeze.steps.merging import Merge
 from squeeze.steps.movement import Movement
 from squeeze.steps.quantization import QAT, Quantize
+from squeeze.steps.sharding import ZERO_STAGES
 from squeeze.steps.slimming import Slim
 from squeeze.steps.sparsifying import Zeroes
 from squeeze.steps.training import Train
@@ -101,6 +102,11 @@ def _keeps_zeros(steps: Sequence[Step]) -> None:
                 raise ValueError(
                     f"what step {number} zeroes, {step.method} would fill or move: let it come before that, or "
                     "leave it out; of the steps that train, `full`, `last_layers` and distillations keep zeros"
+                )
+            if isinstance(step, Train) and step.sharding in ZERO_STAGES:
+                raise ValueError(
+                    f"what step {number} zeroes has to stay zero, and with {step.sharding} nobody sees the gradients "
+                    f"of {step.method}: set its sharding to ddp or full"
                 )
     for step in steps if zeroing else ():
         if isinstance(step, Quantize) and step.zeroed:

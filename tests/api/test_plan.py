@@ -264,6 +264,19 @@ def test_a_chain_takes_the_seconds_of_all_steps_and_the_memory_of_the_largest(pl
     assert chain.disk_bytes is not None and after.disk_bytes is not None and chain.disk_bytes > after.disk_bytes
 
 
+def test_where_zeros_are_takes_a_byte_for_each_weight_while_they_are_trained_around(
+    planner: Callable[..., Plan],
+) -> None:
+    zeroing = {"kind": "prune", "method": "wanda"}
+    full = {"kind": "finetune", "method": "full", "batch_size": 256, "micro_batch_size": 256}
+    dense, zeroed, behind = (
+        planner("org/llama", steps=steps, data={"source": "hub:org/texts", "sequence_length": 512})
+        for steps in ([full], [zeroing, full], [full, zeroing])
+    )
+    assert zeroed.host_bytes - dense.host_bytes == 2 * 256 * (256 + 640)
+    assert behind.host_bytes == dense.host_bytes, "there are no zeros yet"
+
+
 def test_a_config_with_absurd_numbers_is_planned_without_them(planner: Callable[..., Plan]) -> None:
     assert planner("org/absurd").source_bytes == planner("org/llama").source_bytes
 

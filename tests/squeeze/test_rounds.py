@@ -50,6 +50,10 @@ def test_a_round_ends_where_a_kind_of_step_comes_again(steps: list[dict[str, Any
     [
         ([wanda(0.3), wanda(0.5)], "nothing is learned between them"),
         ([wanda(0.5), LORA], "what step 0 zeroes, lora would fill"),
+        (
+            [wanda(0.5), LOGITS | {"sharding": "zero2"}],
+            "with zero2 nobody sees the gradients of logits: .* ddp or full",
+        ),
         ([wanda(0.5), DEPTH], "depth would fill or move"),
         ([DEPTH, LOGITS | {"student": {"layers": 2}}], "leave `student` out"),
         ([LORA, LOGITS], "say who learns"),
@@ -59,6 +63,11 @@ def test_a_round_ends_where_a_kind_of_step_comes_again(steps: list[dict[str, Any
 def test_what_can_t_go_on_is_refused(steps: list[dict[str, Any]], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         job(*steps)
+
+
+@pytest.mark.parametrize("steps", [[LOGITS | {"sharding": "full"}], [GPTQ]])
+def test_zeros_stay_where_their_gradients_are_seen(steps: list[dict[str, Any]]) -> None:
+    assert job(wanda(0.5), *steps, limits={"gpus": 2}).limits.gpus == 2
 
 
 def test_what_was_finetuned_before_teaches_and_who_learns_is_said() -> None:
