@@ -20,7 +20,7 @@ from squeeze.steps.sparsifying import Sparsify
 PIECES = 1.1  # what is freed in pieces between others, and not given back at once
 FLOAT, DOUBLE = 4, 8  # bytes of a number that methods work on
 ZEROING = 18  # bytes of a weight whose linear is looked at whole: scores, their copy in order with places, what goes
-PROCESS_BYTES = 465_000_000  # of a process that has imported what a job or a certifier needs; measured, on a CPU
+PROCESS_BYTES = 470_000_000  # of a process that has imported what a job or a certifier needs; measured, on a CPU
 LOGIT_BYTES, LOGIT_SLICES = 128 << 20, 6  # of one float32 slice of logits, as `models.measuring.evaluation` has it
 BATCH_TOKENS = 1024  # that go through a block together on a CPU
 BAND_WEIGHTS = 1 << 22  # that are rounded together, errors fed back
@@ -145,7 +145,7 @@ class _Inside:
     @classmethod
     def of(cls, block: Block, shape: Shape, step: Compress, tokens: Tokens) -> "_Inside":
         each, twin = shape.computed_bytes, "drift" in step.wanted()
-        own = block.elements * each * (2 if twin else 1) + block.weights
+        own = block.elements * each * (2 if twin else 1) + max(1, step.scheme().bits // 8) * block.weights
         batch = min(max(BATCH_TOKENS, tokens.length), max(tokens.calibration, tokens.windows))
         outputs = sum(group.share * sum(group.rows) for group in block.groups)
         running = int(batch * (4 * shape.hidden + outputs) * each)
@@ -208,14 +208,15 @@ def _zeroing(group: Group, step: Sparsify) -> int:
 
 
 def _decomposing(group: Group, step: SVD) -> int:
-    """The weights, and in float64 these, what is multiplied with them, both factors; of the smaller side what is
-    decomposed, LAPACK's copies and the vectors; a part of the inputs' second moment or, where they are fewer than
-    outputs, all of it with its root; of outputs what weighs them.
+    """The weights, and in float64 these, what is multiplied with them, both factors, as they come and as they are
+    stored, and a hole in the heap; of the smaller side what is decomposed, LAPACK's copies and the vectors; a part of
+    the inputs' second moment or, where they are fewer than outputs, all of it with its root; of outputs what weighs
+    them.
     """
     rows, columns = sum(group.rows), group.columns
     moment = 2 * DOUBLE * columns**2 if rows > columns else DOUBLE * MOMENT_TILE * (rows + columns)
     weighing = (FLOAT * rows + DOUBLE * max(group.rows)) * GRADIENT_ROWS if step.gradients else 0
-    return (FLOAT + 4 * DOUBLE) * group.weights + 5 * DOUBLE * min(rows, columns) ** 2 + moment + weighing
+    return (FLOAT + 6 * DOUBLE) * group.weights + 5 * DOUBLE * min(rows, columns) ** 2 + moment + weighing
 
 
 def _keeping(group: Group, step: Compress, each: int) -> int:
