@@ -49,7 +49,8 @@ CLIP_STEPS = 20
 LEARNED_SEQUENCES = 8  # that a step of AutoRound looks at
 LEARN_VISITS = 40  # of a weight in such a step
 CHOOSING_VISITS = 16  # of a weight, until it is known whether it becomes zero
-EIGEN = 50.0  # of n³, until the eigenvectors of (n, n) are known in float64; measured
+# Of n³, until the eigenvectors of (n, n) are known in float64, and until no more than its eigenvalues are; measured.
+EIGEN, EIGENVALUES = 50.0, 22.0
 DOUBLE = 4.5  # of an operation of a product in float64
 ZSTD = 500.0  # of a byte, of source and result, whose size under zstd is measured
 ZSTD_BYTES = 1 << 30  # of each, at the most
@@ -179,7 +180,7 @@ def _ranking(shape: Shape, spec: JobSpec, step: SVD, tokens: Tokens) -> Count:
             blocks += some * 2 * GRADIENT_ROWS * group.share * sum(group.rows) + _gathering(group, step, looked)
             if looked:
                 alone = [Group(group.columns, (rows,), group.share) for rows in group.rows]
-                blocks += sum(_decomposing(one, step) for one in (group, *alone))
+                blocks += sum(_decomposing(one, step, EIGENVALUES) for one in (group, *alone))
     return Count(3 * some * of_head(shape) + shape.outside * shape.stored_bytes * BYTE, blocks)
 
 
@@ -304,10 +305,10 @@ def _kquant(group: Group, step: Compress) -> float:  # noqa: ARG001 - all mixtur
     return _feeding_back(group) + (SEARCH_VISITS + ROUND_VISITS) * VISIT * group.weights
 
 
-def _decomposing(group: Group, step: Compress) -> float:  # noqa: ARG001 - whatever is asked of it
+def _decomposing(group: Group, step: Compress, eigen: float = EIGEN) -> float:  # noqa: ARG001 - whatever is asked
     """Products with the second moments, and the eigenvectors of the smaller side."""
     few, many = sorted((sum(group.rows), group.columns))
-    return EIGEN * few**3 + DOUBLE * (2 * group.weights * group.columns + 6 * few**2 * many)
+    return eigen * few**3 + DOUBLE * (2 * group.weights * group.columns + 6 * few**2 * many)
 
 
 SOLVERS: Mapping[type[Compress], Callable[[Group, Compress], float]] = {

@@ -23,9 +23,15 @@ def _reference(method: str = "gptq", blocks: int = 4) -> float:
 
 
 def test_every_method_has_a_reference_speed() -> None:
-    assert set(REFERENCE_METHODS) == {tag_of(one).partition(".")[2] for one in METHODS}
+    pruning = {"magnitude", "wanda", "sparsegpt", "svd", "depth", "width"}
+    assert set(REFERENCE_METHODS) == {tag_of(one).partition(".")[2] for one in METHODS} | pruning
     assert all(reference_seconds("gptq", stage, 1e12) > 0 for stage in STAGES)
     assert reference_seconds("qlora", "compressing", 1e12) == reference_seconds("gptq", "compressing", 1e12)
+
+
+def test_pruning_goes_by_its_own_speed() -> None:
+    seconds = {name: reference_seconds(name, "compressing", 1e12) for name in ("magnitude", "svd", "gptq")}
+    assert seconds["svd"] < seconds["gptq"] < seconds["magnitude"], "the larger its products, the more a second"
 
 
 def test_without_history_the_reference_machine_is_named() -> None:
