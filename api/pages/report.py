@@ -4,12 +4,12 @@ from base64 import b64encode
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from squeeze.reports.parts import Quality
+from squeeze.reports.recipes import step_text
 from squeeze.reports.report import Block, Layer, Report
 
 _HERE = Path(__file__).parent
@@ -33,9 +33,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Losses of a training as places on a canvas of 600 × 160. line: of the steps, as SVG has it. dots: held-out."""
+class Chart:
+    """Losses by step as places on a canvas of 600 × 180. name: in words. line: as SVG has it. dots: of looks at
+    held-out examples.
+    """
 
+    name: str
     line: str
     dots: list[tuple[float, float]]
     lowest: float
@@ -45,7 +48,7 @@ class Curve:
 def page(job_id: str, report: Report) -> str:
     """The whole page. Every value is escaped: names and texts come from models and users."""
     # The style sheet is ours, and its hash is in the policy, so it goes in as it is.
-    return _TEMPLATE.render(job_id=job_id, report=report, rows=_rows(report), curve=_curve(report), css=Markup(_CSS))  # noqa: S704
+    return _TEMPLATE.render(job_id=job_id, report=report, rows=_rows(report), charts=_charts(report), css=Markup(_CSS))  # noqa: S704
 
 
 def _rows(report: Report) -> list[Row]:
@@ -60,20 +63,28 @@ def _rows(report: Report) -> list[Row]:
     ]
 
 
-def _curve(report: Report) -> Curve | None:
+def _charts(report: Report) -> list[Chart]:
+    """One, or two where what is learned from is another measure than what is looked at."""
     if report.training is None:
-        return None
+        return []
     steps = [(one.step, one.loss) for one in report.training.curve]
     looks = [(one.step, one.loss) for one in report.training.held_out]
-    losses = [loss for _, loss in (*steps, *looks)]
-    lowest, highest, last = min(losses), max(losses), max(report.training.steps, 1)
+    last = max(report.training.steps, 1)
+    if report.training.distillation is None:
+        return [_chart("Loss by step", steps, looks, last)]
+    return [_chart("Objective by step", steps, [], last), _chart("Held-out loss by step", looks, looks, last)]
+
+
+def _chart(name: str, line: list[tuple[int, float]], dots: list[tuple[int, float]], last: int) -> Chart:
+    losses = [loss for _, loss in (*line, *dots)]
+    lowest, highest = min(losses), max(losses)
 
     def place(step: int, loss: float) -> tuple[float, float]:
         height = (loss - lowest) / (highest - lowest) if highest > lowest else 0.0
-        return round(10 + 580 * step / last, 1), round(150 - 140 * height, 1)
+        return round(60 + 530 * step / last, 1), round(150 - 140 * height, 1)
 
-    line = " ".join(f"{x},{y}" for x, y in (place(*one) for one in steps))
-    return Curve(line, [place(*one) for one in looks], lowest, highest)
+    joined = " ".join(f"{x},{y}" for x, y in (place(*one) for one in line))
+    return Chart(name, joined, [place(*one) for one in dots], lowest, highest)
 
 
 def _bytes(value: float | None) -> str:
@@ -103,16 +114,10 @@ def _change(quality: Quality) -> str:
     return "" if not before or after is None else f", {100 * (after / before - 1):+.2f} %"
 
 
-def _recipe(step: dict[str, Any]) -> str:
-    """A step in one line: `quantize by gptq, bits 4, group_size 128`; what was left at nothing is left out."""
-    told = {name: value for name, value in step.items() if name not in ("kind", "method") and value not in ([], None)}
-    return ", ".join([f"{step.get('kind')} by {step.get('method')}", *(f"{name} {told[name]}" for name in told)])
-
-
 _environment = Environment(
     loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 _environment.filters.update(
-    bytes=_bytes, number=_number, count=_count, percent=_percent, change=_change, recipe=_recipe
+    bytes=_bytes, number=_number, count=_count, percent=_percent, change=_change, recipe=step_text
 )
 _TEMPLATE = _environment.get_template("report.html.j2")

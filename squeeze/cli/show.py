@@ -11,6 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from squeeze.objects import Duration, Event, File, Job, Method, Plan
+from squeeze.reports.recipes import step_text
 from squeeze.reports.report import Factoring, Report, Round, Slimming
 from squeeze.reports.training import Domain, Training
 from squeeze.reports.vocabulary import Trimming
@@ -95,7 +96,7 @@ def job(one: Job) -> None:
 def report(one: Report) -> None:
     revision = f" at {one.source.revision}" if one.source.revision else ""
     lines = [("model", one.source.model + revision), ("weights", f"{one.source.parameters:,} in {one.source.dtype}")]
-    lines += [(f"step {n}", _step_text(step)) for n, step in enumerate(one.recipe)]
+    lines += [(f"step {n}", step_text(step)) for n, step in enumerate(one.recipe)]
     for size in one.sizes:
         lines.append(
             (f"size as {size.format}", f"{decimal(one.source.bytes)} -> {decimal(size.weight_bytes)} of weights")
@@ -201,7 +202,7 @@ def progress_text(one: Job) -> str:
 
 
 def recipe_text(one: Job) -> str:
-    return ", then ".join(_step_text(step.model_dump(exclude={"ignore"})) for step in one.steps)
+    return ", then ".join(step_text(step.model_dump(exclude={"ignore"})) for step in one.steps)
 
 
 def change_text(before: float, after: float) -> str:
@@ -217,13 +218,6 @@ def seconds_text(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
-def _step_text(step: dict[str, object]) -> str:
-    told = {
-        name: value for name, value in step.items() if name not in ("kind", "method") and value not in (None, (), [])
-    }
-    return f"{step.get('kind')} by {step.get('method')}" + "".join(f", {name} {value}" for name, value in told.items())
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

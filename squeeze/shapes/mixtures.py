@@ -7,6 +7,7 @@ from math import ceil, prod
 from typing import Any
 
 from squeeze.errors import ArchitectureUnsupported, SpecInvalid
+from squeeze.shapes.bounds import can_be
 from squeeze.shapes.model import number_of
 from squeeze.steps.slimming import Experts
 
@@ -99,8 +100,8 @@ def experts_left(step: Experts, config: Mapping[str, Any], sides: Sides) -> int:
     if step.experts is not None:
         if not least <= step.experts <= most:
             raise SpecInvalid(
-                f"the model has {mixture.experts} experts in a layer, and `experts` says how many of them stay: from "
-                f"{least} to {most}, not {step.experts}",
+                f"the model has {mixture.experts} experts in a layer, and fewer are to stay, as many as its router "
+                f"needs: {can_be('experts', least, most, by)}, not {step.experts}",
                 param="experts",
             )
         if step.experts % by:
@@ -118,6 +119,11 @@ def experts_left(step: Experts, config: Mapping[str, Any], sides: Sides) -> int:
         if whole - (mixture.experts - left) * each <= step.params_target * whole:
             return left
     share = ceil(1000 * (whole - (mixture.experts - fewest) * each) / whole) / 1000
+    if fewest > most:
+        raise SpecInvalid(
+            f"a token goes to all {mixture.chosen} experts of a layer, so that no share can be met: say `experts`",
+            param="params_target",
+        )
     raise SpecInvalid(
         f"a token goes to {mixture.chosen} experts; with as few as that takes, {fewest} in a layer, {share:.1%} of the "
         f"parameters stay: the least that params_target can be is {share:g}; or say `experts` itself",

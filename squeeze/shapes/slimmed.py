@@ -5,6 +5,7 @@ from math import ceil, prod
 from typing import Any, TypeVar
 
 from squeeze.errors import SpecInvalid
+from squeeze.shapes.bounds import can_be
 from squeeze.shapes.mixtures import experts_left, with_experts
 from squeeze.shapes.model import BLOCK, COMPUTED, number_of, of_blocks, shape_of
 from squeeze.shapes.speed import blocks_at_speed
@@ -56,18 +57,19 @@ def blocks_left(step: Depth, config: Mapping[str, Any], sides: Sides) -> int:
     """
     sizes = block_sizes(sides)
     count = len(sizes)
+    if count < 2:
+        asked = {"blocks": step.blocks, "speed_target": step.speed_target, "params_target": step.params_target}
+        param = next(name for name, value in asked.items() if value is not None)
+        raise SpecInvalid("the model has one decoder block, and can't do without it: take width", param=param)
     if step.blocks is not None:
         if step.blocks >= count:
-            most = f"from 1 to {count - 1}" if count > 1 else "fewer than that, which is none"
             raise SpecInvalid(
-                f"the model has {count} decoder blocks, and `blocks` says how many of them stay: {most}, not "
+                f"the model has {count} decoder blocks, and fewer are to stay: {can_be('blocks', 1, count - 1)}, not "
                 f"{step.blocks}",
                 param="blocks",
             )
         return step.blocks
     if step.speed_target is not None:
-        if count < 2:
-            raise SpecInvalid("the model has one decoder block, and can't do without it", param="speed_target")
         shape = shape_of(config, sides)
         return blocks_at_speed(step, [block.active for block in shape.blocks], shape.hidden * shape.vocabulary)
     assert step.params_target is not None, "a step says how small"

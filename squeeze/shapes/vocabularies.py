@@ -48,7 +48,7 @@ def rows_asked(step: Vocabulary, config: Mapping[str, Any], sides: Sides) -> int
     if step.size is not None:
         if step.size > most:
             raise SpecInvalid(
-                f"the model has {rows} tokens, and `size` says how many stay: at most {most}, not {step.size}",
+                f"the model has {rows} tokens, and fewer are to stay: `size` can be at most {most}, not {step.size}",
                 param="size",
             )
         return step.size

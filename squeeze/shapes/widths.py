@@ -11,6 +11,7 @@ from math import ceil, prod
 from typing import Any
 
 from squeeze.errors import ArchitectureUnsupported, SpecInvalid
+from squeeze.shapes.bounds import can_be
 from squeeze.shapes.model import BLOCK, number_of
 from squeeze.shapes.speed import products
 from squeeze.steps.slimming import MULTIPLE, Width
@@ -167,6 +168,12 @@ def widths_left(step: Width, config: Mapping[str, Any], sides: Sides) -> Widths:
         if share(one) <= most:
             return next(each for each in fuller(one, whole) if share(each) <= most)
     least = ceil(1000 * share(path[-1]) / share(whole)) / 1000
+    if least >= 1:
+        raise SpecInvalid(
+            f"the model is too narrow to be cut: it has {whole.inner} neurons, {whole.heads} heads and {whole.hidden} "
+            f"channels, and of these {MULTIPLE}, {whole.each} and {MULTIPLE} go together; take depth",
+            param="params_target",
+        )
     raise SpecInvalid(
         f"half of the neurons, of the heads and of the channels is what a target leaves at least, and that is "
         f"{least:.1%} of the parameters: the least that params_target can be is {least:g}; or say the sizes themselves",
@@ -218,15 +225,22 @@ def _of_blocks(widths: Widths, sides: Sides) -> float:
 
 
 def _asked(step: Width, whole: Widths) -> Widths:
-    for field, asked, has, by in (
-        ("intermediate_size", step.intermediate_size, whole.inner, MULTIPLE),
-        ("hidden_size", step.hidden_size, whole.hidden, MULTIPLE),
-        ("heads", step.heads, whole.heads, whole.each),
+    for field, asked, has, what, by in (
+        ("intermediate_size", step.intermediate_size, whole.inner, "neurons", MULTIPLE),
+        ("hidden_size", step.hidden_size, whole.hidden, "channels", MULTIPLE),
+        ("heads", step.heads, whole.heads, "heads", whole.each),
     ):
+        most = (has - 1) // by * by
+        if asked is not None and not most:
+            raise SpecInvalid(
+                f"the model has {has} {what}, and {by} of them go together, so that none can go: leave `{field}` out",
+                param=field,
+            )
         if asked is not None and asked >= has:
-            least, most = (by, (has - 1) // by * by)
-            fits = f"from {least} to {most}" if most >= least else "fewer, and none would do"
-            raise SpecInvalid(f"the model has {has}, and {field} says how many stay: {fits}, not {asked}", param=field)
+            raise SpecInvalid(
+                f"the model has {has} {what}, and fewer are to stay: {can_be(field, by, most, by)}, not {asked}",
+                param=field,
+            )
     if step.heads is not None and step.heads % whole.each:
         below = step.heads // whole.each * whole.each
         near = " or ".join(str(one) for one in (below, below + whole.each) if 0 < one < whole.heads)

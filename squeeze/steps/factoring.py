@@ -103,6 +103,11 @@ def budget_of(step: SVD, parameters: int, linears: Mapping[str, Sides]) -> int:
     budget = int(step.params_target * parameters) - rest
     if budget < least:
         reached = ceil(1000 * (rest + least) / parameters) / 1000
+        if reached >= 1:
+            raise SpecInvalid(
+                f"no layer would be smaller as two factors of rank {step.rank_multiple}: svd has nothing to do here",
+                param="params_target",
+            )
         raise SpecInvalid(
             f"{rest:,} of {parameters:,} parameters are not in these linears, and with rank {step.rank_multiple} for "
             f"all of them {least:,} more stay: the least that params_target can be is {reached:g}",

@@ -40,12 +40,12 @@ def test_a_training_is_shown_with_its_curve() -> None:
         "Held-out loss",
         "3.1 before",
         "1,234",
-        '<polyline points="300.0,83.3 590.0,150.0">',
+        '<polyline points="325.0,83.3 590.0,150.0">',
         "file-&lt;i&gt;",
     ):
         assert shown in text, shown
     assert "Bits per weight" not in text and "Error of every block" not in text and "Student and teacher" not in text
-    assert text.count("<circle") == 2
+    assert text.count("<circle") == 2 and text.count("<polyline") == 1
 
 
 TAUGHT = {
@@ -58,6 +58,8 @@ TAUGHT = {
 
 def test_a_distillation_shows_both_models_and_how_far_they_are_apart() -> None:
     text = _trained(distillation=TAUGHT)
+    for scale in ("Objective by step", "Held-out loss by step", '"325.0,10.0 590.0,150.0"', '"60.0,10.0 590.0,150.0"'):
+        assert scale in text, "what is learned from is drawn apart from what is measured"
     for shown in (
         *("2,621,696", "5,016,320", "0.7923", "258 bytes were kept", "774 KB in all", "blocks 0, 4 of &lt;i&gt;"),
         *("1.234", "0.4321", "25.1 %", "50.3 %", "4,096 tokens that both know", "nats a token from the teacher; 1.23"),

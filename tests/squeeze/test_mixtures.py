@@ -57,7 +57,7 @@ def test_a_token_goes_to_no_more_than_are_left_and_what_a_config_is_silent_of_is
     ("config", "number", "words"),
     [
         (MIXTRAL, 16, "from 1 to 15, not 16"),
-        (GROUPED, 4, "from 8 to 12, not 4"),
+        (GROUPED, 4, "from 8 to 12 in steps of 4, not 4"),
         (GROUPED, 9, "experts=9 can't be, 8 or 12 can"),
     ],
 )

@@ -137,7 +137,7 @@ def test_what_can_t_be_met_is_refused_from_the_config_alone_with_what_can(tmp_pa
     for family, field, asked, words in (
         ("mixtral", "experts", 4, "from 1 to 3, not 4"),
         ("mixtral", "params_target", 0.3, r"can be is 0\.6"),
-        ("deepseek_v3", "experts", 2, "from 4 to 6, not 2"),
+        ("deepseek_v3", "experts", 2, "from 4 to 6 in steps of 2, not 2"),
         ("deepseek_v3", "experts", 5, "experts=5 can't be, 4 or 6 can"),
     ):
         with pytest.raises(SpecInvalid, match=words) as refused:

@@ -95,9 +95,9 @@ def test_what_can_t_be_met_is_refused_from_the_config_alone_with_what_can(tmp_pa
     (tmp_path / "config.json").write_bytes((tiny.llama(tmp_path / "model") / "config.json").read_bytes())
     for field, asked, words in (
         ("heads", 3, "heads=3 can't be, 2 can"),
-        ("heads", 4, "from 2 to 2, not 4"),
-        ("intermediate_size", 256, "from 32 to 224, not 256"),
-        ("hidden_size", 1024, "from 32 to 96, not 1024"),
+        ("heads", 64, "has 4 heads, and fewer are to stay: `heads` can only be 2 here, not 64"),
+        ("intermediate_size", 256, "from 32 to 224 in steps of 32, not 256"),
+        ("hidden_size", 1024, "from 32 to 96 in steps of 32, not 1024"),
         ("params_target", 0.01, "the least that params_target can be is 0.3"),
     ):
         with pytest.raises(SpecInvalid, match=words) as refused:
