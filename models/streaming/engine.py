@@ -116,21 +116,9 @@ def quantize(
     reference_calls = calls if reference is frame else Calls(reference, ids, team)
     blocks, activations = kept.resume(room) or (
         [],
-        Activations(
-            Stream(room, calls.enter(calibration)),
-            Stream(room, reference_calls.enter(window_ids)),
-            Stream(room, calls.enter(window_ids)),
-            Stream(room, calls.enter(calibration if step.by_block or "drift" in step.wanted() else None)),
-        ),
+        _entered(step, calls, reference_calls, calibration, window_ids, room),
     )
-    if blocks:
-        notify.event(
-            "info",
-            f"going on after block {len(blocks)} of {frame.count}, which an earlier attempt finished",
-            block=len(blocks),
-        )
-    if room.spills:
-        notify.event("info", f"activations past {room.limit_bytes:,} bytes are kept on disk")
+    _tell(notify, len(blocks), frame.count, room)
     start = len(blocks)
     notify.stage(Stage.compressing)
     saved_at, cost = time.monotonic(), 0.0
@@ -163,6 +151,33 @@ def quantize(
     for name in ("original", "compressed"):
         setattr(activations, name, _whole(getattr(activations, name), room, team))
     return Quantization(_written(frame, step, schemes, kept.directory), blocks, activations)
+
+
+def _entered(
+    step: Compress,
+    calls: Calls,
+    reference_calls: Calls,
+    calibration: Tensor | None,
+    window_ids: Tensor | None,
+    room: Room,
+) -> Activations:
+    """Before the first block."""
+    return Activations(
+        Stream(room, calls.enter(calibration)),
+        Stream(room, reference_calls.enter(window_ids)),
+        Stream(room, calls.enter(window_ids)),
+        Stream(room, calls.enter(calibration if step.by_block or "drift" in step.wanted() else None)),
+    )
+
+
+def _tell(notify: Notify, finished: int, count: int, room: Room) -> None:
+    """Where it goes on, and what is kept where. finished: of so many blocks."""
+    if finished:
+        notify.event(
+            "info", f"going on after block {finished} of {count}, which an earlier attempt finished", block=finished
+        )
+    if room.spills:
+        notify.event("info", f"activations past {room.limit_bytes:,} bytes are kept on disk")
 
 
 def _written(frame: Frame, step: Compress, schemes: dict[str, Scheme], directory: Path) -> QuantizedModel:
