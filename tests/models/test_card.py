@@ -124,7 +124,8 @@ def test_a_job_that_measured_nothing_claims_nothing(tmp_path: Path) -> None:
 def test_the_lines_that_load_the_model_are_python(tmp_path: Path) -> None:
     _, text = card(tmp_path, report())
 
-    compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
+    lines = compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
+    assert {"transformers", "from_pretrained"} <= set(lines.co_names)
 
 
 def test_an_adapter_and_what_it_stands_beside_each_say_what_is_theirs(tmp_path: Path) -> None:

@@ -152,9 +152,13 @@ def test_a_setting_that_cannot_be_meant_is_refused_without_showing_secrets(url: 
 
 
 def test_plain_http_is_taken_on_loopback_or_when_said_so() -> None:
-    for endpoint in ("http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1"):
-        open_storage("s3://bucket", ENVIRON | {"AWS_ENDPOINT_URL": endpoint})
-    open_storage("s3://bucket", ENVIRON | {"AWS_ENDPOINT_URL": "http://s3:8333", "AWS_ALLOW_HTTP": "true"})
+    for endpoint, said in (
+        *((f"http://{host}:1", {}) for host in ("127.0.0.1", "localhost", "[::1]")),
+        ("http://s3:8333", {"AWS_ALLOW_HTTP": "true"}),
+    ):
+        storage = open_storage("s3://bucket", ENVIRON | {"AWS_ENDPOINT_URL": endpoint} | said)
+        url = storage.presign("a", expires_seconds=60, filename="a")
+        assert url is not None and url.startswith(f"{endpoint}/bucket/a?")
 
 
 def test_the_endpoint_for_s3_goes_before_the_general_one() -> None:

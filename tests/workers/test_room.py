@@ -26,6 +26,7 @@ def ask(tmp_path: Path, *, source_bytes: int, missing_bytes: int, storage: Path 
 
 def test_what_fits_is_let_through(tmp_path: Path) -> None:
     ask(tmp_path, source_bytes=1 << 20, missing_bytes=1 << 20, storage=tmp_path)
+    assert not any(tmp_path.iterdir()), "room is asked for, not taken"
 
 
 def test_model_result_and_its_copy_in_a_local_storage_must_fit_together(tmp_path: Path) -> None:
