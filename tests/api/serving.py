@@ -2,13 +2,14 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 from fastapi import FastAPI
 
@@ -18,6 +19,7 @@ from jobs import keys, lifecycle
 from jobs.lifecycle import NewArtifact
 from jobs.settings import Settings
 from squeeze.objects import Result, Usage
+from tests.hub import FaultyHub
 
 PATIENCE_SECONDS = 20.0
 SPEC: dict[str, Any] = {"model": "org/name", "steps": [{"kind": "quantize", "method": "gptq", "bits": 4}]}
@@ -174,3 +176,22 @@ def report() -> dict[str, Any]:
             "certifier_peak_host_bytes": None,
         },
     }
+
+
+@contextmanager
+def asking(
+    models: Mapping[str, Mapping[str, bytes]], folders: pytest.TempPathFactory, broker_url: str
+) -> Iterator[Callable[..., Any]]:
+    """Posts steps to a route of a service whose Hub has these models."""
+    data = folders.mktemp("asking")
+    settings = Settings(data, f"sqlite:///{data}/squeeze.db", broker_url, (data / "storage").as_uri())
+    with FaultyHub() as hub, pytest.MonkeyPatch.context() as environment:
+        for name, files in models.items():
+            hub.add_files(name, dict(files), folders.mktemp("hub"))
+        environment.setenv("HF_ENDPOINT", hub.url)
+        with serve(settings) as running:
+
+            def ask(route: str, *steps: dict[str, Any], model: str = "org/llama", **fields: Any) -> Any:
+                return running.client.post(f"/v1/{route}", json={"model": model, "steps": steps, **fields})
+
+            yield ask

@@ -5,27 +5,15 @@ from typing import Any
 
 import pytest
 
-from jobs.settings import Settings
 from squeeze.objects import Plan
-from tests.api.serving import serve
+from tests.api.serving import asking
 from tests.api.test_sparsifying import MODELS
-from tests.hub import FaultyHub
 
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory, _valkey: str) -> Iterator[Callable[..., Any]]:
-    data = tmp_path_factory.mktemp("factoring")
-    settings = Settings(data, f"sqlite:///{data}/squeeze.db", _valkey, (data / "storage").as_uri())
-    with FaultyHub() as hub, pytest.MonkeyPatch.context() as environment:
-        for name, files in MODELS.items():
-            hub.add_files(name, files, tmp_path_factory.mktemp("hub"))
-        environment.setenv("HF_ENDPOINT", hub.url)
-        with serve(settings) as running:
-
-            def ask(route: str, *steps: dict[str, Any], model: str = "org/llama", **fields: Any) -> Any:
-                return running.client.post(f"/v1/{route}", json={"model": model, "steps": steps, **fields})
-
-            yield ask
+    with asking(MODELS, tmp_path_factory, _valkey) as ask:
+        yield ask
 
 
 def step(params_target: float = 0.7, **fields: Any) -> dict[str, Any]:

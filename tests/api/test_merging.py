@@ -8,8 +8,8 @@ import pytest
 
 from jobs.settings import Settings
 from squeeze.objects import Plan
+from tests.api.planning import CONFIG, LLAMA, llama_shapes, safetensors
 from tests.api.serving import serve
-from tests.api.test_plan import CONFIG, LLAMA, _safetensors, _shapes
 from tests.hub import FaultyHub
 
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "org/llama", "r": 4, "lora_alpha": 8, "bias": "none"}
@@ -20,14 +20,14 @@ def _adapter(columns: int = 256, **settings: Any) -> dict[str, bytes]:
     shapes: dict[str, tuple[int, ...]] = {f"{Q}.lora_A.weight": (4, columns), f"{Q}.lora_B.weight": (256, 4)}
     return {
         "adapter_config.json": json.dumps(ADAPTER | settings).encode(),
-        "adapter_model.safetensors": _safetensors(shapes),
+        "adapter_model.safetensors": safetensors(shapes),
     }
 
 
 MODELS = {
     "org/llama": LLAMA,
     "org/tuned": LLAMA,
-    "org/wider": {**LLAMA, "model.safetensors": _safetensors(_shapes() | {"model.norm.weight": (300,)})},
+    "org/wider": {**LLAMA, "model.safetensors": safetensors(llama_shapes() | {"model.norm.weight": (300,)})},
     "org/gpt2": {**LLAMA, "config.json": b'{"model_type": "gpt2"}'},
     "org/rounded": {**LLAMA, "config.json": json.dumps({**CONFIG, "quantization_config": {"bits": 4}}).encode()},
     "org/adapter": _adapter(),

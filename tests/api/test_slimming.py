@@ -6,19 +6,17 @@ from typing import Any
 
 import pytest
 
-from jobs.settings import Settings
 from squeeze.objects import Plan
-from tests.api.serving import serve
-from tests.api.test_plan import LLAMA, _safetensors, _shapes
-from tests.hub import FaultyHub
+from tests.api.planning import LLAMA, llama_shapes, safetensors
+from tests.api.serving import asking
 from tests.squeeze.test_mixtures import MIXTRAL, shapes
 
 EACH = 256 * 256 + 256 * 640 + 256
 MODELS = {
-    "org/llama": {**LLAMA, "model.safetensors": _safetensors(_shapes(4))},
+    "org/llama": {**LLAMA, "model.safetensors": safetensors(llama_shapes(4))},
     "org/mixture": {
         "config.json": json.dumps(MIXTRAL | {"architectures": ["MixtralForCausalLM"]}).encode(),
-        "model.safetensors": _safetensors(shapes(8)),
+        "model.safetensors": safetensors(shapes(8)),
     },
     "org/rounded": {"config.json": b'{"model_type": "llama", "quantization_config": {"bits": 4}}'},
 }
@@ -26,18 +24,8 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory, _valkey: str) -> Iterator[Callable[..., Any]]:
-    data = tmp_path_factory.mktemp("slimming")
-    settings = Settings(data, f"sqlite:///{data}/squeeze.db", _valkey, (data / "storage").as_uri())
-    with FaultyHub() as hub, pytest.MonkeyPatch.context() as environment:
-        for name, files in MODELS.items():
-            hub.add_files(name, files, tmp_path_factory.mktemp("hub"))
-        environment.setenv("HF_ENDPOINT", hub.url)
-        with serve(settings) as running:
-
-            def ask(route: str, *steps: dict[str, Any], model: str = "org/llama", **fields: Any) -> Any:
-                return running.client.post(f"/v1/{route}", json={"model": model, "steps": steps} | fields)
-
-            yield ask
+    with asking(MODELS, tmp_path_factory, _valkey) as ask:
+        yield ask
 
 
 def depth(**fields: Any) -> dict[str, Any]:

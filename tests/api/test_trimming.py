@@ -11,14 +11,17 @@ from jobs.settings import Settings
 from squeeze.cli import show
 from squeeze.objects import Plan
 from squeeze.reports.report import Report
+from tests.api.planning import LLAMA, llama_shapes, safetensors
 from tests.api.serving import report, serve
-from tests.api.test_plan import LLAMA, _safetensors, _shapes
 from tests.hub import FaultyHub
 
 OUTSIDE = 4 * (256 * 256 + 256 * 640 + 256) + 256
 MODELS = {
-    "org/llama": {**LLAMA, "model.safetensors": _safetensors(_shapes(4))},
-    "org/small": {**LLAMA, "model.safetensors": _safetensors({**_shapes(1), "model.embed_tokens.weight": (64, 256)})},
+    "org/llama": {**LLAMA, "model.safetensors": safetensors(llama_shapes(4))},
+    "org/small": {
+        **LLAMA,
+        "model.safetensors": safetensors({**llama_shapes(1), "model.embed_tokens.weight": (64, 256)}),
+    },
 }
 
 
