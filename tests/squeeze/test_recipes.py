@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
-from squeeze.steps.every import Step
 
 from squeeze.reports.recipes import GOES_WITH, step_text
+from squeeze.steps.every import Step
 
 
 @pytest.mark.parametrize(
