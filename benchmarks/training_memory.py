@@ -29,6 +29,7 @@ from squeeze.steps.training import Train
 CUT: dict[str, Any] = {"layers": 2}
 NARROW: dict[str, Any] = {"model": "bench/512-2"}
 BF16 = {"precision": "bf16"}
+MOVEMENT: dict[str, Any] = {"kind": "prune", "method": "movement", "steps": 3, "ramp_end": 0.5}
 
 # (width, blocks, vocabulary), of which width 0 is the bundled model; tokens of a sequence; the step.
 CASES: tuple[tuple[tuple[int, int, int], int, dict[str, Any]], ...] = (
@@ -47,6 +48,7 @@ CASES: tuple[tuple[tuple[int, int, int], int, dict[str, Any]], ...] = (
     ((512, 4, 4096), 512, {"method": "full", "micro_batch_size": 2}),
     ((1024, 8, 32000), 256, {"method": "full", "micro_batch_size": 1}),
     ((1024, 4, 4096), 256, BF16 | {"method": "full", "micro_batch_size": 2}),
+    ((512, 4, 4096), 512, MOVEMENT | {"micro_batch_size": 2}),
     ((1024, 8, 4096), 256, {"method": "last_layers", "micro_batch_size": 2}),
     ((1024, 8, 4096), 256, {"method": "qlora", "base": "nf4", "micro_batch_size": 2}),
     ((1024, 8, 4096), 256, {"method": "qlora", "base": "int8", "micro_batch_size": 2}),

@@ -12,6 +12,7 @@ from squeeze.steps.finetuning import Finetune
 from tests.squeeze.making import config, tensors, training
 
 BOTH: dict[Format, int] = {"peft": 0}
+MOVEMENT = {"kind": "prune", "method": "movement"}
 BF16, CHECKPOINTED = {"precision": "bf16"}, {"activation_checkpointing": True}
 
 # (width, blocks, vocabulary), tokens of a sequence, the step; the largest resident bytes of the job's process, and of
@@ -31,6 +32,7 @@ MEASURED: tuple[tuple[tuple[int, int, int], int, dict[str, Any], int, int | None
     ((1024, 8, 4096), 256, {"method": "qlora", "base": "nf4", "micro_batch_size": 2}, 1142, 1352),
     ((512, 4, 4096), 512, {"method": "full", "micro_batch_size": 2}, 1021, 1021),
     ((1024, 4, 4096), 256, BF16 | {"method": "full", "micro_batch_size": 2}, 1706, 1706),
+    ((512, 4, 4096), 512, MOVEMENT | {"micro_batch_size": 2}, 1270, 1270),
     ((1024, 8, 4096), 256, {"method": "last_layers", "micro_batch_size": 2}, 1367, 1480),
 )
 
