@@ -30,7 +30,7 @@ from squeeze.steps.training import USUAL_EPOCHS, Train
 
 BYTES_PER_TOKEN = 3.5  # of a user's text, with what JSON has around it
 HELD_OUT = 0.1  # share of the examples, where no others are
-ORDER_VISITS = 24  # of a score, to find the lowest; of the weight, to be zero and what it was again
+ORDER_VISITS = 72  # of a score, to find the lowest, and of its weight, to be zero and what it was again; measured
 UPDATE_VISITS = 12  # of a parameter in a step of the optimizer: gradient, its norm, two moments, itself
 
 
