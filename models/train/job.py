@@ -347,7 +347,7 @@ def added(report: Report, inputs: Inputs, done: Trained) -> Report:
         told = [multiplied_out(factors), *told]
     return report.model_copy(
         update={
-            "factoring": factors,
+            "factoring": factors or report.factoring,
             "sizes": [size.model_copy(update={"ratio": whole / size.weight_bytes}) for size in report.sizes],
             "training": done.training.model_copy(update={"loss_quantized": known}),
             "source": source_part(inputs, done.source),

@@ -195,13 +195,13 @@ def test_onnx_holds_what_factors_learned_and_is_certified_by_its_own_loss(tmp_pa
 @pytest.mark.slow
 def test_a_row_of_trainings_hands_factors_on_and_what_quantizes_takes_the_product(tmp_path: Path) -> None:
     model = FAMILIES["llama"](tmp_path / "model", dtype=torch.bfloat16)
-    spec = chain(SVD_STEP, FULL, LOGITS, GPTQ, formats=["compressed-tensors"])
+    spec = chain(FULL, SVD_STEP, FULL, LOGITS, GPTQ, formats=["compressed-tensors"])
     inputs = inputs_of(spec, model, text(tmp_path / "text"), tmp_path / "room")
     inputs.work.mkdir()
     report = run(inputs, Heard()).report
     told = report.factoring
     assert told is not None and report.bits_per_weight == 4.5 and "multiplied out again" in report.warnings[0]
-    assert [one.steps for one in report.rounds] == [[0], [1]]
+    assert [one.steps for one in report.rounds] == [[0, 1], [2]]
     learned = [one.training for one in (report.rounds[1], report)]
     assert [one.trainable_parameters for one in learned if one] == [told.parameters_after] * 2
     whole = inputs.work / "round-2" / "whole" / "model.safetensors"
