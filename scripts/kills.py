@@ -141,12 +141,15 @@ def work(model: Path, room: Path, step: dict[str, Any]) -> None:
     from squeeze.specs.job_spec import JobSpec
 
     class Says(Silent):
+        watched = False
+
         def stage(self, stage: Any) -> None:
-            if stage == ("calibrating" if step["method"] in ("depth", "width") else "compressing"):
+            self.watched = stage == ("calibrating" if step["method"] in ("depth", "width") else "compressing")
+            if self.watched:
                 print(f"start {finished(room)}", flush=True)
 
         def advance(self, done: int, total: int, unit: str) -> None:  # noqa: ARG002
-            if unit == "blocks":
+            if self.watched and unit == "blocks":
                 print(f"block {done}", flush=True)
 
     torch.set_num_threads(1)
