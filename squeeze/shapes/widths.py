@@ -52,13 +52,14 @@ class Family:
 
     before: a block's norms that are given the hidden state. behind: those that are given what is then added to it.
     shifted: norms multiply by one more than their weight. scaled: embeddings are multiplied by the root of how many
-    channels there are.
+    channels there are. square: llama.cpp (0.3.36 of its Python) loads them with as many channels as queries alone.
     """
 
     before: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     behind: tuple[str, ...] = ()
     shifted: bool = False
     scaled: bool = False
+    square: bool = False
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -79,7 +80,7 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(),
     "llama": Family(),
     "mistral": Family(),
-    "qwen2": Family(),
+    "qwen2": Family(square=True),
     "qwen3": Family(),
     "smollm3": Family(),
 }
@@ -87,13 +88,16 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Widths:
-    """groups: of heads that share keys and values. each: heads of a group. dimension: of a head."""
+    """groups: of heads that share keys and values. each: heads of a group. dimension: of a head. square: there are to
+    be as many channels as heads times their dimension.
+    """
 
     hidden: int
     inner: int
     groups: int
     each: int
     dimension: int
+    square: bool = False
 
     @property
     def heads(self) -> int:
@@ -133,7 +137,8 @@ def widths_of(config: Mapping[str, Any], sides: Sides) -> Widths:
     groups = found.get("key", 0) // dimension if dimension else 0
     if not groups or heads % groups or rows != heads * dimension or found["key"] != groups * dimension:
         raise ArchitectureUnsupported("the heads of this model are in no whole groups, so that none can be left out")
-    return Widths(found["hidden"], found["inner"], groups, heads // groups, dimension)
+    square = FAMILIES[str(kind)].square and found["hidden"] == rows
+    return Widths(found["hidden"], found["inner"], groups, heads // groups, dimension, square)
 
 
 def axes_of(name: str) -> tuple[str | None, ...]:
@@ -182,11 +187,18 @@ def widths_left(step: Width, config: Mapping[str, Any], sides: Sides) -> Widths:
 
 
 def narrowing(whole: Widths) -> list[Widths]:
-    """What a target tries, from the model itself to half of its neurons, then of its heads, then of its channels."""
+    """What a target tries, from the model itself to half of its neurons, then of its heads, then of its channels; of
+    these two at once, where there are to be as many.
+    """
     fewest = ceil(LEAST_SHARE * whole.groups)
     flat = replace(whole, inner=_half(whole.inner))
+    neurons = [replace(whole, inner=inner) for inner in _multiples(whole.inner)]
+    if whole.square:
+        fewer = (replace(flat, groups=groups) for groups in range(whole.groups - 1, fewest - 1, -1))
+        squares = [replace(one, hidden=one.heads * one.dimension) for one in fewer]
+        return [*neurons, *(one for one in squares if one.hidden % MULTIPLE == 0)]
     return [
-        *(replace(whole, inner=inner) for inner in _multiples(whole.inner)),
+        *neurons,
         *(replace(flat, groups=groups) for groups in range(whole.groups - 1, fewest - 1, -1)),
         *(replace(flat, groups=fewest, hidden=hidden) for hidden in list(_multiples(whole.hidden))[1:]),
     ]
@@ -248,11 +260,27 @@ def _asked(step: Width, whole: Widths) -> Widths:
             f"{whole.each} heads share their keys and values, and go together: heads={step.heads} can't be, {near} can",
             param="heads",
         )
-    return replace(
+    left = replace(
         whole,
         inner=step.intermediate_size or whole.inner,
         hidden=step.hidden_size or whole.hidden,
         groups=(step.heads or whole.heads) // whole.each,
+    )
+    if whole.square and left.hidden != left.heads * whole.dimension:
+        _refuse_oblong(step, whole)
+    return left
+
+
+def _refuse_oblong(step: Width, whole: Widths) -> None:
+    """Raises SpecInvalid, with the pairs of sizes that would do."""
+    fewer = (replace(whole, groups=groups) for groups in range(whole.groups - 1, 0, -1))
+    squares = [(one.heads, one.heads * one.dimension) for one in fewer if one.heads * one.dimension % MULTIPLE == 0]
+    near = sorted(squares, key=lambda one: abs(one[0] - (step.heads or (step.hidden_size or 0) / whole.dimension)))[:2]
+    pairs = " or ".join(f"heads={heads} with hidden_size={hidden}" for heads, hidden in sorted(near))
+    raise SpecInvalid(
+        f"a model of this family has as many channels as heads times their dimension ({whole.dimension}), or llama.cpp "
+        f"does not load it: say {pairs or 'intermediate_size alone'}",
+        param="hidden_size" if step.heads is None else "heads",
     )
 
 

@@ -113,7 +113,8 @@ class Width(Paced):
 
     With `params_target` or `speed_target`, neurons of the feed-forward parts go first, down to half of them, then
     heads, in whole groups that share keys and values, down to half, then channels, down to half; sizes stay multiples
-    of 128, 64 or 32, as far as the original's are, so that they can be rounded in groups.
+    of 128, 64 or 32, as far as the original's are, so that they can be rounded in groups. A Qwen2 has as many channels
+    as its heads have together, or llama.cpp does not load it: there they go together.
     """
 
     method: Literal["width"]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -111,7 +111,7 @@ def of_widths(step: Paced, looking: Looking) -> dict[str, Tensor]:
 def paced_widths(whole: Widths, paced: Mapping[str, Tensor]) -> Widths:
     """The size that was found."""
     hidden, inner, groups = paced[WIDTHS].tolist()
-    return Widths(hidden, inner, groups, whole.each, whole.dimension)
+    return replace(whole, hidden=hidden, inner=inner, groups=groups)
 
 
 def told(step: Paced, paced: Mapping[str, Tensor]) -> SpeedTarget:

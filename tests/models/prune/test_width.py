@@ -49,13 +49,13 @@ def silenced(model: Path) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_silent_neurons_and_heads_go_and_nothing_changes(tmp_path: Path, family: str) -> None:
     model = silenced(tiny.FAMILIES[family](tmp_path / "model"))
-    done = slim(SMALL, model, tmp_path / "room")
+    heads = tiny.HEADS if FAMILIES[family].square else 2  # which there go with channels
+    step = {name: size for name, size in SMALL.items() if name != "heads" or size == heads}
+    done = slim(step, model, tmp_path / "room")
     torch.testing.assert_close(logits(done.whole), logits(model), rtol=1e-4, atol=1e-4)
     told = done.slimming
-    assert told.widths is not None and (told.widths["intermediate_size"], told.widths["num_attention_heads"]) == (
-        128,
-        2,
-    )
+    assert told.widths is not None
+    assert (told.widths["intermediate_size"], told.widths["num_attention_heads"]) == (128, heads)
     result = AutoModelForCausalLM.from_pretrained(done.whole)
     assert sum(one.numel() for one in result.parameters()) == told.parameters_after < told.parameters_before
     assert done.measured is not None and done.measured.quality.divergence_nats == pytest.approx(0, abs=1e-4)
@@ -75,6 +75,17 @@ def test_silent_channels_go_and_norms_stay_as_loud(tmp_path: Path, family: str) 
     done = slim({"method": "width", "hidden_size": 96}, model, tmp_path / "room")
     torch.testing.assert_close(logits(done.whole), logits(model), rtol=1e-3, atol=1e-3)
     assert AutoModelForCausalLM.from_pretrained(done.whole).config.head_dim == tiny.HIDDEN // tiny.HEADS
+
+
+def test_a_family_that_llama_cpp_loads_with_as_many_channels_as_queries_stays_so(tmp_path: Path) -> None:
+    model = tiny.FAMILIES["qwen2"](tmp_path / "model")
+    told = slim({"method": "width", "params_target": 0.45}, model, tmp_path / "room").slimming.widths
+    assert told is not None and told["num_attention_heads"] * told["head_dim"] == told["hidden_size"] == 64
+    for field, asked, others in (("heads", 2, {}), ("hidden_size", 96, {}), ("heads", 2, {"hidden_size": 96})):
+        with pytest.raises(SpecInvalid, match="say heads=2 with hidden_size=64") as refused:
+            check(spec_of({"method": "width", field: asked} | others), model)
+        assert refused.value.param == f"steps.0.{field}"
+    assert check(spec_of({"method": "width", "heads": 2, "hidden_size": 64}), model).blocks == tiny.LAYERS
 
 
 def test_the_most_important_places_stay_in_order() -> None:
