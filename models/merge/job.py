@@ -9,10 +9,10 @@ import torch
 
 from models.certifying.certify import certify
 from models.certifying.running import tokenized
-from models.closing import certified, closed, spent
+from models.closing import certified, closed, linked_out, spent, with_before
 from models.files.checkpoint import SourceModel, open_model, open_or_convert
 from models.fingerprint import merging_fingerprint
-from models.formats.directory import linked, refuse_broken_companions
+from models.formats.directory import refuse_broken_companions
 from models.job import Inputs, Outcome, libraries, params_named, size_part, source_part
 from models.measuring.evaluation import Measured, measure
 from models.merge.entries import Source, open_entry
@@ -23,7 +23,6 @@ from models.streaming import engine
 from models.streaming.frame import Frame
 from models.streaming.teamwork import compute_dtype
 from models.texts.material import Material, read_tokenizer
-from models.work import summed
 from squeeze import __version__
 from squeeze.costs.merging_work import counted_merging
 from squeeze.errors import SqueezeError
@@ -98,11 +97,7 @@ def run_merging(inputs: Inputs, step: Merge, notify: Notify) -> Outcome:
     """A job that ends with merging."""
     clock = Clock()
     done = merged(inputs, step, clock, notify)
-    places: dict[Format, Path] = {name: inputs.out / name for name in inputs.spec.formats}
-    with clock.stage("exporting"):
-        notify.stage(Stage.exporting)
-        for directory in places.values():
-            linked(done.whole, directory)
+    places = linked_out(inputs, done.whole, clock, notify)
     certificates = certified(inputs, places, partial(_certified, inputs, done, notify), clock, notify)
     return closed(inputs, places, _report(inputs, done, places, certificates, clock))
 
@@ -114,21 +109,8 @@ def for_what_follows(inputs: Inputs, done: Done) -> Inputs:
 
 def added(report: Report, inputs: Inputs, done: Done) -> Report:
     """The report of what came after, with what was merged and the model that it began with."""
-    whole = done.base.weight_bytes
-    sizes = [
-        size if size.ratio is None else size.model_copy(update={"ratio": whole / size.weight_bytes})
-        for size in report.sizes
-    ]
-    return report.model_copy(
-        update={
-            "sizes": sizes,
-            "merging": done.merging,
-            "recipe": _recipe(inputs.spec),
-            "source": source_part(inputs, done.base),
-            "warnings": [*done.warnings, *report.warnings],
-            "spent": report.spent.model_copy(update={"work": summed(done.work, report.spent.work)}),
-        }
-    )
+    parts = {"merging": done.merging, "recipe": _recipe(inputs.spec)}
+    return with_before(report, inputs, done.base, done.work, done.warnings, **parts)
 
 
 def _opened(inputs: Inputs, step: Merge, frame: Frame) -> list[Source]:

@@ -5,15 +5,16 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
+from models.closing import with_before
 from models.files.checkpoint import SourceModel, open_or_convert
 from models.formats import layout
-from models.job import Inputs, source_part
+from models.job import Inputs
 from models.progress import Notify
 from models.prune.zeroing.counting import left_in, share_kept
 from models.quantize.job import compressed
 from models.resources import Clock
 from models.streaming.team import Team
-from models.work import summed, work_of
+from models.work import work_of
 from squeeze.names import Format
 from squeeze.objects import Stage
 from squeeze.reports.report import Report, Sparsity
@@ -65,16 +66,10 @@ def for_what_follows(inputs: Inputs, done: Done) -> Inputs:
 
 def added(report: Report, inputs: Inputs, done: Done) -> Report:
     """The report of what came after, with the zeros and the model that it began with."""
-    whole, kept = done.source.weight_bytes, share_kept(report, done.counts)
-    return report.model_copy(
-        update={
-            "sizes": [size.model_copy(update={"ratio": whole / size.weight_bytes}) for size in report.sizes],
-            "sparsity": done.zeros.model_copy(update={"zeros_kept": kept}),
-            "source": source_part(inputs, done.source),
-            "warnings": [*dict.fromkeys([left_in(done.zeros, kept), *done.warnings, *report.warnings])],
-            "spent": report.spent.model_copy(update={"work": summed(done.work, report.spent.work)}),
-        }
-    )
+    kept = share_kept(report, done.counts)
+    warnings = [left_in(done.zeros, kept), *done.warnings]
+    zeros = done.zeros.model_copy(update={"zeros_kept": kept})
+    return with_before(report, inputs, done.source, done.work, warnings, sparsity=zeros)
 
 
 class Before:

@@ -10,7 +10,7 @@ from typing import cast
 
 from models.certifying.certify import certify, loss_in_transformers
 from models.certifying.running import Sample
-from models.closing import certified, closed, spent
+from models.closing import certified, closed, spent, with_before
 from models.distill.lesson import Lesson
 from models.files.checkpoint import SourceModel, open_model
 from models.files.disk import write_whole
@@ -42,7 +42,7 @@ from models.train.reading_back import ReadBack, read_back
 from models.train.reference import reference_losses, weighed
 from models.train.telling import doubts_of, sample_of, training_part
 from models.train.writing import gather, write
-from models.work import ahead, summed
+from models.work import ahead
 from squeeze import __version__
 from squeeze.names import Format
 from squeeze.objects import Stage
@@ -342,18 +342,17 @@ def added(report: Report, inputs: Inputs, done: Trained) -> Report:
         sites = done.prepared.sites
         kept = share_kept(report, {site.name: site.rows * site.columns * done.zeros.reached for site in sites})
         sparsity, told = done.zeros.model_copy(update={"zeros_kept": kept}), [left_in(done.zeros, kept), *told]
-    whole, factors = done.source.weight_bytes, None if done.factors is None else done.factors.told
+    factors = None if done.factors is None else done.factors.told
     if factors is not None:
         told = [multiplied_out(factors), *told]
-    return report.model_copy(
-        update={
-            "factoring": factors or report.factoring,
-            "sizes": [size.model_copy(update={"ratio": whole / size.weight_bytes}) for size in report.sizes],
-            "training": done.training.model_copy(update={"loss_quantized": known}),
-            "source": source_part(inputs, done.source),
-            "sparsity": sparsity,
-            "warnings": [*told, *report.warnings],
-            "libraries": report.libraries | libraries(*LIBRARIES),
-            "spent": report.spent.model_copy(update={"work": summed(done.work, report.spent.work)}),
-        }
+    return with_before(
+        report,
+        inputs,
+        done.source,
+        done.work,
+        told,
+        factoring=factors or report.factoring,
+        training=done.training.model_copy(update={"loss_quantized": known}),
+        sparsity=sparsity,
+        libraries=report.libraries | libraries(*LIBRARIES),
     )

@@ -42,11 +42,6 @@ class Slim(Wire):
         return True
 
     @property
-    def whole(self) -> bool:
-        """Whether it makes a whole model, which other steps can go on with."""
-        return True
-
-    @property
     def formats(self) -> tuple[Literal["safetensors"], ...]:
         """What a job is written as that ends with this step."""
         return ("safetensors",)

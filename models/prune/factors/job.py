@@ -4,16 +4,17 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
+from models.closing import with_before
 from models.files.checkpoint import SourceModel, open_or_convert
 from models.formats import layout
-from models.job import Inputs, source_part
+from models.job import Inputs
 from models.progress import Notify
 from models.prune.factors.factoring import multiplied_out
 from models.prune.job import FORMAT, Before
 from models.quantize.job import compressed
 from models.resources import Clock
 from models.streaming.team import Team
-from models.work import summed, work_of
+from models.work import work_of
 from squeeze.objects import Stage
 from squeeze.reports.report import Factoring, Report
 from squeeze.steps.factoring import SVD
@@ -59,13 +60,5 @@ def for_what_follows(inputs: Inputs, done: Done) -> Inputs:
 
 def added(report: Report, inputs: Inputs, done: Done) -> Report:
     """The report of what came after, with the factors and the model that it began with."""
-    whole = done.source.weight_bytes
-    return report.model_copy(
-        update={
-            "sizes": [size.model_copy(update={"ratio": whole / size.weight_bytes}) for size in report.sizes],
-            "factoring": done.factors,
-            "source": source_part(inputs, done.source),
-            "warnings": [*dict.fromkeys([multiplied_out(done.factors), *done.warnings, *report.warnings])],
-            "spent": report.spent.model_copy(update={"work": summed(done.work, report.spent.work)}),
-        }
-    )
+    warnings = [multiplied_out(done.factors), *done.warnings]
+    return with_before(report, inputs, done.source, done.work, warnings, factoring=done.factors)

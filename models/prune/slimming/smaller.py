@@ -14,10 +14,10 @@ import torch
 
 from models.certifying.certify import certify
 from models.certifying.running import tokenized
-from models.closing import certified, closed, spent
+from models.closing import certified, closed, linked_out, spent, with_before
 from models.files.checkpoint import SourceModel, open_model, open_or_convert
 from models.fingerprint import fingerprint
-from models.formats.directory import linked, refuse_broken_companions, without_private, write_json
+from models.formats.directory import refuse_broken_companions, without_private, write_json
 from models.job import Inputs, Outcome, libraries, params_named, size_part, slimming_step, source_part
 from models.measuring.evaluation import Measured, measure
 from models.measuring.speed import speeds
@@ -30,7 +30,6 @@ from models.streaming.streams import Stream
 from models.streaming.teamwork import compute_dtype
 from models.streaming.walk import walk
 from models.texts.material import Material, read_tokenizer
-from models.work import summed
 from squeeze import __version__
 from squeeze.costs.slimming_work import counted_slimming
 from squeeze.names import Format
@@ -145,11 +144,7 @@ def run_slimming(inputs: Inputs, step: Slim, notify: Notify) -> Outcome:
     """A job of this step alone."""
     clock = Clock()
     done = slimmed(inputs, step, clock, notify)
-    places: dict[Format, Path] = {name: inputs.out / name for name in inputs.spec.formats}
-    with clock.stage("exporting"):
-        notify.stage(Stage.exporting)
-        for directory in places.values():
-            linked(done.whole, directory)
+    places = linked_out(inputs, done.whole, clock, notify)
     certificates = certified(inputs, places, partial(_certified, inputs, done, notify), clock, notify)
     return closed(inputs, places, _report(inputs, done, places, certificates, clock))
 
@@ -170,21 +165,8 @@ def for_what_follows(inputs: Inputs, done: Done) -> Inputs:
 
 def added(report: Report, inputs: Inputs, done: Done) -> Report:
     """The report of what came after, with how the model was made smaller, and the one that the job began with."""
-    whole = done.base.weight_bytes
-    sizes = [
-        size if size.ratio is None else size.model_copy(update={"ratio": whole / size.weight_bytes})
-        for size in report.sizes
-    ]
-    return report.model_copy(
-        update={
-            "sizes": sizes,
-            "slimming": done.slimming,
-            "recipe": _recipe(inputs.spec),
-            "source": source_part(inputs, done.base),
-            "warnings": list(dict.fromkeys([*done.warnings, *report.warnings])),
-            "spent": report.spent.model_copy(update={"work": summed(done.work, report.spent.work)}),
-        }
-    )
+    parts = {"slimming": done.slimming, "recipe": _recipe(inputs.spec)}
+    return with_before(report, inputs, done.base, done.work, done.warnings, **parts)
 
 
 def material_of(inputs: Inputs, step: Slim, frame: Frame, notify: Notify) -> Material:
