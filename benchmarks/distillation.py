@@ -21,8 +21,9 @@ from models.distill.lesson import Lesson
 from models.job import Inputs
 from models.progress import Silent
 from models.train.checkpoints import Checkpoints
-from models.train.loop import accelerator_of, train
+from models.train.loop import train
 from models.train.prepare import begun, prepare
+from models.train.task import accelerator_of
 from squeeze.reports.training import Distillation
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.distillation import Distill

@@ -32,9 +32,10 @@ from models.progress import Silent  # noqa: E402
 from models.resources import peak_host_bytes, return_free_memory  # noqa: E402
 from models.streaming.team import Team  # noqa: E402
 from models.train.checkpoints import Checkpoints  # noqa: E402
-from models.train.loop import accelerator_of, train  # noqa: E402
+from models.train.loop import train  # noqa: E402
 from models.train.prepare import begun, prepare  # noqa: E402
 from models.train.processes import Processes  # noqa: E402
+from models.train.task import accelerator_of  # noqa: E402
 from squeeze.specs.job_spec import JobSpec  # noqa: E402
 from squeeze.steps.sharding import ZERO_STAGES, Way  # noqa: E402
 from squeeze.steps.training import Train  # noqa: E402

@@ -28,8 +28,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from models.job import Inputs
 from models.progress import Silent
 from models.train.checkpoints import Checkpoints, Story
-from models.train.loop import Task, accelerator_of, train
+from models.train.loop import train
 from models.train.prepare import Prepared, begun, prepare
+from models.train.task import Task, accelerator_of
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.finetuning import LoRA
 

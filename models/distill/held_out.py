@@ -16,9 +16,9 @@ from models.progress import Notify
 from models.resources import return_free_memory
 from models.streaming.frame import Frame
 from models.train.examples import Examples
-from models.train.loop import Task
 from models.train.packing import UNSCORED, batch_of, micro_batches
 from models.train.scoring import learned_logits
+from models.train.task import Task
 
 HIDDEN, MARK = "held-out.safetensors", "held-out-by"
 

@@ -13,8 +13,8 @@ from models.job import Inputs
 from models.progress import Notify
 from models.streaming.frame import Frame
 from models.texts.material import read_tokenizer
-from models.train.loop import Task
 from models.train.prepare import Prepared
+from models.train.task import Task
 from squeeze.objects import Stage
 from squeeze.reports.training import Distillation
 from squeeze.steps.distillation import Distill

@@ -16,8 +16,8 @@ from models.files.checkpoint import SourceModel
 from models.progress import Notify
 from models.resources import available_device_bytes, peak_host_bytes, return_free_memory
 from models.train.checkpoints import random_tensors, restore_random
-from models.train.loop import Task
 from models.train.packing import batch_of
+from models.train.task import Task
 from squeeze import __version__
 from squeeze.costs.trainable import learned
 from squeeze.costs.training_memory import needed_to_train

@@ -35,11 +35,12 @@ from models.train.checkpoints import Checkpoints
 from models.train.choices import try_micro_batch
 from models.train.counting import work_of
 from models.train.leading import lead, told
-from models.train.loop import accelerator_of, train
+from models.train.loop import train
 from models.train.merging import stored_dtype
 from models.train.prepare import TRAINING, Prepared, begun, prepare
 from models.train.reading_back import ReadBack, read_back
 from models.train.reference import reference_losses, weighed
+from models.train.task import accelerator_of
 from models.train.telling import doubts_of, sample_of, training_part
 from models.train.writing import gather, write
 from models.work import ahead

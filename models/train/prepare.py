@@ -27,10 +27,10 @@ from models.train import factors
 from models.train.choices import Choices, choose_length, choose_rest
 from models.train.domains import evenly
 from models.train.examples import Examples, Split
-from models.train.loop import Task
 from models.train.packing import Plan, rows_apart, rows_of, steps_for
 from models.train.processes import ALONE, Processes
 from models.train.scoring import own, packs
+from models.train.task import Task
 from models.train.texts import examples_of
 from models.train.whole import load_whole
 from models.train.zeros import pruned_names, zeros_of

@@ -12,8 +12,8 @@ from models.job import Inputs
 from models.progress import Notify
 from models.streaming.frame import Frame
 from models.train.domains import Domains
-from models.train.loop import Task
 from models.train.prepare import Prepared
+from models.train.task import Task
 from squeeze.errors import VocabulariesDiffer
 from squeeze.objects import Stage
 

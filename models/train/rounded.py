@@ -29,10 +29,11 @@ from models.streaming.teamwork import Frames
 from models.texts.data import Windows
 from models.train.checkpoints import Checkpoints
 from models.train.examples import Examples
-from models.train.loop import Task, accelerator_of, train
+from models.train.loop import train
 from models.train.packing import Batch, Plan
 from models.train.prepare import TYPES, resolved
 from models.train.scoring import learned_logits, learned_losses
+from models.train.task import Task, accelerator_of
 from models.weights.codes import Codes
 from models.weights.quantized import QuantizedModel, block_file, tensors_of
 from squeeze.costs.memory import needed

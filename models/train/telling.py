@@ -10,8 +10,8 @@ from models.train import domains
 from models.train.accuracy import doubts
 from models.train.checkpoints import Story
 from models.train.examples import Examples
-from models.train.loop import Task
 from models.train.prepare import Prepared
+from models.train.task import Task
 from models.train.zero import numel
 from squeeze.reports.training import Training
 

@@ -6,7 +6,8 @@ from typing import Any
 from models.job import Inputs
 from models.progress import Silent
 from models.train.checkpoints import Checkpoints
-from models.train.loop import accelerator_of, train
+from models.train.loop import train
+from models.train.task import accelerator_of
 from models.train.whole import write_trained
 from squeeze.specs.job_spec import JobSpec
 from tests.models.tiny import FAMILIES

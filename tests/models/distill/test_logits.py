@@ -21,9 +21,10 @@ from models.files.checkpoint import open_model
 from models.pipeline import run
 from models.streaming.frame import Frame
 from models.train.checkpoints import Checkpoints, Story
-from models.train.loop import accelerator_of, train
+from models.train.loop import train
 from models.train.packing import batch_of
 from models.train.scoring import learned_logits
+from models.train.task import accelerator_of
 from tests.models.distill.parts import inputs_of, teacher
 from tests.models.job_parts import Heard
 from tests.models.tiny import VOCABULARY

@@ -16,8 +16,8 @@ from models.distill.on_policy import OfItsOwn, _prompt
 from models.distill.writing import gone_on
 from models.pipeline import run
 from models.texts.material import read_tokenizer
-from models.train.loop import accelerator_of
 from models.train.packing import Batch, batch_of
+from models.train.task import accelerator_of
 from squeeze.errors import ArchitectureUnsupported
 from squeeze.steps.distillation import Distill
 from tests.models.distill.parts import inputs_of, teacher

@@ -20,8 +20,8 @@ from models.job import Inputs
 from models.pipeline import check, run
 from models.train.division import check_records, divided
 from models.train.examples import read_examples
-from models.train.loop import accelerator_of
 from models.train.scoring import example_losses
+from models.train.task import accelerator_of
 from models.train.turns import labelled_tokens
 from squeeze.costs.trainable import learned
 from squeeze.errors import ArchitectureUnsupported, DataUnusable

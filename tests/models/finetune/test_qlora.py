@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.finetune.packed import PackedLinear
 from models.pipeline import check
-from models.train.loop import accelerator_of
 from models.train.packing import batch_of
 from models.train.scoring import learned_losses, own
+from models.train.task import accelerator_of
 from squeeze.errors import FormatUnfit, GroupSizeIndivisible
 from tests.models.job_parts import Heard
 from tests.models.tiny import FAMILIES

@@ -15,9 +15,10 @@ from models.pipeline import check, run
 from models.prune.movement import Scores, lowest_scores
 from models.prune.zeroing.masks import lowest_of_layer
 from models.train.checkpoints import Checkpoints
-from models.train.loop import Task, accelerator_of, train
+from models.train.loop import train
 from models.train.packing import batch_of
 from models.train.scoring import learned_losses
+from models.train.task import Task, accelerator_of
 from squeeze.errors import ArchitectureUnsupported, ModelMalformed, SpecInvalid
 from squeeze.reports.report import Report
 from tests.models.engine_parts import frame_of

@@ -10,8 +10,9 @@ from models.job import Inputs
 from models.resources import Clock
 from models.train.bases import rounded_base
 from models.train.checkpoints import Checkpoints, Story
-from models.train.loop import Task, accelerator_of, train
+from models.train.loop import train
 from models.train.prepare import Prepared, begun, prepare
+from models.train.task import Task, accelerator_of
 from squeeze.reports.training import TrainingStep
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.distillation import Distill

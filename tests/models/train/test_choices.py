@@ -13,9 +13,9 @@ from torch import Tensor
 
 from models.pipeline import run
 from models.train.choices import FILE, try_micro_batch
-from models.train.loop import accelerator_of
 from models.train.packing import Batch
 from models.train.scoring import learned_losses
+from models.train.task import accelerator_of
 from tests.models import tiny
 from tests.models.job_parts import Heard, digests
 from tests.models.train.killed_choosing import asked

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from models.train.checkpoints import Checkpoints, Story
-from models.train.loop import accelerator_of, train
+from models.train.loop import train
 from models.train.packing import batch_of
 from models.train.scoring import learned_losses
+from models.train.task import accelerator_of
 from squeeze.errors import NotFinite
 from tests.models.job_parts import Heard
 from tests.models.tiny import FAMILIES

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from models.pipeline import run
 from models.train.averages import share
 from models.train.checkpoints import Checkpoints
-from models.train.loop import accelerator_of, train
+from models.train.loop import train
 from models.train.optimizers import BAdam, GaLore, blocks_of, optimizer_of, optimizer_tensors
+from models.train.task import accelerator_of
 from squeeze.costs.trainable import learned
 from squeeze.errors import SpecInvalid
 from squeeze.steps.finetuning import Full

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from models.train.checkpoints import Checkpoints
 from models.train.examples import Examples
-from models.train.loop import accelerator_of, train
+from models.train.loop import train
+from models.train.task import accelerator_of
 from tests.models.job_parts import Heard
 from tests.models.tiny import FAMILIES
 from tests.models.train.parts import begin, inputs_for, spec_of
