@@ -9,7 +9,7 @@ import pytest
 from squeeze.objects import Plan
 from tests.api.planning import LLAMA, llama_shapes, safetensors
 from tests.api.serving import asking
-from tests.squeeze.test_mixtures import MIXTRAL, shapes
+from tests.squeeze.shapes.test_mixtures import MIXTRAL, shapes
 
 EACH = 256 * 256 + 256 * 640 + 256
 MODELS = {

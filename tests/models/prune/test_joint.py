@@ -27,7 +27,7 @@ from tests.models.engine_parts import frame_of, thrown
 from tests.models.job_parts import Heard, inputs_of
 from tests.models.prune.parts import spec_of
 from tests.models.prune.test_methods import statistics_of, weights, zeros_of
-from tests.models.test_quantize import CPU, correlated
+from tests.models.quantize.test_quantize import CPU, correlated
 from tests.models.tiny import FAMILIES
 
 TARGETS: list[dict[str, Any]] = [{"sparsity": 0.5}, {"sparsity": 0.3}, {"pattern": "2:4"}]

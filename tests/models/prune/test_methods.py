@@ -13,7 +13,7 @@ from models.quantize.problem import Problem
 from models.streaming.statistics import Hessian, Statistics
 from squeeze.steps.quantization import GPTQ, RTN
 from squeeze.steps.sparsifying import Magnitude, SparseGPT, Sparsify, Wanda
-from tests.models.test_quantize import CPU, correlated
+from tests.models.quantize.test_quantize import CPU, correlated
 
 PATTERNS = [{"sparsity": 0.5}, {"sparsity": 0.3}, {"pattern": "2:4"}, {"pattern": "4:8"}]
 KINDS: list[tuple[Any, type[Sparsify]]] = [(magnitude, Magnitude), (wanda, Wanda), (sparsegpt, SparseGPT)]

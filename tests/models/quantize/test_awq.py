@@ -15,7 +15,7 @@ from models.streaming.statistics import Statistics
 from squeeze.names import Format
 from squeeze.steps.quantization import AWQ, RTN
 from tests.models.engine_parts import compressed, frame_of, thrown
-from tests.models.test_quantize import correlated, statistics_of
+from tests.models.quantize.test_quantize import correlated, statistics_of
 from tests.models.tiny import FAMILIES
 
 

@@ -19,7 +19,7 @@ from squeeze.steps.quantization import GPTQ
 from tests.models.engine_parts import frame_of
 from tests.models.tiny import FAMILIES
 
-BUNDLED = Path(__file__).resolve().parents[2] / "models" / "bundled"
+BUNDLED = Path(__file__).resolve().parents[3] / "models" / "bundled"
 PROSE = (
     "It was late in the afternoon when the old man came down to the harbour, and nobody who saw him there could tell "
     "whether he had been waiting for the ship or merely for the evening. He spoke “to himself”, as many do who have "

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.quantize import feedback
 from tests.models.rounding_in_triton import CASES, problems, rounded, tied
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NOISE = 1e-3  # of a step: what float32 may make of targets that are 255 steps away from zero
 TIPPED = 0.02  # of all outputs: those in which a target lay on an edge, and what follows differs
 

@@ -247,6 +247,6 @@ def test_attention_alone_may_be_left_out_of_a_mixture(tmp_path: Path) -> None:
 
 
 def test_the_docs_name_every_family() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[3] / "docs" / "methods.md").read_text(encoding="utf-8")
     table = page.partition("## Architectures")[2]
     assert [family for family in FAMILIES if f"`{family}`" not in table] == []
