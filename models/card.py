@@ -10,6 +10,7 @@ from squeeze.reports.parts import Quality, Text
 from squeeze.reports.report import Report
 from squeeze.reports.training import Training
 from squeeze.reports.vocabulary import Trimming
+from squeeze.reports.words import size_text
 from squeeze.steps.finetuning import QLoRA
 
 LOADING = {
@@ -147,7 +148,7 @@ def _figures(format_name: Format, report: Report) -> str:
     for size in report.sizes:
         if size.format == format_name:
             before, after = _megabytes(report.source.bytes), _megabytes(size.weight_bytes)
-            smaller = "" if size.ratio is None else f" ({size.ratio:.2f} times smaller)"
+            smaller = "" if size.ratio is None else f" ({size_text(size.ratio)})"
             rows.append(("Weights", before, after + smaller))
     if report.bits_per_weight is not None and rounded:
         bits = f"{report.bits_per_weight:.2f}"

@@ -9,8 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from squeeze.reports.parts import Quality
-from squeeze.reports.recipes import step_text
 from squeeze.reports.report import Block, Layer, Report
+from squeeze.reports.words import size_text, step_text
 
 _HERE = Path(__file__).parent
 _CSS = (_HERE / "report.css").read_text()
@@ -118,6 +118,6 @@ _environment = Environment(
     loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 _environment.filters.update(
-    bytes=_bytes, number=_number, count=_count, percent=_percent, change=_change, recipe=step_text
+    bytes=_bytes, number=_number, count=_count, percent=_percent, change=_change, recipe=step_text, smaller=size_text
 )
 _TEMPLATE = _environment.get_template("report.html.j2")

@@ -11,10 +11,10 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from squeeze.objects import Duration, Event, File, Job, Method, Plan
-from squeeze.reports.recipes import step_text
 from squeeze.reports.report import Factoring, Report, Round, Slimming
 from squeeze.reports.training import Domain, Training
 from squeeze.reports.vocabulary import Trimming
+from squeeze.reports.words import size_text, step_text
 
 WIDTH_WITHOUT_TERMINAL = 160
 TASKS = {"prompt": "reading a prompt", "writing": "writing"}
@@ -70,7 +70,7 @@ def job(one: Job) -> None:
     if one.result:
         sizes = ", ".join(f"{decimal(size)} as {name}" for name, size in one.result.result_bytes.items())
         ratio = one.result.compression_ratio
-        smaller = "" if ratio is None else f" (weights {ratio:.2f} times smaller)"
+        smaller = "" if ratio is None else f" (weights {size_text(ratio)})"
         lines.append(("size", f"{decimal(one.result.source_bytes)} -> {sizes}{smaller}"))
         if one.result.bits_per_weight is not None:
             lines.append(("bits a weight", f"{one.result.bits_per_weight:.2f}"))
@@ -101,7 +101,7 @@ def report(one: Report) -> None:
         lines.append(
             (f"size as {size.format}", f"{decimal(one.source.bytes)} -> {decimal(size.weight_bytes)} of weights")
         )
-        smaller = "" if size.ratio is None else f"{size.ratio:.2f} times smaller, "
+        smaller = "" if size.ratio is None else f"{size_text(size.ratio)}, "
         lines.append(("", f"{smaller}{decimal(size.bytes)} with everything"))
     if one.bits_per_weight is not None:
         lines.append(("bits a weight", f"{one.bits_per_weight:.2f} in the compressed layers, scales counted in"))

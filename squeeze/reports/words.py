@@ -1,7 +1,8 @@
-"""A step in one line, for people."""
+"""A step, and a size beside another, in words for people."""
 
 from collections.abc import Collection, Mapping
 
+SAME = 0.01
 NOTHING: tuple[object, ...] = (None, (), [], {})
 # Parameters that have an effect with some values of another alone; None: with any that is said.
 GOES_WITH: dict[str, tuple[str, Collection[object] | None]] = {
@@ -16,6 +17,13 @@ GOES_WITH: dict[str, tuple[str, Collection[object] | None]] = {
     "beta": ("objective", ("jsd",)),
     "double_quantization": ("base", ("nf4",)),
 }
+
+
+def size_text(ratio: float) -> str:
+    """`2.50 times smaller`. ratio: bytes before over bytes after; within one percent they are the same size."""
+    if abs(ratio - 1) < SAME:
+        return "as large as before"
+    return f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / ratio:.2f} times larger"
 
 
 def step_text(step: Mapping[str, object]) -> str:

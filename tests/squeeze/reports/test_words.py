@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from squeeze.reports.recipes import GOES_WITH, step_text
+from squeeze.reports.words import GOES_WITH, size_text, step_text
 from squeeze.steps.every import Step
 
 
@@ -31,6 +31,19 @@ from squeeze.steps.every import Step
 def test_parameters_without_effect_are_left_out(step: dict[str, Any], line: str) -> None:
     told: Any = TypeAdapter(Step).validate_python(step)
     assert step_text(told.model_dump(mode="json")) == line
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (2.5, "2.50 times smaller"),
+        (0.9995, "as large as before"),
+        (1.004, "as large as before"),
+        (0.5, "2.00 times larger"),
+    ],
+)
+def test_a_size_is_told_as_what_it_is_to_the_one_before(ratio: float, words: str) -> None:
+    assert size_text(ratio) == words
 
 
 def test_what_a_student_is_not_is_left_out() -> None:
