@@ -1,14 +1,21 @@
 """What there is to do, counted from the models that are there: told as soon as it is known, kept for later plans."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from models.files.checkpoint import SourceModel
-from squeeze.costs.distillation_work import Lessons, counted_distillation
+from models.texts.data import bytes_of
+from squeeze.costs.distillation_work import Lessons, counted_distillation, lessons
 from squeeze.costs.trainable import learned
+from squeeze.costs.training_work import counted_training, tokens_to_train
 from squeeze.costs.work import counted
+from squeeze.specs.choosing import supposed
 from squeeze.specs.job_spec import JobSpec
 from squeeze.steps.compressing import Compress
 from squeeze.steps.distillation import Distill
+from squeeze.steps.every import Step
+from squeeze.steps.finetuning import Finetune
+from squeeze.steps.training import Train
 
 # Before a training; the last two of a base that is rounded first.
 BEFORE_TRAINING = ("loading", "teaching", "compressing", "evaluating")
@@ -41,6 +48,39 @@ def ahead(
         if step is spec.steps[-1] and isinstance(step, Compress):
             left = summed(left, {name: count.whole for name, count in counted(source.shape(step.ignore), spec).items()})
     return left
+
+
+def with_what_follows(
+    work: Mapping[str, float], source: SourceModel, spec: JobSpec, step: Step, text: Path | None
+) -> dict[str, float]:
+    """The same of a step before others, with what these will likely take, as what comes last until they tell of
+    themselves. source: the model before the step, which they are supposed to find. text: of the job, on disk.
+    """
+    behind = spec.steps[spec.steps.index(step) + 1 :]
+    text_bytes = None if text is None else bytes_of(text)
+    rest = sum(sum(_likely(source, spec, one, text_bytes).values()) for one in behind)
+    return {**work, "certifying": work.get("certifying", 0.0) + rest}
+
+
+def _likely(source: SourceModel, spec: JobSpec, step: Step, text_bytes: int | None) -> dict[str, float]:
+    """Operations by stage; none where nothing tells how long a training goes on."""
+    if isinstance(step, Compress):
+        return work_of(source, spec, step)
+    if not isinstance(step, Train):
+        return {}
+    shape = source.shape()
+    length = min(spec.data.length, shape.positions or spec.data.length)
+    if isinstance(step, Distill):
+        told = lessons(spec, step, length, text_bytes, None)
+        return {} if told is None else work_of_distilling(source, source, spec, step, told, step.steps)
+    if isinstance(step, Finetune):
+        spec, step, _ = supposed(spec, step, source.parameters, shape.positions)
+    tokens = tokens_to_train(spec, step, length, text_bytes)
+    if tokens is None:
+        return {}
+    known = learned(step, source.config, {name: entry.shape for name, entry in source.entries.items()})
+    counts = counted_training(shape, spec, step, known, tokens, last=step is spec.steps[-1], steps=step.steps)
+    return {stage: count.whole for stage, count in counts.items()}
 
 
 def summed(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from models.streaming import engine
 from models.streaming.frame import Frame
 from models.streaming.teamwork import compute_dtype
 from models.texts.material import Material, read_tokenizer
+from models.work import with_what_follows
 from squeeze import __version__
 from squeeze.costs.merging_work import counted_merging
 from squeeze.errors import SqueezeError
@@ -59,7 +60,7 @@ def merged(inputs: Inputs, step: Merge, clock: Clock, notify: Notify) -> Done:
         frame = Frame(base, compute_dtype(base.dtype, torch.device(inputs.device)), torch.device(inputs.device))
         frame.refuse_misfits()
         work = {name: count.whole for name, count in counted_merging(base.shape(), inputs.spec, step).items()}
-        notify.expect(work)
+        notify.expect(with_what_follows(work, base, inputs.spec, step, inputs.calibration_text))
         entries = _opened(inputs, step, frame)
         mark = merging_fingerprint(step, inputs.spec.seed, inputs.revision, base, inputs.merged)
         texts = _texts(inputs, step, frame, notify)

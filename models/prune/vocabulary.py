@@ -32,6 +32,7 @@ from models.streaming.teamwork import compute_dtype
 from models.texts.data import Windows, bytes_of, evaluation_passages
 from models.texts.documents import documents_of
 from models.texts.material import Material
+from models.work import with_what_follows
 from squeeze.costs.slimming_work import counted_slimming
 from squeeze.errors import ArchitectureUnsupported
 from squeeze.objects import Stage
@@ -90,7 +91,7 @@ def slimmed(inputs: Inputs, step: Vocabulary, clock: Clock, notify: Notify) -> D
         text_bytes = bytes_of(inputs.calibration_text)
         counts = counted_slimming(base.shape(), inputs.spec, step, text_bytes)
         work = {name: count.whole for name, count in counts.items()}
-        notify.expect(work)
+        notify.expect(with_what_follows(work, base, inputs.spec, step, inputs.calibration_text))
         words = words_of(inputs.model)
         pieces = Pieces(words.rules)
         texts = material_of(inputs, step, frame, notify)

@@ -30,6 +30,7 @@ from models.streaming.streams import Stream
 from models.streaming.teamwork import compute_dtype
 from models.streaming.walk import walk
 from models.texts.material import Material, read_tokenizer
+from models.work import with_what_follows
 from squeeze import __version__
 from squeeze.costs.slimming_work import counted_slimming
 from squeeze.names import Format
@@ -74,7 +75,7 @@ def slimmed(inputs: Inputs, step: Slim, clock: Clock, notify: Notify) -> Done:
         sides = sides_of(base)
         method.planned(step, frame, sides)
         work = {name: count.whole for name, count in counted_slimming(base.shape(), inputs.spec, step).items()}
-        notify.expect(work)
+        notify.expect(with_what_follows(work, base, inputs.spec, step, inputs.calibration_text))
         texts = material_of(inputs, step, frame, notify)
         mark = fingerprint(inputs.spec, inputs.identity, inputs.device, base, texts)
         warnings = texts.warnings()
