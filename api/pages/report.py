@@ -101,8 +101,8 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:,.{digits}g}"
 
 
-def _count(value: int) -> str:
-    return f"{value:,}"
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
 
 
 def _percent(value: float | None) -> str:

@@ -102,6 +102,14 @@ DATA = {
 }
 
 
+def test_a_round_that_only_zeroed_or_factored_is_shown_with_what_it_has() -> None:
+    parts = dict.fromkeys(("quality", "training", "merging", "slimming", "sparsity"))
+    rounds = [{"steps": [0], "parameters": 4_200_000, "weight_bytes": 8_400_000, "seconds": {}} | parts]
+    text = page_of("job-1", Report.model_validate(report() | {"rounds": rounds}))
+    (row,) = re.findall(r"<tr><td>gptq</td>.*</tr>", text)
+    assert row.count("–") == 5 and "4,200,000" in row
+
+
 def _trained(**more: Any) -> str:
     """The page of a job that trained."""
     steps = [{"step": n, "loss": 3.0 - n, "learning_rate": 0.1, "gradient_norm": 1.0, "tokens": 9, "seconds": 0.1,
