@@ -22,7 +22,7 @@ from models.resources import Clock, device_name, return_free_memory
 from models.streaming import engine
 from models.streaming.frame import Frame
 from models.streaming.teamwork import compute_dtype
-from models.texts.material import Material, read_tokenizer
+from models.texts.material import Material
 from models.work import with_what_follows
 from squeeze import __version__
 from squeeze.costs.merging_work import counted_merging
@@ -131,17 +131,7 @@ def _texts(inputs: Inputs, step: Merge, frame: Frame, notify: Notify) -> Materia
     spec = inputs.spec
     if _trains(spec):
         return None
-    return Material(
-        spec,
-        step,
-        read_tokenizer(inputs.model),
-        frame,
-        inputs.calibration_text,
-        inputs.evaluation_text,
-        origins=(inputs.calibration_origin, inputs.evaluation_origin),
-        work=inputs.work,
-        notify=notify,
-    )
+    return Material.of(inputs, spec, step, frame, notify)
 
 
 def _measured(

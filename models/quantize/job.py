@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,7 +40,7 @@ from models.streaming import engine
 from models.streaming.frame import Frame
 from models.streaming.team import Team
 from models.streaming.teamwork import Frames, frames_of, lead
-from models.texts.material import Material, read_tokenizer
+from models.texts.material import Material
 from models.train import rounded
 from models.weights import casts
 from models.weights.quantized import QuantizedModel
@@ -108,7 +107,6 @@ class _Begun:
 
     source: SourceModel
     frames: Frames
-    tokenizer: Any
     texts: Material
     work: dict[str, float]
     losses: dict[str, casts.Loss] | None
@@ -146,24 +144,13 @@ def _begun(inputs: Inputs, step: Compress, notify: Notify) -> _Begun:
     if isinstance(step, QAT):
         rounded.refuse_too_large_to_train(spec, step, frames.result, device)
     losses = None if frames.target is None else casts.losses(source, frames.target)
-    tokenizer = read_tokenizer(inputs.model)
-    texts = Material(
-        spec,
-        step,
-        tokenizer,
-        frames.reference,
-        inputs.calibration_text,
-        inputs.evaluation_text,
-        origins=(inputs.calibration_origin, inputs.evaluation_origin),
-        work=inputs.work,
-        notify=notify,
-    )
+    texts = Material.of(inputs, spec, step, frames.reference, notify)
     warnings = [*engine.idle_patterns(step, frames.reference), *texts.warnings()]
     if frames.target is not None and losses is not None:
         warnings += casts.told(losses, frames.target)
     for warning in warnings:
         notify.event("warning", warning)
-    return _Begun(source, frames, tokenizer, texts, work, losses, warnings)
+    return _Begun(source, frames, texts, work, losses, warnings)
 
 
 def _codes(inputs: Inputs, step: Compress, begun: _Begun, clock: Clock, notify: Notify, team: Team) -> _Codes:
@@ -325,7 +312,7 @@ class Compressed:
             dtype=frame.dtype,
             device=frame.device.type,
             consumers=self.inputs.consumers,
-            texts=tokenized(self.begun.tokenizer),
+            texts=tokenized(self.begun.texts.tokenizer),
             notify=notify,
         )
 

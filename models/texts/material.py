@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from models.job import Inputs
 from models.progress import Notify, Silent
 from models.quoting import quoted
 from models.streaming.frame import Frame
@@ -73,6 +74,23 @@ class Material:
     calibration_text; `self` has no file. origins: what the report calls either text, where the request's own word for
     it says too little. work: keeps what the model samples itself, between attempts.
     """
+
+    @classmethod
+    def of(
+        cls, inputs: Inputs, spec: JobSpec, step: Compress | Merge | Slim, frame: Frame, notify: Notify
+    ) -> "Material":
+        """Of a step of a job. spec: the job's, with what of its evaluation the step has. frame: of the model."""
+        return cls(
+            spec,
+            step,
+            read_tokenizer(inputs.model),
+            frame,
+            inputs.calibration_text,
+            inputs.evaluation_text,
+            origins=(inputs.calibration_origin, inputs.evaluation_origin),
+            work=inputs.work,
+            notify=notify,
+        )
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ from models.streaming.frame import Frame
 from models.streaming.streams import Stream
 from models.streaming.teamwork import compute_dtype
 from models.streaming.walk import walk
-from models.texts.material import Material, read_tokenizer
+from models.texts.material import Material
 from models.work import with_what_follows
 from squeeze import __version__
 from squeeze.costs.slimming_work import counted_slimming
@@ -176,17 +176,7 @@ def material_of(inputs: Inputs, step: Slim, frame: Frame, notify: Notify) -> Mat
     if any(isinstance(one, Train) for one in spec.steps):
         off = {"perplexity": False, "divergence": False}
         spec = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update=off)})
-    return Material(
-        spec,
-        step,
-        read_tokenizer(inputs.model),
-        frame,
-        inputs.calibration_text,
-        inputs.evaluation_text,
-        origins=(inputs.calibration_origin, inputs.evaluation_origin),
-        work=inputs.work,
-        notify=notify,
-    )
+    return Material.of(inputs, spec, step, frame, notify)
 
 
 def _looked(
